@@ -1,0 +1,1 @@
+"""The shared core: banks of rows under one map, nearest-code search, gradients, usage."""

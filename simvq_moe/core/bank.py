@@ -1,0 +1,134 @@
+"""Rows that share one linear map: rows = base @ W (SimVQ, arXiv:2411.02038, eq. 4).
+
+Codebook rows, router rows and the experts' stacked projections are all banks. W is the shared
+basis of its rows: every update of W moves every row, selected or not, and W folds into the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+Transform = Literal["none", "diagonal", "linear"]
+
+
+class Bank(nn.Module):
+    """Rows of one width, each the same linear map of its own base row.
+
+    Args:
+        base: start of the base rows, (*rows, base_width); any number of leading axes.
+        width: width of the mapped rows; None: that of the base.
+        transform: "linear": a full matrix W, from the identity (semi-orthogonal where
+            base_width != width); "diagonal": one factor a channel, from ones; "none": rows = base.
+        train_base: learn the base rows; otherwise they are a buffer, so that no optimizer and no
+            change of the parameters' precision touches them.
+        bias: add one learned vector to every row, from zeros.
+
+    Raises:
+        ValueError: the transform is unknown, or changes the width without being "linear".
+    """
+
+    def __init__(
+        self,
+        base: Float[Tensor, "*rows base_width"],
+        *,
+        width: int | None = None,
+        transform: Transform = "linear",
+        train_base: bool = True,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        base_width = base.shape[-1]
+        width = base_width if width is None else width
+        if transform not in get_args(Transform):
+            raise ValueError(f"transform {transform!r}: choose one of {get_args(Transform)}")
+        if transform != "linear" and width != base_width:
+            raise ValueError(
+                f"transform {transform!r} keeps the width, but base_width {base_width} != width "
+                f"{width}: use transform='linear' or equal widths"
+            )
+        self.transform: Transform = transform
+        self.width = width
+        self.base: Tensor
+        if train_base:
+            self.base = nn.Parameter(base.detach().clone())
+        else:
+            self.register_buffer("base", base.detach().clone())
+        self.W: Tensor | None = _start_of_map(transform, base_width, width, base.dtype)
+        self.bias = nn.Parameter(torch.zeros(width, dtype=base.dtype)) if bias else None
+
+    def map(self, x: Float[Tensor, "*lead base_width"]) -> Float[Tensor, "*lead width"]:
+        """Apply W. It is linear, so it may follow a weighted sum over rows."""
+        if self.W is None:
+            return x
+        dtype = torch.promote_types(x.dtype, self.W.dtype)
+        x, W = x.to(dtype), self.W.to(dtype)
+        return x * W if self.transform == "diagonal" else x @ W
+
+    def rows(self, dtype: torch.dtype | None = None) -> Float[Tensor, "*rows width"]:
+        """Every row, computed in `dtype` (None: as stored)."""
+        return self._shift(self.map(self.base.to(dtype or self.base.dtype)))
+
+    def lookup(
+        self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "*batch width"]:
+        """The rows named by ids. Gathers first: the cost follows the batch, not the bank."""
+        return self._shift(self.map(self.base[ids].to(dtype or self.base.dtype)))
+
+    def score(self, x: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead rows"]:
+        """x @ rows().T of a bank with one row axis, with W moved to the side of x."""
+        scores = self.pull(x) @ self.base.to(x.dtype).T
+        return scores if self.bias is None else scores + x @ self.bias.to(x.dtype)[:, None]
+
+    def pull(self, x: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead base_width"]:
+        """x @ W.T, the adjoint of `map`: x · map(row) = pull(x) · row."""
+        if self.W is None:
+            return x
+        W = self.W.to(x.dtype)
+        return x * W if self.transform == "diagonal" else x @ W.T
+
+    @torch.no_grad()
+    def fold(self) -> Bank:
+        """The same rows with W and bias merged in: nothing of the map remains at inference."""
+        return Bank(self.rows(), transform="none", train_base=True)
+
+    @torch.no_grad()
+    def spectrum(self) -> Float[Tensor, " rank"]:
+        """Singular values of W in descending order, float64."""
+        if self.W is None:
+            raise ValueError("a bank with transform 'none' has no W and so no spectrum")
+        W = self.W.detach().double()
+        if self.transform == "diagonal":
+            return W.abs().sort(descending=True).values
+        return torch.linalg.svdvals(W)
+
+    @torch.no_grad()
+    def identity_distance(self) -> float:
+        """Frobenius distance of W from its start-like identity, over sqrt(width)."""
+        if self.W is None:
+            return 0.0
+        W = self.W.detach().double()
+        eye = torch.ones_like(W) if self.transform == "diagonal" else torch.eye(*W.shape).to(W)
+        return float((W - eye).norm() / self.width**0.5)
+
+    def _shift(self, rows: Tensor) -> Tensor:
+        return rows if self.bias is None else rows + self.bias.to(rows.dtype)
+
+    def extra_repr(self) -> str:
+        learned = isinstance(self.base, nn.Parameter)
+        return f"base={tuple(self.base.shape)}, transform={self.transform}, train_base={learned}"
+
+
+def _start_of_map(
+    transform: Transform, base_width: int, width: int, dtype: torch.dtype
+) -> nn.Parameter | None:
+    if transform == "none":
+        return None
+    if transform == "diagonal":
+        return nn.Parameter(torch.ones(width, dtype=dtype))
+    if base_width == width:
+        return nn.Parameter(torch.eye(width, dtype=dtype))
+    return nn.Parameter(nn.init.orthogonal_(torch.empty(base_width, width, dtype=dtype)))

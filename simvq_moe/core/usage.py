@@ -1,0 +1,147 @@
+"""Usage: one set of measures, from counts, for codes and experts alike.
+
+Counts are int64 and are summed over ranks and windows before any ratio is formed; averages are
+never averaged. `usage(counts)` gives the measures, `null_usage` what perfectly uniform random
+choices would score with as many draws, and `UsageCounter` is the buffer that a layer counts in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+NULL_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How evenly slots (codes or experts) are used; f is a slot's share of all draws, N slots."""
+
+    used: float
+    """Share of slots drawn at least once in the window."""
+    dead: float
+    """Share of slots never drawn in the window."""
+    starved: float
+    """Share of slots drawn less than a tenth of the fair share 1/N."""
+    perplexity: float
+    """exp(H(f)): the number of equally used slots with the same entropy; N is even."""
+    relative_perplexity: float
+    """perplexity / N."""
+    entropy: float
+    """H(f) / ln N; 1 is even, 0 is one slot only."""
+    max_load: float
+    """N max f (load, Switch Transformer, arXiv:2101.03961); 1 is even, N is one slot only."""
+    max_vio: float
+    """max n / mean n - 1 (arXiv:2408.15664, eq. 4); 0 is even."""
+    min_vio: float
+    """1 - min n / mean n; 0 is even, 1 if any slot is dead."""
+    cv: float
+    """Standard deviation over mean, ddof 0 (arXiv:1701.06538); 0 is even."""
+    gini: float
+    """sum_ij |f_i - f_j| / (2 N); 0 is even, 1 - 1/N is one slot only."""
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def usage(counts: Int[Tensor, " slots"] | np.ndarray) -> Usage:
+    """Measures of one layer's counts; invariant to the order of the slots.
+
+    Args:
+        counts: draws of each slot over a window, already summed over ranks.
+
+    Raises:
+        ValueError: no slot, or no draw: a window without draws has no usage.
+    """
+    n = counts.detach().cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
+    if n.ndim != 1 or len(n) == 0 or n.min() < 0 or n.sum() == 0:
+        raise ValueError(f"usage: counts {n!r} must be one axis of draws >= 0, at least one > 0")
+    slots, n = len(n), np.sort(n.astype(np.float64))
+    f, mean = n / n.sum(), n.mean()
+    positive = f[f > 0]
+    entropy = float(-(positive * np.log(positive)).sum())
+    rank = np.arange(1, slots + 1)
+    return Usage(
+        used=float((n > 0).mean()),
+        dead=float((n == 0).mean()),
+        starved=float((n < 0.1 * mean).mean()),
+        perplexity=float(np.exp(entropy)),
+        relative_perplexity=float(np.exp(entropy) / slots),
+        entropy=float(entropy / np.log(slots)) if slots > 1 else 1.0,
+        max_load=float(slots * f[-1]),
+        max_vio=float(n[-1] / mean - 1),
+        min_vio=float(1 - n[0] / mean),
+        cv=float(n.std() / mean),
+        # the double sum over pairs, from sorted shares in O(N log N)
+        gini=float(((2 * rank - slots - 1) * f).sum() / slots),
+    )
+
+
+def null_usage(slots: int, draws: int, seed: int = 0) -> Usage:
+    """Mean measures of `draws` independent uniform draws: the score of perfectly even chance.
+
+    An estimate from `NULL_SAMPLES` multinomial samples with a fixed seed. Experts are drawn
+    without replacement within a token, which is slightly more even than this.
+    """
+    samples = np.random.default_rng(seed).multinomial(
+        draws, np.full(slots, 1 / slots), size=NULL_SAMPLES
+    )
+    measured = [usage(sample).as_dict() for sample in samples]
+    return Usage(**{k: float(np.mean([m[k] for m in measured])) for k in measured[0]})
+
+
+class UsageCounter(nn.Module):
+    """Counts draws of each slot in an int64 buffer, outside autograd and optimizer state.
+
+    Counts in training, and in evaluation only inside `counting`. The buffer stays on the device
+    and is not part of the state dict: the training loop reads, sums over ranks and clears it.
+    """
+
+    counts: Tensor
+
+    def __init__(self, slots: int, kind: Literal["codes", "experts"]) -> None:
+        super().__init__()
+        self.slots = slots
+        self.kind: Literal["codes", "experts"] = kind
+        self.counting_in_eval = False
+        self.register_buffer("counts", torch.zeros(slots, dtype=torch.int64), persistent=False)
+
+    @torch.no_grad()
+    def add(self, ids: Int[Tensor, "*draws"]) -> None:
+        """Count ids, each a draw of one slot."""
+        if self.training or self.counting_in_eval:
+            self.counts += torch.bincount(ids.reshape(-1), minlength=self.slots)
+
+    @torch.no_grad()
+    def take(self) -> Int[Tensor, " slots"]:
+        """The counts since the last take; starts a new window."""
+        taken = self.counts.clone()
+        self.counts.zero_()
+        return taken
+
+
+def counters(model: nn.Module) -> list[UsageCounter]:
+    """Every usage counter of a model, in module order: layer 0 first."""
+    return [m for m in model.modules() if isinstance(m, UsageCounter)]
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[list[UsageCounter]]:
+    """Count in evaluation, in a window of its own; the training window is put back after it."""
+    found = counters(model)
+    kept = [counter.take() for counter in found]
+    for counter in found:
+        counter.counting_in_eval = True
+    try:
+        yield found
+    finally:
+        for counter, counts in zip(found, kept, strict=True):
+            counter.counting_in_eval = False
+            counter.counts.copy_(counts)
