@@ -132,3 +132,15 @@ def _start_of_map(
     if base_width == width:
         return nn.Parameter(torch.eye(width, dtype=dtype))
     return nn.Parameter(nn.init.orthogonal_(torch.empty(base_width, width, dtype=dtype)))
+
+
+def effective_rank(singular_values: Float[Tensor, " rank"]) -> float:
+    """exp of the entropy of the normalized singular values (Roy and Vetterli, EUSIPCO 2007)."""
+    share = singular_values / singular_values.sum()
+    return float(torch.special.entr(share).sum().exp())
+
+
+def stable_rank(singular_values: Float[Tensor, " rank"]) -> float:
+    """Squared Frobenius norm over squared spectral norm (Rudelson and Vershynin, 2007)."""
+    squared = singular_values.square()
+    return float(squared.sum() / squared.max())

@@ -1,8 +1,10 @@
 """Gradients through the choice of a code: the forward value is the code, exactly.
 
-Straight-through (Bengio et al., arXiv:1308.3432) copies the gradient of the code to the latent;
-the rotation trick (Fifty et al., arXiv:2410.06424, section 4.2) turns it by the rotation that
-carries the latent onto the code and scales it by the ratio of their lengths.
+Straight-through (Bengio et al., arXiv:1308.3432) copies the gradient of the code to the latent.
+The rotation trick (Fifty et al., arXiv:2410.06424, section 4.2) turns it by the rotation that
+carries the latent onto the code and scales it by the ratio of their lengths. DiVeQ
+(arXiv:2509.26469) keeps the length of the error differentiable and its direction fixed, so that
+the task's own loss trains latents and codes alike.
 """
 
 from __future__ import annotations
@@ -11,21 +13,26 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Gradient = Literal["straight_through", "rotation"]
+Gradient = Literal["straight_through", "rotation", "diveq"]
 
 MAX_GAIN = 10.0
 """Largest |e| / |z| that the rotation trick passes on: without a bound it explodes at z = 0."""
+
+SHORTEST = 1e-12
+"""Vectors shorter than this have no direction: their squares lose bits or vanish in float32."""
+
+DIVEQ_NOISE = 1e-3**0.5
+"""Standard deviation of the noise in DiVeQ's direction (sigma^2 = 1e-3 in the paper)."""
 
 
 def straight_through(
     z: Float[Tensor, "*batch width"], e: Float[Tensor, "*batch width"]
 ) -> Float[Tensor, "*batch width"]:
-    """Value e, gradient of the identity in z. `z - z.detach()` is 0, so e is met to the bit."""
-    return e.detach() + (z - z.detach())
+    """Value e, gradient of the identity in z."""
+    return _with_value_of(e, z)
 
 
 def rotation(
@@ -33,25 +40,48 @@ def rotation(
 ) -> Float[Tensor, "*batch width"]:
     """Value e, gradient of lambda R z: R rotates z onto e and lambda = |e| / |z|, both constant.
 
-    R z = z - 2 (z · r) r + 2 (z · z^) e^ with r = (z^ + e^) / |z^ + e^|. Where z is 0 or points
-    exactly away from e no such rotation is defined and R is the identity; lambda is at most
-    `MAX_GAIN`.
+    R z = z - 2 (z · r) r + 2 (z · z^) e^ with r = (z^ + e^) / |z^ + e^|. Where z or e is 0 or z
+    points exactly away from e no such rotation is defined and R is the identity; lambda is at
+    most `MAX_GAIN`.
     """
     with torch.no_grad():
-        z_hat, e_hat = F.normalize(z, dim=-1), F.normalize(e, dim=-1)
-        r = F.normalize(z_hat + e_hat, dim=-1)
-        length = z.norm(dim=-1, keepdim=True)
-        floor = torch.finfo(z.dtype).tiny
-        gain = (e.norm(dim=-1, keepdim=True) / length.clamp_min(floor)).clamp_max(MAX_GAIN)
-        defined = (z_hat + e_hat).norm(dim=-1, keepdim=True) > 1e-3
-        defined &= (length > floor) & (e.norm(dim=-1, keepdim=True) > floor)
+        z_hat, z_length = _direction(z)
+        e_hat, e_length = _direction(e)
+        r, opening = _direction(z_hat + e_hat)
+        defined = (z_length > SHORTEST) & (e_length > SHORTEST) & (opening > 1e-3)
+        gain = (e_length / z_length.clamp_min(SHORTEST)).clamp_max(MAX_GAIN)
     along_r = (z * r).sum(-1, keepdim=True)
     along_z = (z * z_hat).sum(-1, keepdim=True)
     turned = torch.where(defined, z - 2 * along_r * r + 2 * along_z * e_hat, z)
-    return straight_through(gain * turned, e)
+    return _with_value_of(e, gain * turned)
+
+
+def diveq(
+    z: Float[Tensor, "*batch width"], e: Float[Tensor, "*batch width"]
+) -> Float[Tensor, "*batch width"]:
+    """Value e, gradient of z + |e - z| v^ in z and e: v^ is the constant, noisy direction of e - z.
+
+    The paper also lets the noise into the value; here the value stays the code, so that training
+    sees what `decode` returns.
+    """
+    error = e - z
+    with torch.no_grad():
+        v_hat, _ = _direction(error + DIVEQ_NOISE * torch.randn_like(error))
+    return _with_value_of(e, z + error.norm(dim=-1, keepdim=True) * v_hat)
 
 
 ESTIMATORS: dict[Gradient, Callable[[Tensor, Tensor], Tensor]] = {
     "straight_through": straight_through,
     "rotation": rotation,
+    "diveq": diveq,
 }
+
+
+def _with_value_of(e: Tensor, path: Tensor) -> Tensor:
+    # path - path.detach() is 0 and not "almost 0", so e is met to the bit
+    return e.detach() + (path - path.detach())
+
+
+def _direction(x: Tensor) -> tuple[Tensor, Tensor]:
+    length = x.norm(dim=-1, keepdim=True)
+    return x / length.clamp_min(SHORTEST), length

@@ -66,7 +66,7 @@ def usage(counts: Int[Tensor, " slots"] | np.ndarray) -> Usage:
     slots, n = len(n), np.sort(n.astype(np.float64))
     f, mean = n / n.sum(), n.mean()
     positive = f[f > 0]
-    entropy = float(-(positive * np.log(positive)).sum())
+    entropy = float((positive * -np.log(positive)).sum())
     rank = np.arange(1, slots + 1)
     return Usage(
         used=float((n > 0).mean()),
@@ -76,7 +76,7 @@ def usage(counts: Int[Tensor, " slots"] | np.ndarray) -> Usage:
         relative_perplexity=float(np.exp(entropy) / slots),
         entropy=float(entropy / np.log(slots)) if slots > 1 else 1.0,
         max_load=float(slots * f[-1]),
-        max_vio=float(n[-1] / mean - 1),
+        max_vio=float(n[-1] * slots / n.sum() - 1),
         min_vio=float(1 - n[0] / mean),
         cv=float(n.std() / mean),
         # the double sum over pairs, from sorted shares in O(N log N)
@@ -100,15 +100,17 @@ def null_usage(slots: int, draws: int, seed: int = 0) -> Usage:
 class UsageCounter(nn.Module):
     """Counts draws of each slot in an int64 buffer, outside autograd and optimizer state.
 
-    Counts in training, and in evaluation only inside `counting`. The buffer stays on the device
-    and is not part of the state dict: the training loop reads, sums over ranks and clears it.
+    Counts in training, and in evaluation only inside `counting`; activations recomputed in the
+    backward pass are not counted again. A token makes `top_k` draws. The buffer stays on the
+    device, outside the state dict: the training loop reads, sums over ranks and clears it.
     """
 
     counts: Tensor
 
-    def __init__(self, slots: int, kind: Literal["codes", "experts"]) -> None:
+    def __init__(self, slots: int, kind: Literal["codes", "experts"], top_k: int = 1) -> None:
         super().__init__()
         self.slots = slots
+        self.top_k = top_k
         self.kind: Literal["codes", "experts"] = kind
         self.counting_in_eval = False
         self.register_buffer("counts", torch.zeros(slots, dtype=torch.int64), persistent=False)
@@ -116,8 +118,10 @@ class UsageCounter(nn.Module):
     @torch.no_grad()
     def add(self, ids: Int[Tensor, "*draws"]) -> None:
         """Count ids, each a draw of one slot."""
-        if self.training or self.counting_in_eval:
-            self.counts += torch.bincount(ids.reshape(-1), minlength=self.slots)
+        if (self.training or self.counting_in_eval) and not recomputing():
+            ids = ids.reshape(-1)
+            # bincount would wait for a GPU, and its shape breaks torch.compile's graph
+            self.counts.scatter_add_(0, ids, torch.ones_like(ids))
 
     @torch.no_grad()
     def take(self) -> Int[Tensor, " slots"]:
@@ -125,6 +129,11 @@ class UsageCounter(nn.Module):
         taken = self.counts.clone()
         self.counts.zero_()
         return taken
+
+
+def recomputing() -> bool:
+    """True inside a backward pass, where activation checkpointing runs a forward again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def counters(model: nn.Module) -> list[UsageCounter]:

@@ -1,0 +1,1 @@
+"""Reading finished and unfinished runs: statistics over paired seeds, and the report."""

@@ -1,0 +1,256 @@
+"""From runs to results: values, means, pairs with the baseline, nulls.
+
+A value enters means and pairs only if its run finished: an average of half-trained and trained
+runs is of neither. Unfinished runs stay visible in their status, in the curves and in the list of
+runs. A seed that is missing on either side of a comparison makes no pair and is listed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simvq_moe.analysis import stats
+from simvq_moe.analysis.curves import curves_of, loads_of, profiles_of
+from simvq_moe.analysis.measures import PAIRED_MEASURES, USAGE_MEASURES
+from simvq_moe.analysis.results import (
+    PREFIX,
+    ArmResult,
+    GroupResult,
+    Null,
+    Paired,
+    Results,
+    RunResult,
+)
+from simvq_moe.analysis.runs import Arm, Group, Run
+from simvq_moe.analysis.verdict import verdict
+from simvq_moe.core.usage import null_usage, usage
+
+COST_METRICS = (
+    "time/train_s",
+    "time/wall_s",
+    "speed/tokens_per_s",
+    "parameters/total",
+    "parameters/trainable",
+)
+UNCOMPARED_KEYS = ("seed", "name", "arm", "runs_dir")
+"""Config keys that tell runs apart without changing what an arm is."""
+
+
+def compute(groups: Sequence[Group], out: Path) -> Results:
+    """Compute everything that a report in `out` shows about the groups."""
+    titles = [title for title in dict.fromkeys(group.sweep for group in groups) if title]
+    return Results(
+        title=" · ".join(titles) or "Runs",
+        groups=[group_result(group) for group in groups],
+        runs=[
+            _run_result(group, arm, run, out)
+            for group in groups
+            for arm in group.arms
+            for run in arm.runs
+        ],
+    )
+
+
+def group_result(group: Group) -> GroupResult:
+    """The numbers of one comparison."""
+    kind = _kind(group)
+    seeds = sorted({run.seed for arm in group.arms for run in arm.runs})
+    usage_metrics = [PREFIX[kind] + name for name in USAGE_MEASURES] if kind else []
+    metrics = list(dict.fromkeys([*group.outcomes, *usage_metrics, *COST_METRICS]))
+    arms = [_arm_result(group, arm, seeds, metrics) for arm in group.arms]
+    extra = [PREFIX[kind] + name for name in PAIRED_MEASURES] if kind else []
+    paired = _pair(group, arms, seeds, extra)
+    return GroupResult(
+        name=group.name,
+        sweep=group.sweep,
+        question=group.question,
+        notes=group.notes,
+        config=group.config,
+        verdict=verdict(arms, group.outcomes, paired),
+        kind=kind,
+        baseline=group.baseline,
+        outcomes=list(group.outcomes),
+        seeds=seeds,
+        arms=arms,
+        null=_nulls(group, kind),
+        paired=paired,
+        curves=curves_of(group, kind),
+        loads=loads_of(group) if kind == "experts" else [],
+        profiles=profiles_of(group) if kind == "codes" else [],
+    )
+
+
+def _kind(group: Group) -> str | None:
+    kinds = [layer["kind"] for arm in group.arms for run in arm.runs for layer in run.layers]
+    return kinds[0] if kinds else None
+
+
+def _arm_result(group: Group, arm: Arm, seeds: Sequence[int], metrics: Sequence[str]) -> ArmResult:
+    by_seed = {run.seed: run for run in arm.runs}
+    ended = [run for run in arm.runs if run.status == "finished"]
+    values = {
+        name: [value(by_seed[s], name) if s in by_seed else None for s in seeds] for name in metrics
+    }
+    summary = {
+        name: stats.mean_sd([v for v in row if v is not None]) for name, row in values.items()
+    }
+    baseline = next((a for a in group.arms if a.name == group.baseline), None)
+    return ArmResult(
+        name=arm.name,
+        label=arm.label,
+        control=arm.control,
+        baseline=arm.name == group.baseline,
+        n=len(ended),
+        status=[by_seed[s].status if s in by_seed else "not planned" for s in seeds],
+        values=values,
+        mean={name: mean for name, (mean, _) in summary.items()},
+        sd={name: sd for name, (_, sd) in summary.items()},
+        differs=_config_differences(baseline, arm) if baseline else {},
+    )
+
+
+def value(run: Run, name: str) -> float | None:
+    """A final number of a finished run; a usage measure not in its summary is recounted."""
+    if run.status != "finished":
+        return None
+    if name.startswith("parameters/"):
+        found = (run.meta.get("parameters") or {}).get(name.removeprefix("parameters/"))
+        return None if found is None else float(found)
+    if name in run.final:
+        return run.final[name] if math.isfinite(run.final[name]) else None
+    leaf = name.rsplit("/", 1)[-1]
+    if not name.startswith(tuple(PREFIX.values())) or leaf not in USAGE_MEASURES:
+        return None
+    layers = [usage(row).as_dict()[leaf] for row in run.layer_counts() if row.sum()]
+    return float(np.mean(layers)) if layers else None
+
+
+def _pair(
+    group: Group, arms: Sequence[ArmResult], seeds: Sequence[int], extra: Sequence[str]
+) -> list[Paired]:
+    """Every arm against the baseline, with Holm over outcomes x arms."""
+    baseline = next((arm for arm in arms if arm.baseline), None)
+    if baseline is None:
+        return []
+    metrics = list(dict.fromkeys([*group.outcomes, *extra]))
+    pairs = [
+        _compare(arm, baseline, name, seeds, outcome=name in group.outcomes)
+        for name in metrics
+        for arm in arms
+        if not arm.baseline
+    ]
+    adjusted = stats.holm([pair.p if pair.outcome else None for pair in pairs])
+    return [replace(pair, p_holm=p) for pair, p in zip(pairs, adjusted, strict=True)]
+
+
+def _compare(
+    arm: ArmResult, baseline: ArmResult, name: str, seeds: Sequence[int], *, outcome: bool
+) -> Paired:
+    differences = [
+        None if a is None or b is None else a - b
+        for a, b in zip(arm.values[name], baseline.values[name], strict=True)
+    ]
+    found = stats.compare([d for d in differences if d is not None])
+    level, _ = stats.mean_sd(
+        [
+            b
+            for b, d in zip(baseline.values[name], differences, strict=True)
+            if b is not None and d is not None
+        ]
+    )
+    return Paired(
+        arm=arm.name,
+        metric=name,
+        outcome=outcome,
+        differences=differences,
+        unpaired=[s for s, d in zip(seeds, differences, strict=True) if d is None],
+        n=found.n,
+        mean=found.mean,
+        relative=found.mean / level if level else math.nan,
+        sd=found.sd,
+        interval=found.interval,
+        p=found.p,
+        p_min=found.p_min,
+        p_holm=None,
+    )
+
+
+def _nulls(group: Group, kind: str | None) -> list[Null]:
+    """The null of each (slots, top_k, draws) that finished runs of the group have."""
+    arms: dict[tuple[int, int, int], list[str]] = {}
+    for arm in group.arms:
+        for run in arm.runs:
+            if run.layers and (tokens := _held_out_tokens(run)) and run.status == "finished":
+                layer = run.layers[0]
+                key = (int(layer["slots"]), int(layer["top_k"]), tokens)
+                arms.setdefault(key, [])
+                arms[key] += [] if arm.name in arms[key] else [arm.name]
+    nulls = []
+    for (slots, top_k, tokens), names in arms.items():
+        draws = tokens * top_k
+        expected = null_usage(slots, draws).as_dict()
+        nulls.append(
+            Null(
+                arms=names,
+                slots=slots,
+                top_k=top_k,
+                tokens=tokens,
+                draws=draws,
+                ceiling=1 - math.exp(-draws / slots),
+                values={PREFIX[kind or "codes"] + name: expected[name] for name in USAGE_MEASURES},
+            )
+        )
+    return nulls
+
+
+def _held_out_tokens(run: Run) -> int:
+    """Tokens of the held-out set, from the summary or from the counts of the first layer."""
+    if "val/tokens" in run.final:
+        return int(run.final["val/tokens"])
+    counts = next(run.layer_counts(), None)
+    return 0 if counts is None else int(counts.sum()) // int(run.layers[0]["top_k"])
+
+
+def _config_differences(baseline: Arm, arm: Arm) -> dict[str, list[Any]]:
+    def config(of: Arm) -> dict[str, Any]:
+        return next((run.config for run in of.runs if run.config), {})
+
+    old, new = config(baseline), config(arm)
+    if not old or not new:
+        return {}
+    return {
+        key: [old.get(key), new.get(key)]
+        for key in sorted(old.keys() | new.keys())
+        if key not in UNCOMPARED_KEYS and old.get(key) != new.get(key)
+    }
+
+
+def _run_result(group: Group, arm: Arm, run: Run, out: Path) -> RunResult:
+    command = run.meta.get("command") or ""
+    versions = run.meta.get("versions") or {}
+    environment = {
+        "commit": run.meta.get("commit"),
+        "device": run.meta.get("device"),
+        "processes": run.meta.get("world_size"),
+        **versions,
+    }
+    return RunResult(
+        group=group.name,
+        arm=arm.name,
+        seed=run.seed,
+        status=run.status,
+        error=run.error,
+        step=run.step,
+        last={name: run.final[name] for name in group.outcomes if name in run.final},
+        path=os.path.relpath(run.path, out),
+        command=command if isinstance(command, str) else shlex.join(map(str, command)),
+        environment={key: str(v) for key, v in environment.items() if v is not None},
+    )

@@ -1,0 +1,154 @@
+"""How each metric is called and printed: one vocabulary for tables, plots and sentences.
+
+A metric is named as in metrics.jsonl ("val/codes/used", "val/moe/mean/max_vio"); what it measures
+is the last part of the name, so codes and experts share one row of the table below.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+MISSING = "–"
+MINUS = "−"
+USAGE_MEASURES = (
+    "used",
+    "dead",
+    "starved",
+    "perplexity",
+    "entropy",
+    "max_vio",
+    "cv",
+    "gini",
+)
+"""The usage measures of the result table, in its order."""
+PAIRED_MEASURES = ("entropy", "used", "max_vio")
+"""Usage measures compared with the baseline beside the outcomes."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Label and number format of a metric."""
+
+    label: str
+    decimals: int | None = None
+    """Digits after the point; None: four significant digits."""
+    kind: Literal["number", "share"] = "number"
+    """share: between 0 and 1, printed in percent; a difference is in points, never in percent."""
+    better: Literal["higher", "lower"] | None = None
+    """None: neither, such as a cost that is a choice."""
+    log: bool = False
+    """Drawn on a logarithmic axis."""
+
+
+MEASURES: dict[str, Measure] = {
+    "mse": Measure("MSE", better="lower"),
+    "psnr": Measure("PSNR (dB)", 2, better="higher"),
+    "ssim": Measure("SSIM", 4, better="higher"),
+    "loss": Measure("loss", 4, better="lower"),
+    "bits_per_byte": Measure("bits/byte", 4, better="lower"),
+    "used": Measure("used", 1, "share", "higher"),
+    "dead": Measure("dead", 1, "share", "lower"),
+    "starved": Measure("starved", 1, "share", "lower"),
+    "perplexity": Measure("perplexity", 1, better="higher"),
+    "relative_perplexity": Measure("relative perplexity", 1, "share", "higher"),
+    "entropy": Measure("entropy", 3, better="higher"),
+    "max_load": Measure("max load", 2, better="lower"),
+    "max_vio": Measure("MaxVio", 2, better="lower"),
+    "min_vio": Measure("MinVio", 3, better="lower"),
+    "cv": Measure("cv", 2, better="lower"),
+    "gini": Measure("gini", 3, better="lower"),
+    "train_s": Measure("training (s)", 1, better="lower"),
+    "wall_s": Measure("wall (s)", 1, better="lower"),
+    "tokens_per_s": Measure("tokens/s", 0, better="higher"),
+    "total": Measure("parameters", 0),
+    "trainable": Measure("trainable", 0),
+    "effective_rank": Measure("effective rank of W", 1),
+    "condition": Measure("condition number of W", 1, log=True),
+    "identity_distance": Measure("distance of W from the identity", 3),
+}
+
+
+def measure(name: str) -> Measure:
+    """The measure that a metric is of; an unknown one is printed with four digits."""
+    leaf = name.rsplit("/", 1)[-1]
+    return MEASURES.get(leaf, Measure(leaf.replace("_", " ")))
+
+
+def label(name: str) -> str:
+    """A metric's label; a loss says where it was taken."""
+    text = measure(name).label
+    return f"training {text}" if name.startswith("train/") else text
+
+
+def number(name: str, value: float | None, like: float | None = None) -> str:
+    """A value as it is printed everywhere.
+
+    Args:
+        name: the metric.
+        value: None and nan print as missing.
+        like: a value whose digits it gets too, so that a spread aligns with its mean.
+    """
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if measure(name).kind == "share":
+        return f"{_fixed(value * 100, 1)} %"
+    return _fixed(value, _decimals(name, value if like is None else like))
+
+
+def mean_and_sd(name: str, mean: float | None, sd: float | None) -> str:
+    """ "mean ± sd" with one unit; without a spread (one run) the mean alone."""
+    if sd is None or not math.isfinite(sd):
+        return number(name, mean)
+    spread = number(name, sd, like=mean)
+    return f"{number(name, mean).removesuffix(' %')} ± {spread}"
+
+
+def difference(name: str, value: float | None, like: float | None = None) -> str:
+    """A signed difference; one of shares is in percentage points."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if measure(name).kind == "share":
+        return _signed(_fixed(value * 100, 1))
+    return _signed(_fixed(value, _decimals(name, value if like is None else like)))
+
+
+def unit(name: str) -> str:
+    """The unit of a difference, where it has one."""
+    return " points" if measure(name).kind == "share" else ""
+
+
+def percent(fraction: float | None) -> str:
+    """A signed relative change."""
+    if fraction is None or not math.isfinite(fraction):
+        return MISSING
+    return _signed(f"{_fixed(fraction * 100, 1)} %")
+
+
+def probability(p: float | None) -> str:
+    """A p value: three significant digits at least down to 1e-4."""
+    if p is None or not math.isfinite(p):
+        return MISSING
+    return f"{p:.4f}" if p < 0.1 else f"{p:.3f}"
+
+
+def _fixed(value: float, decimals: int) -> str:
+    text = f"{value:,.{decimals}f}"
+    # "-0.00" would give a sign to what rounds to nothing
+    return (text.removeprefix("-") if float(text.replace(",", "")) == 0 else text).replace(
+        "-", MINUS
+    )
+
+
+def _signed(text: str) -> str:
+    return text if text.startswith(MINUS) else f"+{text}"
+
+
+def _decimals(name: str, value: float) -> int:
+    fixed = measure(name).decimals
+    if fixed is not None:
+        return fixed
+    if value == 0 or not math.isfinite(value):
+        return 4
+    return min(12, max(0, 3 - math.floor(math.log10(abs(value)))))

@@ -1,0 +1,188 @@
+"""The report: one page that answers each question first and then shows all it rests on.
+
+report.html needs nothing but itself, report.json has every number of it, report.md the tables.
+Runs that are still going, failed or never started are named, not left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+from simvq_moe.analysis import plots, tables
+from simvq_moe.analysis.comparison import compute
+from simvq_moe.analysis.curves import Curve
+from simvq_moe.analysis.plots import ArmStyle
+from simvq_moe.analysis.results import GroupResult, Results
+from simvq_moe.analysis.runs import Arm, Group, find_groups
+from simvq_moe.config import ConfigError
+
+LARGEST_IMAGE = 120_000
+"""Bytes up to which a sample is embedded as it is; larger ones are recompressed."""
+IMAGE_WIDTH = 768
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a report was written, and the table to print where it was asked for."""
+
+    html: Path
+    json: Path
+    markdown: Path
+    table: str
+    """Verdicts and result tables as plain text (Markdown)."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Held-out reconstructions of one arm."""
+
+    label: str
+    seed: int
+    source: str
+    """A data URI."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Everything drawn for one group."""
+
+    group: GroupResult
+    styles: dict[str, ArmStyle]
+    curves: list[Markup]
+    heat_maps: list[Markup]
+    profiles: list[Markup]
+    banks: list[Markup]
+    bank_arms: list[str]
+    pictures: list[Picture]
+
+
+def report(paths: Sequence[Path], out: Path) -> Report:
+    """Write report.html, report.json and report.md about the runs in the paths.
+
+    Args:
+        paths: run directories, sweep directories, or folders of either.
+        out: folder of the three files; made if need be.
+
+    Raises:
+        ConfigError: a path does not exist or holds no run, or `out` is a file.
+    """
+    groups = find_groups(paths)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: give a folder")
+    results = compute(groups, out)
+    out.mkdir(parents=True, exist_ok=True)
+    written = Report(
+        html=out / "report.html",
+        json=out / "report.json",
+        markdown=out / "report.md",
+        table=_terminal_text(results),
+    )
+    written.json.write_text(json.dumps(results.as_json(), allow_nan=False))
+    written.markdown.write_text(_render("report.md.j2", results, []))
+    figures = [_draw(g, r) for g, r in zip(groups, results.groups, strict=True)]
+    written.html.write_text(_render("report.html.j2", results, figures))
+    return written
+
+
+def _render(template: str, results: Results, figures: Sequence[Figures]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=template.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    unfinished = tables.unfinished_table(results)
+    return environment.get_template(template).render(
+        results=results,
+        figures=figures,
+        tables=tables,
+        unfinished=unfinished,
+        environments=_environments(results),
+    )
+
+
+def _environments(results: Results) -> list[dict[str, str]]:
+    """The distinct places that the runs ran in: one, if all is well."""
+    distinct: list[dict[str, str]] = []
+    for run in results.runs:
+        if run.environment and run.environment not in distinct:
+            distinct.append(run.environment)
+    return distinct
+
+
+def _terminal_text(results: Results) -> str:
+    """Verdict and the main columns of each group; all else is in the files."""
+    parts = []
+    for group in results.groups:
+        table = tables.result_table(group, tables.TERMINAL_COLUMNS)
+        parts += [f"{group.name}: {group.question}", " ".join(group.verdict)]
+        parts += [tables.markdown(table, beneath=False), ""]
+    unfinished = tables.unfinished_table(results)
+    if unfinished.rows:
+        parts += ["Not finished, and in no mean:", tables.markdown(unfinished)]
+    return "\n".join(parts).rstrip()
+
+
+def _draw(group: Group, result: GroupResult) -> Figures:
+    styles = plots.arm_styles([(a.name, a.label, a.control, a.baseline) for a in result.arms])
+    banks = [curve for curve in result.curves if curve.metric.startswith("bank/")]
+    others = [curve for curve in result.curves if not curve.metric.startswith("bank/")]
+    nulls = result.null[0].values if len(result.null) == 1 else {}
+    labels = {arm.name: arm.label for arm in result.arms}
+    largest = max((max(row) for loads in result.loads for row in loads.layers), default=1.0)
+    return Figures(
+        group=result,
+        styles=styles,
+        curves=[
+            Markup(plots.curve_figure(curves, styles, nulls.get(curves[0].metric)))
+            for curves in _by_metric(others)
+        ],
+        heat_maps=[
+            Markup(plots.heat_figure(loads, f"{labels[loads.arm]}, seed {loads.seed}", largest))
+            for loads in result.loads
+        ],
+        profiles=[Markup(plots.profile_figure(result.profiles, styles))] if result.profiles else [],
+        banks=[Markup(plots.curve_figure(curves, styles)) for curves in _by_metric(banks)],
+        bank_arms=list(dict.fromkeys(curve.arm for curve in banks)),
+        pictures=[picture for arm in group.arms if (picture := _picture(arm))],
+    )
+
+
+def _by_metric(curves: Sequence[Curve]) -> list[list[Curve]]:
+    metrics = dict.fromkeys(curve.metric for curve in curves)
+    return [[curve for curve in curves if curve.metric == metric] for metric in metrics]
+
+
+def _picture(arm: Arm) -> Picture | None:
+    """The latest sample of the arm's first run that has one."""
+    for run in arm.runs:
+        if run.samples and (source := _data_uri(run.samples[-1])):
+            return Picture(arm.label, run.seed, source)
+    return None
+
+
+def _data_uri(file: Path) -> str | None:
+    """The image inline; a large one smaller; None if it can't be read (a run killed writing it)."""
+    try:
+        content = file.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            if len(content) <= LARGEST_IMAGE:
+                return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+            image = image.convert("RGB")
+            image.thumbnail((IMAGE_WIDTH, IMAGE_WIDTH))
+            stream = io.BytesIO()
+            image.save(stream, format="JPEG", quality=88)
+    except (OSError, SyntaxError):
+        return None
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

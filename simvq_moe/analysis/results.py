@@ -1,0 +1,170 @@
+"""What report.json holds: every number that a report shows, in one stable structure.
+
+    {"title",
+     "groups": [{"name", "sweep", "question", "notes", "config", "kind", "baseline", "outcomes",
+                 "seeds", "verdict": [sentence],
+                 "arms": [{"name", "label", "control", "baseline", "n", "status": [a seed],
+                           "values": {metric: [a seed]}, "mean": {metric}, "sd": {metric},
+                           "differs": {config key: [baseline's, its]}}],
+                 "null": [{"arms", "slots", "top_k", "tokens", "draws", "ceiling",
+                           "values": {metric}}],
+                 "paired": [{"arm", "metric", "outcome", "differences": [a seed], "unpaired",
+                             "n", "mean", "relative", "sd", "interval": [low, high],
+                             "p", "p_min", "p_holm"}],
+                 "curves", "loads", "profiles": what the figures draw}],
+     "runs": [{"group", "arm", "seed", "status", "error", "step", "last", "path", "command",
+               "environment"}]}
+
+Lists "a seed" follow the group's "seeds". What does not exist or is not finite is null. Shares
+are fractions here and percent on the pages.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from simvq_moe.analysis.curves import Curve, Loads, Profile
+
+PREFIX = {"codes": "val/codes/", "experts": "val/moe/mean/"}
+"""Where the usage measures of a kind of slot are logged; experts: the mean over layers."""
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One line of the result table. Lists have one entry a seed of the group, None where none."""
+
+    name: str
+    label: str
+    control: bool
+    baseline: bool
+    n: int
+    """Finished runs."""
+    status: list[str]
+    values: dict[str, list[float | None]]
+    mean: dict[str, float]
+    sd: dict[str, float]
+    """Sample standard deviation over seeds; nan for one."""
+    differs: dict[str, list[Any]]
+    """Config keys in which it differs from the baseline: [baseline's value, its value]."""
+
+
+@dataclass(frozen=True)
+class Null:
+    """What uniform random choices would score, with as many draws."""
+
+    arms: list[str]
+    slots: int
+    top_k: int
+    tokens: int
+    """Held-out tokens counted."""
+    draws: int
+    """tokens x top_k."""
+    ceiling: float
+    """Share of slots that uniform choices reach, 1 - exp(-draws / slots)."""
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """An arm against the baseline on one metric, over seeds that both finished."""
+
+    arm: str
+    metric: str
+    outcome: bool
+    """One of the outcomes fixed beforehand: these, and only these, make up Holm's family."""
+    differences: list[float | None]
+    """Arm minus baseline; one entry a seed of the group, None for no pair."""
+    unpaired: list[int]
+    """Seeds planned on either side without a finished run on both."""
+    n: int
+    mean: float
+    relative: float
+    """mean over the baseline's mean over the same seeds."""
+    sd: float
+    interval: tuple[float, float] | None
+    p: float | None
+    p_min: float | None
+    p_holm: float | None
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """One question with everything that was measured for it."""
+
+    name: str
+    sweep: str
+    question: str
+    notes: str
+    config: str
+    verdict: list[str]
+    """Sentences; the first is on the first outcome and says what n allows."""
+    kind: str | None
+    """What is chosen between: codes, experts, or None."""
+    baseline: str
+    outcomes: list[str]
+    seeds: list[int]
+    arms: list[ArmResult]
+    null: list[Null]
+    """One for each number of slots and draws among the arms."""
+    paired: list[Paired]
+    curves: list[Curve]
+    loads: list[Loads]
+    profiles: list[Profile]
+
+    @property
+    def baseline_arm(self) -> ArmResult | None:
+        return next((arm for arm in self.arms if arm.baseline), None)
+
+    def metric(self, measure: str) -> str:
+        """The name under which this group's usage measure is logged."""
+        return PREFIX[self.kind or "codes"] + measure
+
+    @property
+    def errors(self) -> list[str]:
+        """Outcomes that are no usage measure: the held-out error column."""
+        return [name for name in self.outcomes if not name.startswith(tuple(PREFIX.values()))]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One run of the list of runs, as it ended."""
+
+    group: str
+    arm: str
+    seed: int
+    status: str
+    error: str | None
+    step: int
+    last: dict[str, float]
+    """Outcomes at its last evaluation, finished or not."""
+    path: str
+    """Relative to the report."""
+    command: str
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Results:
+    """All groups and all runs; report.json is this."""
+
+    title: str
+    groups: list[GroupResult] = field(default_factory=list)
+    runs: list[RunResult] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain containers; nan and infinities, which JSON has not, become None."""
+        return _plain(self)
+
+
+def _plain(content: Any) -> Any:
+    if hasattr(content, "__dataclass_fields__"):
+        return {name: _plain(getattr(content, name)) for name in content.__dataclass_fields__}
+    if isinstance(content, dict):
+        return {key: _plain(v) for key, v in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(v) for v in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content

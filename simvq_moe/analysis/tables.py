@@ -1,0 +1,237 @@
+"""The tables of a report, once, for the page, for Markdown and for the terminal.
+
+A cell has what is read first (mean and spread) and what is read beneath it (every single value).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from simvq_moe.analysis.measures import (
+    MISSING,
+    USAGE_MEASURES,
+    difference,
+    label,
+    mean_and_sd,
+    number,
+    percent,
+    probability,
+    unit,
+)
+from simvq_moe.analysis.results import ArmResult, GroupResult, Null, Paired, Results, RunResult
+
+SECONDS = "time/train_s"
+TERMINAL_COLUMNS = ("used", "perplexity", "entropy", "max_vio")
+NULL_LABEL = "uniform chance"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell; `beneath` is printed smaller."""
+
+    text: str
+    beneath: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; the first cell names it."""
+
+    cells: list[Cell]
+    kind: str = ""
+    """baseline, control, null or nothing: how the page marks it."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Header and rows."""
+
+    header: list[str]
+    rows: list[Row]
+
+
+def result_table(group: GroupResult, columns: Sequence[str] = USAGE_MEASURES) -> Table:
+    """Arms with held-out error, usage and time, and the uniform null as the last line."""
+    error = " / ".join(label(name) for name in group.errors)
+    header = ["arm", "runs", *([error] if error else [])]
+    header += [*(label(name) for name in columns if group.kind), "seconds"]
+    rows = [_arm_row(group, arm, columns) for arm in group.arms]
+    rows += [_null_row(group, null, columns) for null in group.null]
+    return Table(header, rows)
+
+
+def _arm_row(group: GroupResult, arm: ArmResult, columns: Sequence[str]) -> Row:
+    cells = [
+        Cell(arm.label, "baseline" if arm.baseline else "control" if arm.control else ""),
+        Cell(str(arm.n) if arm.n == len(arm.status) else f"{arm.n} of {len(arm.status)}"),
+    ]
+    if group.errors:
+        stacked = [_value_cell(arm, name) for name in group.errors]
+        cells.append(
+            Cell(" / ".join(c.text for c in stacked), " / ".join(c.beneath for c in stacked))
+        )
+    if group.kind:
+        for name in columns:
+            cell = _value_cell(arm, group.metric(name))
+            if name == "perplexity" and (slots := _slots(group, arm.name)):
+                cell = Cell(f"{cell.text} of {slots:,}", cell.beneath)
+            cells.append(cell)
+    cells.append(_value_cell(arm, SECONDS))
+    return Row(cells, "baseline" if arm.baseline else "control" if arm.control else "")
+
+
+def _value_cell(arm: ArmResult, name: str) -> Cell:
+    """Mean ± sd, and beneath it the value of every seed when there are several."""
+    values = arm.values.get(name, [])
+    if not any(v is not None for v in values):
+        return Cell(MISSING)
+    mean = arm.mean[name]
+    each = [number(name, v, like=mean).removesuffix(" %") for v in values]
+    return Cell(mean_and_sd(name, mean, arm.sd[name]), " · ".join(each) if len(each) > 1 else "")
+
+
+def _slots(group: GroupResult, arm: str) -> int | None:
+    return next((null.slots for null in group.null if arm in null.arms), None)
+
+
+def _null_row(group: GroupResult, null: Null, columns: Sequence[str]) -> Row:
+    which = "" if len(group.null) == 1 else f" ({null.slots:,} slots, {null.draws:,} draws)"
+    cells = [Cell(NULL_LABEL + which, "the null"), Cell(""), *([Cell("")] if group.errors else [])]
+    for name in columns:
+        text = number(group.metric(name), null.values[group.metric(name)])
+        cells.append(Cell(f"{text} of {null.slots:,}" if name == "perplexity" else text))
+    return Row([*cells, Cell("")], "null")
+
+
+def window_note(group: GroupResult) -> list[str]:
+    """What was counted, and how far even chance would get with so few draws."""
+    notes = []
+    for null in group.null:
+        note = (
+            f"Usage over {null.tokens:,} held-out tokens x {null.top_k} choice"
+            f"{'s' if null.top_k > 1 else ''} = {null.draws:,} draws of {null.slots:,} {group.kind}"
+        )
+        if group.kind == "experts":
+            note += " in each layer, mean over layers"
+        if null.ceiling < 0.999:
+            share = number("used", null.ceiling)
+            note += f"; so few draws can use at most {share} of the slots by even chance"
+        notes.append(f"{note}.")
+    return notes
+
+
+def paired_table(group: GroupResult) -> Table:
+    """Each arm minus the baseline, over paired seeds."""
+    header = ["metric", "arm", "difference ± sd", "relative", "95 % interval"]
+    header += ["n", "p", "p at best", "p Holm"]
+    labels = {arm.name: arm.label for arm in group.arms}
+    return Table(header, [_paired_row(pair, labels[pair.arm]) for pair in group.paired])
+
+
+def _paired_row(pair: Paired, arm: str) -> Row:
+    name, like = pair.metric, pair.mean
+    each = [difference(name, d, like=like) for d in pair.differences]
+    spread = number(name, pair.sd, like=like).removesuffix(" %")
+    mean = difference(name, like) + (f" ± {spread}" if pair.n > 1 else "") + unit(name)
+    interval = "n too small" if pair.n < 3 else "all equal"
+    if pair.interval:
+        interval = " to ".join(difference(name, end, like=like) for end in pair.interval)
+    share = unit(name) != ""
+    return Row(
+        [
+            Cell(label(name), "outcome" if pair.outcome else "secondary"),
+            Cell(arm),
+            Cell(mean if pair.n else MISSING, " · ".join(each) if len(each) > 1 else ""),
+            Cell(MISSING if share else percent(pair.relative)),
+            Cell(interval),
+            Cell(str(pair.n)),
+            Cell(probability(pair.p)),
+            Cell(probability(pair.p_min)),
+            Cell(probability(pair.p_holm)),
+        ],
+        "" if pair.outcome else "secondary",
+    )
+
+
+def unpaired_notes(group: GroupResult) -> list[str]:
+    """Seeds that make no pair, with what became of the run on each side."""
+    base = group.baseline_arm
+    notes = []
+    for arm in group.arms:
+        missing = next((p.unpaired for p in group.paired if p.arm == arm.name), [])
+        for seed in missing:
+            i = group.seeds.index(seed)
+            sides = f"{arm.label} {arm.status[i]}"
+            if base:
+                sides += f", {base.label} {base.status[i]}"
+            notes.append(f"No pair for {arm.label} at seed {seed}: {sides}.")
+    return notes
+
+
+def cost_table(group: GroupResult) -> Table:
+    """What each arm took."""
+    names = ("time/wall_s", SECONDS, "speed/tokens_per_s", "parameters/total")
+    names = (*names, "parameters/trainable")
+    rows = [
+        Row([Cell(arm.label), *(_value_cell(arm, name) for name in names)]) for arm in group.arms
+    ]
+    return Table(["arm", *(label(name) for name in names)], rows)
+
+
+def config_table(group: GroupResult) -> Table:
+    """Every config key in which an arm differs from the baseline."""
+    rows = [
+        Row([Cell(arm.label), Cell(key), Cell(_plain(old)), Cell(_plain(new))])
+        for arm in group.arms
+        for key, (old, new) in arm.differs.items()
+    ]
+    return Table(["arm", "key", "baseline", "here"], rows)
+
+
+def unfinished_table(results: Results) -> Table:
+    """Runs that are not in the means: failed, interrupted, running, pending or missing."""
+    rows = [
+        Row(
+            [
+                Cell(f"{run.group} / {_label(results, run)}"),
+                Cell(str(run.seed)),
+                Cell(run.status),
+                Cell(f"{run.step:,}"),
+                Cell(
+                    ", ".join(f"{label(k)} {number(k, v)}" for k, v in run.last.items()) or MISSING
+                ),
+                Cell(" ".join((run.error or MISSING).split())),
+            ]
+        )
+        for run in results.runs
+        if run.status != "finished"
+    ]
+    return Table(["run", "seed", "status", "last step", "last evaluation", "error"], rows)
+
+
+def _label(results: Results, run: RunResult) -> str:
+    group = next(group for group in results.groups if group.name == run.group)
+    return next((arm.label for arm in group.arms if arm.name == run.arm), run.arm)
+
+
+def markdown(table: Table, *, beneath: bool = True) -> str:
+    """A Markdown table with aligned columns, which is also plain text to read."""
+
+    def text(cell: Cell) -> str:
+        joined = f"{cell.text}<br><sub>{cell.beneath}</sub>"
+        return (joined if beneath and cell.beneath else cell.text).replace("|", "\\|")
+
+    lines = [table.header, *([text(cell) for cell in row.cells] for row in table.rows)]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(table.header))]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = (
+        [part.ljust(width) for part, width in zip(line, widths, strict=True)] for line in lines
+    )
+    return "\n".join(f"| {' | '.join(parts)} |" for parts in padded)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    return str(value)

@@ -1,0 +1,186 @@
+"""The command line: `simvq-moe <command>`, the same as `python -m simvq_moe <command>`.
+
+Standard output is for machine-readable results, standard error for everything else. Exit codes:
+0 done, 1 failed, 2 usage or configuration error (one line, nothing written), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from simvq_moe.config import (
+    Config,
+    ConfigError,
+    flag_error,
+    merge_files,
+    suggestion,
+    with_flags,
+)
+
+T = TypeVar("T")
+
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Files:
+    """YAML files, later ones on top of earlier ones."""
+
+    config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A YAML file such as those in configs/; give it again to merge another on top."""
+
+
+def train(args: Sequence[str]) -> int:
+    """Train one run, or resume it: --config F [--config F2] [--section.key value ...]."""
+    files, flags = tyro.cli(Files, args=args, return_unknown_args=True, add_help=False)
+    config = with_flags(merge_files(Config, files.config), flags, "simvq-moe train --config FILE")
+    from simvq_moe.training import run
+
+    return run.train(config)
+
+
+@dataclass(frozen=True)
+class SweepArgs:
+    """Run every arm of a sweep with every seed, skip what is finished, and report."""
+
+    config: tyro.conf.UseAppendAction[tuple[Path, ...]]
+    """A sweep, such as configs/sweeps/quickstart.yaml; give it again to merge another on top."""
+    ranks: int = 1
+    """Processes of a run, started by the deepspeed launcher."""
+
+
+def sweep(args: Sequence[str]) -> int:
+    """Run arms x paired seeds, resume broken ones, end with the report."""
+    options = _parse(SweepArgs, args, "sweep")
+    from simvq_moe.analysis import report
+    from simvq_moe.analysis import sweep as sweeps
+    from simvq_moe.training.run import check_launch
+
+    plan = sweeps.plan(options.config)
+    for run in plan.runs:
+        check_launch(run.config, options.ranks)
+    complete = sweeps.execute(plan, options.ranks)
+    found = report.report([plan.folder], plan.folder / "report")
+    print(found.table)
+    print(f"report: {found.html}", file=sys.stderr)
+    return 0 if complete else FAILED
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Write report.html, report.json and report.md of runs or sweeps."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, sweep directories, or folders that hold some."""
+    out: Path
+    """Folder of the report."""
+
+
+def report(args: Sequence[str]) -> int:
+    """Compare runs: report.html, report.json, report.md."""
+    options = _parse(ReportArgs, args, "report")
+    from simvq_moe.analysis import report as reports
+
+    found = reports.report(options.paths, options.out)
+    print(found.table)
+    print(f"report: {found.html}", file=sys.stderr)
+    return 0
+
+
+@dataclass(frozen=True)
+class DashboardArgs:
+    """Serve TensorBoard with the usage of codes and experts on 127.0.0.1."""
+
+    runs_dir: tyro.conf.Positional[Path]
+    """Folder of runs."""
+    port: int = 6006
+    """Port; 0 takes a free one."""
+
+
+def dashboard(args: Sequence[str]) -> int:
+    """Watch usage live in TensorBoard on 127.0.0.1."""
+    options = _parse(DashboardArgs, args, "dashboard")
+    from simvq_moe.analysis import tensorboard
+
+    return tensorboard.serve(options.runs_dir, options.port)
+
+
+@dataclass(frozen=True)
+class DoctorArgs:
+    """Check versions, devices, DeepSpeed and data, and say what to do where something is off."""
+
+
+def doctor(args: Sequence[str]) -> int:
+    """Check this machine: versions, devices, DeepSpeed, data, offline state."""
+    _parse(DoctorArgs, args, "doctor")
+    from simvq_moe import diagnosis
+
+    return diagnosis.doctor()
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "sweep": sweep,
+    "report": report,
+    "dashboard": dashboard,
+    "doctor": doctor,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    # the deepspeed launcher puts the local rank first or last; the environment has it as well
+    args = [arg for arg in args if not arg.startswith("--local_rank=")]
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(_overview(), file=sys.stdout if args else sys.stderr)
+            return 0 if args else USAGE_ERROR
+        if args[0] not in COMMANDS:
+            raise ConfigError(
+                f"unknown command {args[0]!r}.{suggestion(args[0], list(COMMANDS))} "
+                "simvq-moe --help lists them"
+            )
+        return COMMANDS[args[0]](args[1:])
+    except ConfigError as error:
+        if _is_main():
+            print(f"simvq-moe: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parse(schema: type[T], args: Sequence[str], command: str) -> T:
+    console = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(console):
+            return tyro.cli(schema, args=args, prog=f"simvq-moe {command}", use_underscores=True)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(flag_error(console.getvalue(), [])) from None
+
+
+def _overview() -> str:
+    lines = [f"  {name:10} {(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()]
+    return "\n".join(
+        ["usage: simvq-moe COMMAND ...", "", *lines, "", "simvq-moe COMMAND --help tells more"]
+    )
+
+
+def _is_main() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,474 @@
+"""The configuration: frozen dataclasses, filled by YAML files in order, then by typed flags.
+
+A key that no dataclass has, a value of another type or a combination that can't run raises
+`ConfigError`: one line that names the key, the value and the way out. Nothing is written before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A usage or configuration error: one line for the user, exit code 2, nothing written."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read."""
+
+    source: str | None = None
+    """A folder, or an embedded set: "photos" (images), "python-stdlib" (text); None: that one."""
+    cache_dir: str = ".cache"
+    """Folder of what is derived from the source once: tokenizer and token files."""
+    seed: int = 0
+    """Seed of the image crops: the data set stays the same when the run's seed changes."""
+    image_size: int = 32
+    """Pixels a side of a crop."""
+    crops: int = 18_000
+    """Training crops."""
+    held_out_crops: int = 1_026
+    """Held-out crops, from parts of the images that training never sees."""
+    vocabulary: int = 1_024
+    """Tokens of the byte-level BPE vocabulary, trained on the training documents."""
+    context: int = 128
+    """Tokens a sequence."""
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """The codebook between encoder and decoder."""
+
+    kind: Literal["vq", "ema", "simvq"] = "simvq"
+    """vq: free codes by gradient; ema: moving averages; simvq: frozen rows under a shared map."""
+    codes: int = 512
+    """Number of codes."""
+    width: int = 32
+    """Channels of a code."""
+    transform: Literal["none", "diagonal", "linear"] = "linear"
+    """simvq: shape of the shared map W."""
+    train_base: bool = False
+    """simvq: learn the base rows beside W."""
+    bias: bool = False
+    """simvq: one learned shift of all codes."""
+    base_width: int | None = None
+    """simvq: channels of a base row; None: width."""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """How the decoder's gradient reaches the encoder."""
+    codebook_weight: float = 1.0
+    """Weight of |e - sg z|^2 (not for ema)."""
+    commitment_weight: float = 0.25
+    """Weight of |z - sg e|^2."""
+    decay: float = 0.99
+    """ema: weight of the past."""
+
+
+@dataclass(frozen=True)
+class ImageTokenizerConfig:
+    """Convolutional encoder and decoder around the quantizer."""
+
+    hidden: int = 32
+    """Channels of the convolutions."""
+    downsamplings: int = 2
+    """Stride-2 convolutions: a token covers 2^downsamplings pixels a side."""
+    residual_blocks: int = 1
+    """Residual blocks at the lowest resolution, in the encoder and in the decoder."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture-of-experts layers."""
+
+    experts: int = 64
+    """Experts of a layer."""
+    top_k: int = 4
+    """Experts of a token."""
+    hidden: int = 16
+    """Hidden channels of an expert."""
+    gates: Literal["softmax_topk", "topk_softmax"] = "topk_softmax"
+    """Softmax over all experts before the choice, or over the chosen: gates that sum to 1."""
+    router_map: Literal["none", "diagonal", "linear"] = "none"
+    """Shared map W of the router's rows: logits = x (Q W)^T."""
+    router_base_width: int | None = None
+    """Channels of Q; None: those of the model."""
+    train_router_base: bool = True
+    """Learn Q."""
+    expert_out_map: Literal["none", "diagonal", "linear"] = "none"
+    """Shared map after the gated sum of experts: y = (sum g_i E_i(x)) W."""
+    expert_in_map: Literal["none", "diagonal", "linear"] = "none"
+    """Shared map before the experts: E_i(x A)."""
+    balance: Literal["none", "aux"] = "none"
+    """aux: the load-balance loss N sum f_i P_i of each layer (arXiv:2101.03961)."""
+    balance_weight: float = 0.01
+    """Weight of the load-balance loss."""
+    z_loss_weight: float = 0.0
+    """Weight of the mean squared logsumexp of the logits (arXiv:2202.08906)."""
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """Decoder-only transformer; every feed-forward layer is a mixture of experts."""
+
+    width: int = 64
+    """Channels of the residual stream."""
+    layers: int = 3
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the first and second moment."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices; vectors and shared maps have none."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    final_lr_ratio: float = 1.0
+    """Learning rate at the last step over the peak, reached by a cosine; 1: constant."""
+    map_lr_multiplier: float = 1.0
+    """Factor on the learning rate of every shared map W."""
+    router_lr_multiplier: float = 1.0
+    """Factor on the learning rate of the routers' rows."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop and its engine."""
+
+    steps: int = 800
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Samples of one optimizer step, over all ranks."""
+    accumulation: int = 1
+    """Micro-batches of a rank and step."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of forward and backward; the optimizer keeps fp32 weights."""
+    zero_stage: Literal[1, 2] = 1
+    """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients as well."""
+    clip: float = 0.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl; also the window of the usage counts."""
+    eval_every: int = 200
+    """Steps between evaluations on the held-out set; the last step is always evaluated."""
+    eval_batch_size: int = 64
+    """Held-out samples a rank evaluates at a time."""
+    save_every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    task: Literal["image_tokenizer", "language_model"] = "image_tokenizer"
+    """What is trained."""
+    name: str = "run"
+    """The run's folder under runs_dir; the same name resumes."""
+    arm: str | None = None
+    """Name in comparisons; None: the run's name."""
+    seed: int = 0
+    """Seed of initial weights and data order."""
+    runs_dir: str = "runs"
+    """Folder of all runs."""
+    data: DataConfig = field(default_factory=DataConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+def merge_files(schema: type[T], files: Sequence[Path]) -> T:
+    """The dataclass with its defaults overridden by each YAML file in order."""
+    merged = _writable(OmegaConf.structured(schema))
+    for file in files:
+        merged = merge(merged, _read_yaml(file), origin=str(file))
+    return to_dataclass(merged, schema)
+
+
+def merge(base: DictConfig, overrides: Any, origin: str) -> DictConfig:
+    """base with overrides; an unknown key or a value of another type is a `ConfigError`."""
+    try:
+        merged = OmegaConf.merge(base, overrides)
+    except ConfigKeyError as error:
+        key = error.full_key or str(error.key)
+        raise ConfigError(
+            f"{origin}: unknown key {key}.{suggestion(key, key_names(base))} --help lists every key"
+        ) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{origin}: {_locate(base, overrides, error)}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def to_dataclass(config: DictConfig, schema: type[T]) -> T:
+    """The frozen dataclass that a merged OmegaConf config stands for."""
+    found = OmegaConf.to_object(config)
+    assert isinstance(found, schema)
+    return found
+
+
+def with_overrides(config: Config, overrides: Any, origin: str) -> Config:
+    """config with a nested mapping of overrides, as an arm of a sweep gives them."""
+    base = _writable(OmegaConf.structured(config))
+    return to_dataclass(merge(base, overrides, origin), Config)
+
+
+def with_flags(config: Config, flags: Sequence[str], prog: str) -> Config:
+    """config with `--section.key value` flags on top; `--help` prints every field."""
+    console = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(console):
+            return tyro.cli(
+                Config,
+                default=config,
+                # launchers append the local rank, which every rank also finds in its environment
+                args=[flag for flag in flags if not flag.startswith("--local_rank")],
+                prog=prog,
+                use_underscores=True,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(flag_error(console.getvalue(), list(flatten(config)))) from None
+
+
+def to_yaml(config: Any) -> str:
+    """YAML that `merge_files` reads back to an equal config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a dataclass by its dotted key."""
+    flat: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = value
+    return flat
+
+
+def first_difference(old: Config, new: Config) -> str | None:
+    """The first key in which two configs differ, with both values; None: equal."""
+    before, after = flatten(old), flatten(new)
+    for key, value in after.items():
+        if before[key] != value:
+            return f"{key} was {before[key]!r} and is now {value!r}"
+    return None
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """ " Did you mean ...?" with the closest known words, or nothing."""
+    leaf = word.rsplit(".", 1)[-1]
+    close = (
+        difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+        or [
+            key
+            for key in known
+            if difflib.SequenceMatcher(None, leaf, key.rsplit(".")[-1]).ratio() > 0.75
+        ][:2]
+    )
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def check(config: Config) -> None:
+    """Raise `ConfigError` for a config that can't run, whatever the number of ranks."""
+    for message in _problems(config):
+        raise ConfigError(message)
+
+
+def check_ranks(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` where the global batch does not divide over the ranks."""
+    parts = world_size * config.train.accumulation
+    if config.train.batch_size % parts:
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} does not divide by {world_size} ranks x "
+            f"train.accumulation {config.train.accumulation} = {parts}: "
+            f"use a multiple of {parts}, or another number of ranks"
+        )
+
+
+def _problems(config: Config) -> Iterator[str]:
+    yield from _below_minimum(config)
+    moe, lm, q = config.moe, config.language_model, config.quantizer
+    if moe.top_k > moe.experts:
+        yield (
+            f"moe.top_k {moe.top_k} > moe.experts {moe.experts}: "
+            "lower moe.top_k or raise moe.experts"
+        )
+    if lm.width % lm.heads or (lm.width // lm.heads) % 2:
+        yield (
+            f"language_model.width {lm.width} / language_model.heads {lm.heads} must be a whole "
+            "even number for rotary positions: change one of them"
+        )
+    if q.kind == "simvq" and q.transform != "linear" and q.base_width not in (None, q.width):
+        yield (
+            f"quantizer.base_width {q.base_width} != quantizer.width {q.width} with "
+            f"quantizer.transform {q.transform!r}: only 'linear' changes the width"
+        )
+    if moe.router_map != "linear" and moe.router_base_width not in (None, lm.width):
+        yield (
+            f"moe.router_base_width {moe.router_base_width} with moe.router_map "
+            f"{moe.router_map!r}: set moe.router_map to 'linear' or drop it"
+        )
+    if config.data.image_size % 2**config.image_tokenizer.downsamplings:
+        yield (
+            f"data.image_size {config.data.image_size} does not divide by "
+            f"2^{config.image_tokenizer.downsamplings}: lower image_tokenizer.downsamplings"
+        )
+    if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", config.name) or ".." in config.name.split("/"):
+        yield f"name {config.name!r}: use letters, digits and . _ + = -, with / between folders"
+
+
+def _below_minimum(config: Config) -> Iterator[str]:
+    minimum = {
+        "quantizer.codes": 2,
+        "quantizer.width": 1,
+        "moe.experts": 1,
+        "moe.top_k": 1,
+        "moe.hidden": 1,
+        "language_model.layers": 1,
+        "language_model.heads": 1,
+        "language_model.width": 2,
+        "image_tokenizer.hidden": 1,
+        "image_tokenizer.downsamplings": 0,
+        "image_tokenizer.residual_blocks": 0,
+        "data.image_size": 1,
+        "data.crops": 1,
+        "data.held_out_crops": 1,
+        "data.context": 1,
+        "data.vocabulary": 257,
+        "train.steps": 1,
+        "train.batch_size": 1,
+        "train.accumulation": 1,
+        "train.clip": 0,
+        "train.log_every": 1,
+        "train.eval_every": 1,
+        "train.eval_batch_size": 1,
+        "train.save_every": 1,
+        "train.keep_checkpoints": 1,
+        "optimizer.lr": 0,
+        "optimizer.warmup_steps": 0,
+        "optimizer.map_lr_multiplier": 0,
+        "optimizer.router_lr_multiplier": 0,
+        "seed": 0,
+        "data.seed": 0,
+    }
+    flat = flatten(config)
+    for key, least in minimum.items():
+        if not flat[key] >= least:
+            yield f"{key} {flat[key]} < {least}: use at least {least}"
+
+
+def _read_yaml(file: Path) -> Any:
+    if not file.is_file():
+        raise ConfigError(
+            f"--config {file} does not exist: give a YAML file, such as those in configs/"
+        )
+    try:
+        content = OmegaConf.load(file)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{file} must hold keys and values, not a {type(content).__name__}")
+    return content
+
+
+def _writable(config: DictConfig) -> DictConfig:
+    """Frozen dataclasses become read-only nodes; merging needs them writable."""
+    OmegaConf.set_readonly(config, False)
+    for key in config:
+        if OmegaConf.is_dict(config._get_node(key)):
+            _writable(config[key])
+    return config
+
+
+def key_names(config: DictConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of a config."""
+    names = []
+    for key in config:
+        node = config._get_node(key)
+        names.append(f"{prefix}{key}")
+        if isinstance(node, DictConfig):
+            names += key_names(node, f"{prefix}{key}.")
+    return names
+
+
+def _locate(base: DictConfig, overrides: Any, error: OmegaConfBaseException) -> str:
+    """The key, its value and the reason of a failed merge, found by merging leaf by leaf."""
+    reason = str(error).splitlines()[0]
+    for key, value in _leaves(overrides):
+        try:
+            OmegaConf.merge(base, OmegaConf.from_dotlist([]), _nested(key, value))
+        except OmegaConfBaseException as found:
+            reason = str(found).splitlines()[0].replace("'$VALUE'", repr(value))
+            return f"{key} {value!r}: {reason}"
+    return reason
+
+
+def _leaves(overrides: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    content = OmegaConf.to_container(overrides) if OmegaConf.is_config(overrides) else overrides
+    for key, value in dict(content).items():  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + str(key), value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def flag_error(console: str, known: Sequence[str]) -> str:
+    """The message of tyro's boxed error, on one line, with the closest flags."""
+    box = [line.strip("│ \t") for line in console.splitlines() if line.startswith("│")]
+    end = next((i for i, line in enumerate(box) if line.startswith("─")), len(box))
+    message = " ".join(box[:end]) or " ".join(console.split())
+    if unknown := re.match(r"Unrecognized options: --([^\s,=]+)", message):
+        message += f".{suggestion(unknown[1], known)}"
+    return f"{message}{'' if message[-1] in '.?' else '.'} --help lists every flag"
+
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "asdict",
+    "check",
+    "check_ranks",
+    "merge_files",
+    "with_flags",
+    "with_overrides",
+]

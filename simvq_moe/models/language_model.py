@@ -1,0 +1,140 @@
+"""A decoder-only language model whose feed-forward layers are mixtures of experts.
+
+RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), causal attention, tied head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from simvq_moe.moe import MoE
+
+ROTARY_BASE = 10_000.0
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, width: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        half = width // heads // 2
+        angles = torch.outer(
+            torch.arange(context).float(), ROTARY_BASE ** (-torch.arange(half) / half)
+        )
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(self._turn(q), self._turn(k), v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+    def _turn(self, x: Float[Tensor, "batch heads tokens channels"]) -> Tensor:
+        tokens = x.shape[-2]
+        cos, sin = self.cos[:tokens].to(x.dtype), self.sin[:tokens].to(x.dtype)
+        even, odd = x.chunk(2, dim=-1)
+        return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+
+
+class Block(nn.Module):
+    """Attention, then a mixture of experts, each on its own normalized residual branch."""
+
+    def __init__(self, width: int, heads: int, context: int, moe: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width)
+        self.attention = Attention(width, heads, context)
+        self.moe_norm = nn.RMSNorm(width)
+        self.moe = MoE(width, **moe)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], dict[str, Tensor]]:
+        x = x + self.attention(self.attention_norm(x))
+        y, losses = self.moe.route_and_run(self.moe_norm(x))
+        return x + y, losses
+
+
+class LanguageModel(nn.Module):
+    """Next-token prediction over windows of context + 1 tokens.
+
+    Args:
+        vocabulary: number of tokens.
+        context: longest sequence.
+        width, layers, heads: of the transformer.
+        moe: arguments of every `MoE` layer but its width.
+        balance_weight, z_loss_weight: weights of the mean of the layers' losses of that name.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        context: int,
+        *,
+        width: int,
+        layers: int,
+        heads: int,
+        moe: Mapping[str, Any],
+        balance_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.balance_weight, self.z_loss_weight = balance_weight, z_loss_weight
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width, heads, context, moe) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        self._initialize(width, layers)
+
+    def forward(
+        self, tokens: Int[Tensor, "batch window"]
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss of windows of context + 1 tokens, and its terms by name."""
+        logits, losses = self.logits(tokens[:, :-1])
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss = (
+            cross_entropy
+            + self.balance_weight * losses["balance"]
+            + self.z_loss_weight * losses["z"]
+        )
+        terms = {
+            "cross_entropy": cross_entropy,
+            "balance_loss": losses["balance"],
+            "z_loss": losses["z"],
+        }
+        return loss, terms
+
+    def logits(
+        self, tokens: Int[Tensor, "batch tokens"]
+    ) -> tuple[Float[Tensor, "batch tokens vocabulary"], dict[str, Tensor]]:
+        """Scores of the next token, float32, and the mean over layers of the MoE losses."""
+        x = self.embedding(tokens)
+        layer_losses = []
+        for block in self.blocks:
+            x, losses = block(x)
+            layer_losses.append(losses)
+        mean = {k: torch.stack([one[k] for one in layer_losses]).mean() for k in layer_losses[0]}
+        return F.linear(self.norm(x), self.embedding.weight).float(), mean
+
+    def _initialize(self, width: int, layers: int) -> None:
+        """N(0, 1/width) rows; the branches' last maps smaller, so that depth keeps the variance."""
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            nn.init.normal_(block.attention.qkv.weight, std=width**-0.5)
+            nn.init.normal_(block.attention.out.weight, std=(2 * layers * width) ** -0.5)
+            with torch.no_grad():
+                block.moe.experts.down.base /= (2 * layers) ** 0.5

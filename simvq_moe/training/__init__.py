@@ -1,0 +1,1 @@
+"""Training: one loop over a DeepSpeed engine, for any number of ranks."""

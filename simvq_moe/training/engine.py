@@ -1,0 +1,153 @@
+"""The DeepSpeed engine, the same for one process, `deepspeed` and `torchrun`."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from simvq_moe.config import Config, OptimizerConfig
+from simvq_moe.core.bank import Bank
+from simvq_moe.moe.router import TopKRouter
+
+NEVER = 1_000_000_000
+"""Steps between DeepSpeed's own log lines."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x added over all ranks, in place; every rank must call it."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+
+def launched_ranks() -> int:
+    """Number of ranks that a launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """Rank that a launcher has given this process; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start_distributed() -> World:
+    """Join the ranks that the launcher started, or be the only one."""
+    cuda = torch.cuda.is_available()
+    # both are read when deepspeed is imported, which is why it is imported here
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+
+    if not cuda:
+        # inference only, compiles C++ at start-up and hangs on a stale lock if that was killed
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False)
+    else:
+        store = Path(tempfile.mkdtemp(prefix="simvq_moe_")) / "store"
+        deepspeed.init_distributed(
+            backend,
+            auto_mpi_discovery=False,
+            init_method=store.as_uri(),
+            rank=0,
+            world_size=1,
+        )
+    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def make_engine(model: nn.Module, config: Config, world: World) -> Any:
+    """A DeepSpeed engine over model: `engine(batch)`, `engine.backward(loss)`, `engine.step()`."""
+    import deepspeed
+
+    train = config.train
+    optimizer = AdamW(
+        parameter_groups(model, config.optimizer),
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        fused=world.device.type == "cuda" or None,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=partial(_schedule, config=config),
+        config={
+            "train_batch_size": train.batch_size,
+            "gradient_accumulation_steps": train.accumulation,
+            "gradient_clipping": train.clip,
+            "zero_optimization": {"stage": train.zero_stage},
+            "bf16": {"enabled": train.dtype == "bf16"},
+            "steps_per_print": NEVER,
+        },
+    )
+    return engine
+
+
+def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Parameters by role: shared maps, router rows, matrices, and vectors, which never decay."""
+    role = {id(p): "vector" if p.ndim < 2 else "matrix" for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            role[id(module.bank.base)] = "router"
+        if isinstance(module, Bank) and module.W is not None:
+            role[id(module.W)] = "map"
+    settings = {
+        "matrix": (1.0, optimizer.weight_decay),
+        "vector": (1.0, 0.0),
+        "router": (optimizer.router_lr_multiplier, optimizer.weight_decay),
+        "map": (optimizer.map_lr_multiplier, 0.0),
+    }
+    groups = []
+    for name, (multiplier, decay) in settings.items():
+        members = [p for p in model.parameters() if role[id(p)] == name and p.requires_grad]
+        if members:
+            lr = optimizer.lr * multiplier
+            groups.append({"name": name, "params": members, "lr": lr, "weight_decay": decay})
+    return groups
+
+
+def learning_rate_factor(step: int, steps: int, optimizer: OptimizerConfig) -> float:
+    """Factor on the peak rate for the update after `step` updates: linear warm-up, then cosine."""
+    if step < optimizer.warmup_steps:
+        return (step + 1) / optimizer.warmup_steps
+    span = max(1, steps - 1 - optimizer.warmup_steps)
+    done = min(1.0, (step - optimizer.warmup_steps) / span)
+    floor = optimizer.final_lr_ratio
+    return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _schedule(optimizer: Optimizer, config: Config) -> LambdaLR:
+    return LambdaLR(
+        optimizer,
+        lambda step: learning_rate_factor(step, config.train.steps, config.optimizer),
+    )

@@ -1,0 +1,111 @@
+"""What a run leaves behind: metrics.jsonl (the source of truth), usage.npz, TensorBoard, meta.json.
+
+Only rank 0 writes. Going on from a checkpoint drops what was logged after it, so that an
+interrupted run leaves the same records as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from simvq_moe.training.measures import Layer
+from simvq_moe.training.tensorboard import TensorBoard
+
+
+class RunLog:
+    """The records of one run.
+
+    Args:
+        run_dir: the run's folder.
+        layers: the counted layers.
+        step: the step that the run goes on from, 0 for a new one.
+    """
+
+    def __init__(self, run_dir: Path, layers: Sequence[Layer], step: int) -> None:
+        self.run_dir = run_dir
+        self.layers = layers
+        self.steps: dict[str, list[int]] = {"": [], "val_": []}
+        self.counts: dict[str, list[np.ndarray]] = {"": [], "val_": []}
+        self._go_on_from(step)
+        self.metrics = (run_dir / "metrics.jsonl").open("a")
+        self.tensorboard = TensorBoard(run_dir / "tensorboard", layers, step)
+
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        counts: Sequence[np.ndarray],
+        held_out_counts: Sequence[np.ndarray] | None,
+    ) -> None:
+        """One line of metrics.jsonl, then TensorBoard; counts are kept for usage.npz."""
+        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.metrics.flush()
+        self._keep("", step, counts)
+        if held_out_counts is not None:
+            self._keep("val_", step, held_out_counts)
+        self.tensorboard.write(step, metrics, counts, held_out_counts)
+
+    def write_samples(self, step: int, pixels: np.ndarray) -> None:
+        """samples/val_<step>.png and the same picture in TensorBoard; (height, width, 3) uint8."""
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"val_{step:06d}.png")
+        self.tensorboard.image("samples", pixels, step)
+
+    def write_usage(self) -> None:
+        """usage.npz: int64 counts [log step, layer, slot], and of the held-out set; zero-padded."""
+        arrays = {}
+        for which in ("", "val_"):
+            arrays[f"{which}steps"] = np.array(self.steps[which], dtype=np.int64)
+            slots = max(layer.slots for layer in self.layers)
+            shape = (len(self.steps[which]), len(self.layers), slots)
+            arrays[f"{which}counts"] = np.array(self.counts[which], dtype=np.int64).reshape(shape)
+        aside = self.run_dir / "usage.tmp.npz"
+        np.savez_compressed(aside, **arrays)
+        aside.replace(self.run_dir / "usage.npz")
+
+    def close(self) -> None:
+        self.write_usage()
+        self.metrics.close()
+        self.tensorboard.close()
+
+    def _keep(self, which: str, step: int, counts: Sequence[np.ndarray]) -> None:
+        slots = max(layer.slots for layer in self.layers)
+        self.steps[which].append(step)
+        self.counts[which].append(np.stack([np.pad(n, (0, slots - len(n))) for n in counts]))
+
+    def _go_on_from(self, step: int) -> None:
+        """Drop records after `step`: they are written again, the same."""
+        path = self.run_dir / "metrics.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(f"{line}\n" for line in kept))
+            aside.replace(path)
+        if (self.run_dir / "usage.npz").is_file():
+            with np.load(self.run_dir / "usage.npz") as saved:
+                for which in ("", "val_"):
+                    n = int((saved[f"{which}steps"] <= step).sum())
+                    self.steps[which] = saved[f"{which}steps"][:n].tolist()
+                    self.counts[which] = list(saved[f"{which}counts"][:n])
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a torn line belongs to no step that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file whole: a reader never sees half of it."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)

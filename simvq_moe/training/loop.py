@@ -1,0 +1,250 @@
+"""The training loop: one DeepSpeed engine, any number of ranks, exact to resume.
+
+A step's global batch follows from the seed and the step alone, and each rank takes its share, so
+the position is the step number. All ranks agree at every step whether to go on: a signal or a
+non-finite loss on one of them stops all before anything is updated.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simvq_moe.config import Config
+from simvq_moe.core.usage import counters, counting
+from simvq_moe.data.order import BatchOrder
+from simvq_moe.training import checkpoint
+from simvq_moe.training.engine import World, make_engine
+from simvq_moe.training.logs import RunLog
+from simvq_moe.training.measures import bank_metrics, layers_of, usage_metrics
+from simvq_moe.training.progress import Progress
+from simvq_moe.training.tasks import SAMPLES, Task, build_task
+
+
+class TrainingFailed(RuntimeError):
+    """The run can't go on; one line says why and what was saved."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; a checkpoint was saved."""
+
+
+class Trainer:
+    """One run of one config on this rank.
+
+    Args:
+        config: what to train; its run folder exists.
+        world: this rank among all.
+        stop_asked: whether a signal has asked this process to stop.
+    """
+
+    def __init__(self, config: Config, world: World, stop_asked: Callable[[], bool]) -> None:
+        self.config, self.world, self.stop_asked = config, world, stop_asked
+        self.began = time.monotonic()
+        self.task = _build_in_turn(config, world)
+        self.engine = make_engine(self.task.model, config, world)
+        self.counters = counters(self.task.model)
+        self.layers = layers_of(self.counters)
+        self.checkpoints = config.run_dir / "checkpoints"
+        self.order = BatchOrder(
+            examples=len(self.task.train), batch=config.train.batch_size, seed=config.seed
+        )
+        self.step = 0
+        self.train_seconds = 0.0
+        self.window = Window()
+        restored = checkpoint.restore(self.engine, self.checkpoints, world)
+        if restored is not None:
+            self.step, state = restored
+            self._take_up(state)
+        self.resumed_from = self.step
+        self.log = RunLog(config.run_dir, self.layers, self.step) if world.is_main else None
+
+    def run(self) -> dict[str, float]:
+        """Train to the last step; the final held-out measures and the cost.
+
+        Raises:
+            Interrupted: a signal asked to stop; a checkpoint was saved.
+            TrainingFailed: a loss or a gradient is not finite.
+        """
+        train = self.config.train
+        progress = Progress(train.steps, self.step)
+        held_out: dict[str, float] = {}
+        while self.step < train.steps:
+            stop = self._update()
+            last = self.step == train.steps
+            evaluated = None
+            if last or self.step % train.eval_every == 0:
+                evaluated = held_out, _ = self._evaluate()
+            if last or self.step % train.log_every == 0 or evaluated:
+                metrics = self._write_log(evaluated)
+                if self.world.is_main:
+                    progress.show(self.step, metrics)
+            if last or stop or self.step % train.save_every == 0:
+                self._save()
+            if stop and not last:
+                raise Interrupted(f"stopped at step {self.step}, which is saved")
+        return (held_out or self._evaluate()[0]) | {
+            "step": float(self.step),
+            "time/train_s": self.train_seconds,
+            "time/wall_s": time.monotonic() - self.began,
+            "speed/tokens_per_s": self._tokens(self.step) / max(self.train_seconds, 1e-9),
+        }
+
+    def close(self) -> None:
+        """Finish the records, also after a failure."""
+        if self.log is not None:
+            self.log.close()
+
+    def _update(self) -> bool:
+        """One optimizer step over this rank's share of the global batch; whether to stop after."""
+        started = time.monotonic()
+        self.engine.train()
+        indices = self.order.indices(self.step, rank=self.world.rank, ranks=self.world.size)
+        stop = False
+        parts = self.config.train.accumulation
+        for i, part in enumerate(np.split(indices, parts)):
+            loss, terms = self.engine(self.task.train.batch(part).to(self.world.device))
+            self.window.add({"loss": loss, **terms}, 1 / parts)
+            if i == parts - 1:
+                stop = self._agree(loss)
+            self.engine.backward(loss)
+            self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            raise TrainingFailed(f"step {self.step + 1}: gradient norm {norm}; {self._last_good()}")
+        self.window.add({"grad_norm": torch.tensor(norm, device=self.world.device)}, 1.0)
+        self.step += 1
+        self.window.steps += 1
+        self.window.seconds += time.monotonic() - started
+        self.train_seconds += time.monotonic() - started
+        return stop
+
+    def _agree(self, loss: Tensor) -> bool:
+        """Whether any rank was asked to stop; raises on all if a loss is not finite on one."""
+        finite = bool(loss.detach().isfinite())
+        flags = torch.tensor([self.stop_asked(), not finite], dtype=torch.int32)
+        flags = self.world.sum(flags.to(self.world.device)).tolist()
+        if flags[1]:
+            raise TrainingFailed(f"step {self.step + 1}: loss not finite; {self._last_good()}")
+        return flags[0] > 0
+
+    def _last_good(self) -> str:
+        step = checkpoint.latest_step(self.checkpoints)
+        saved = (
+            "no checkpoint yet" if step is None else f"checkpoint {self.checkpoints / str(step)}"
+        )
+        return (
+            f"step {self.step} was the last good one ({saved}); lower optimizer.lr or set "
+            "train.clip, with another --name"
+        )
+
+    @torch.no_grad()
+    def _evaluate(self) -> tuple[dict[str, float], list[np.ndarray]]:
+        """Measures over the whole held-out set, and its usage counts, over all ranks."""
+        self.engine.eval()
+        device, held_out = self.world.device, self.task.held_out
+        mine = np.array_split(np.arange(len(held_out)), self.world.size)[self.world.rank]
+        size = self.config.train.eval_batch_size
+        with counting(self.task.model):
+            sums: dict[str, Tensor] = {}
+            for start in range(0, max(len(mine), 1), size):
+                found = self.task.evaluate(held_out.batch(mine[start : start + size]).to(device))
+                sums = {k: v.to(device).double() + sums.get(k, 0.0) for k, v in found.items()}
+            totals = self.world.sum(torch.stack([sums[k] for k in sorted(sums)])).tolist()
+            counts = self._sum_counts([counter.take() for counter in self.counters])
+            for counter, n in zip(self.counters, counts, strict=True):
+                counter.counts.copy_(torch.from_numpy(n))
+            measures = self.task.summarize(dict(zip(sorted(sums), totals, strict=True)))
+        return measures | usage_metrics(self.layers, counts, prefix="val/"), counts
+
+    def _write_log(
+        self, evaluated: tuple[dict[str, float], list[np.ndarray]] | None
+    ) -> dict[str, float]:
+        """Close the window: its means and counts over all ranks, written by rank 0."""
+        names = sorted(self.window.sums)
+        sums = torch.stack([self.window.sums[name] for name in names]) / self.window.steps
+        means = (self.world.sum(sums) / self.world.size).tolist()
+        counts = self._sum_counts([counter.take() for counter in self.counters])
+        metrics = {"time": self.train_seconds}
+        metrics |= {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
+        metrics["train/lr"] = self.engine.get_lr()[0]
+        metrics |= usage_metrics(self.layers, counts) | bank_metrics(self.task.model)
+        metrics["speed/tokens_per_s"] = self._tokens(self.window.steps) / self.window.seconds
+        self.window = Window()
+        held_out, held_out_counts = evaluated or ({}, None)
+        if self.log is not None:
+            self.log.write(self.step, metrics | held_out, counts, held_out_counts)
+            if evaluated:
+                self._write_samples()
+        return metrics
+
+    @torch.no_grad()
+    def _write_samples(self) -> None:
+        assert self.log is not None
+        if self.task.picture is not None:
+            self.engine.eval()
+            shown = min(SAMPLES, len(self.task.held_out))
+            every = len(self.task.held_out) // shown
+            batch = self.task.held_out.batch(np.arange(shown) * every).to(self.world.device)
+            self.log.write_samples(self.step, self.task.picture(batch))
+
+    def _save(self) -> None:
+        if self.log is not None:
+            self.log.write_usage()
+        state = {
+            "train_seconds": self.train_seconds,
+            "window": self.window.state(),
+            "counts": [counter.counts for counter in self.counters],
+        }
+        keep = self.config.train.keep_checkpoints
+        checkpoint.save(self.engine, self.checkpoints, self.step, state, self.world, keep)
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        self.train_seconds = state["train_seconds"]
+        self.window = Window(**state["window"])
+        for counter, counts in zip(self.counters, state["counts"], strict=True):
+            counter.counts.copy_(counts)
+
+    def _sum_counts(self, counts: list[Tensor]) -> list[np.ndarray]:
+        """Counts of every layer over all ranks, in one all-reduce."""
+        total = self.world.sum(torch.cat(counts)).cpu().numpy()
+        return np.split(total, np.cumsum([len(n) for n in counts])[:-1])
+
+    def _tokens(self, steps: int) -> int:
+        return steps * self.config.train.batch_size * self.task.tokens_per_sample
+
+
+class Window:
+    """Sums since the last logged step; part of a checkpoint, so that a resumed window is whole."""
+
+    def __init__(
+        self, steps: int = 0, seconds: float = 0.0, sums: dict[str, Tensor] | None = None
+    ) -> None:
+        self.steps, self.seconds = steps, seconds
+        self.sums = sums or {}
+
+    def add(self, terms: Mapping[str, Tensor], weight: float) -> None:
+        """Add scalars by name; they stay on the device."""
+        for name, value in terms.items():
+            value = value.detach().double() * weight
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "seconds": self.seconds, "sums": self.sums}
+
+
+def _build_in_turn(config: Config, world: World) -> Task:
+    """Rank 0 first: what is derived from the data once is then there for the others."""
+    if not world.is_main:
+        world.barrier()
+    task = build_task(config)
+    if world.is_main:
+        world.barrier()
+    task.model.to(world.device)
+    return task

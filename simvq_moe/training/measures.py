@@ -1,0 +1,90 @@
+"""Metrics by name: usage of every counted layer, and the state of every shared map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+from simvq_moe.core.bank import Bank, effective_rank, stable_rank
+from simvq_moe.core.usage import UsageCounter, usage
+
+ROOT = {"codes": "codes", "experts": "moe"}
+"""Metric prefix of each kind of layer."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One counted layer of a model."""
+
+    kind: Literal["codes", "experts"]
+    slots: int
+    top_k: int
+    """Draws of a token."""
+
+
+def layers_of(counters: Sequence[UsageCounter]) -> list[Layer]:
+    """The layers that counters count, in their order."""
+    return [Layer(c.kind, c.slots, c.top_k) for c in counters]
+
+
+def layer_names(layers: Sequence[Layer]) -> list[str]:
+    """Metric prefix of each layer, numbered within its kind; a single codebook has no number."""
+    seen = dict.fromkeys(ROOT, 0)
+    alone = sum(layer.kind == "codes" for layer in layers) == 1
+    names = []
+    for layer in layers:
+        number = "" if layer.kind == "codes" and alone else f"/{seen[layer.kind]:02d}"
+        names.append(ROOT[layer.kind] + number)
+        seen[layer.kind] += 1
+    return names
+
+
+def usage_metrics(
+    layers: Sequence[Layer], counts: Sequence[np.ndarray], prefix: str = ""
+) -> dict[str, float]:
+    """Measures of each layer's counts, the mean over layers of a kind, the window in tokens."""
+    metrics: dict[str, float] = {}
+    names = layer_names(layers)
+    measured = [usage(n).as_dict() for n in counts]
+    for name, one in zip(names, measured, strict=True):
+        metrics |= {f"{prefix}{name}/{m}": value for m, value in one.items()}
+    for kind, root in ROOT.items():
+        of_kind = [i for i, layer in enumerate(layers) if layer.kind == kind]
+        if not of_kind:
+            continue
+        first = of_kind[0]
+        metrics[f"{prefix}{root}/window_tokens"] = float(counts[first].sum() / layers[first].top_k)
+        if names[first] != root:
+            for m in measured[first]:
+                metrics[f"{prefix}{root}/mean/{m}"] = float(
+                    np.mean([measured[i][m] for i in of_kind])
+                )
+    return metrics
+
+
+def shared_maps(model: nn.Module) -> dict[str, Bank]:
+    """Every bank with a map, by its name in the model; their order numbers `bank/00`, `bank/01`."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Bank) and module.W is not None
+    }
+
+
+def bank_metrics(model: nn.Module) -> dict[str, float]:
+    """Condition number, ranks and distance from the identity of every shared map."""
+    metrics: dict[str, float] = {}
+    for i, bank in enumerate(shared_maps(model).values()):
+        spectrum = bank.spectrum()
+        metrics |= {
+            f"bank/{i:02d}/condition": float(spectrum[0] / spectrum[-1]),
+            f"bank/{i:02d}/effective_rank": effective_rank(spectrum),
+            f"bank/{i:02d}/stable_rank": stable_rank(spectrum),
+        }
+        if bank.base.shape[-1] == bank.width:
+            metrics[f"bank/{i:02d}/identity_distance"] = bank.identity_distance()
+    return metrics

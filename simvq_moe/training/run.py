@@ -1,0 +1,207 @@
+"""One run from its config to its exit code: folder, records, status, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from simvq_moe.config import Config, ConfigError, check, check_ranks, first_difference, to_yaml
+from simvq_moe.config import merge_files as load
+from simvq_moe.training import checkpoint
+from simvq_moe.training.engine import World, launched_rank, launched_ranks, start_distributed
+from simvq_moe.training.logs import write_json
+from simvq_moe.training.loop import Interrupted, Trainer, TrainingFailed
+from simvq_moe.training.measures import shared_maps
+from simvq_moe.training.tasks import check_source
+
+FINISHED, FAILED, INTERRUPTED = 0, 1, 130
+"""Exit codes; 2 is a `ConfigError`."""
+PACKAGES = ("simvq-moe", "torch", "deepspeed", "tokenizers", "datasets", "numpy")
+
+
+def train(config: Config) -> int:
+    """Run or resume the config in its folder; the exit code.
+
+    Raises:
+        ConfigError: the config can't run here; nothing was written.
+    """
+    main = launched_rank() == 0
+    check_launch(config, launched_ranks())
+    if is_finished(config):
+        if main:
+            print(f"{config.run_dir} is finished: nothing to do", file=sys.stderr)
+        return FINISHED
+    with _signals() as stop_asked:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        if main:
+            print(to_yaml(config), file=sys.stderr)
+            (config.run_dir / "config.yaml").write_text(to_yaml(config))
+        with _noise_to(config.run_dir / "log.txt", visible=main):
+            return _run(config, stop_asked)
+
+
+def check_launch(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` for whatever would keep this config from running on so many ranks."""
+    check(config)
+    check_ranks(config, world_size)
+    check_source(config)
+    saved = config.run_dir / "config.yaml"
+    if saved.is_file():
+        difference = first_difference(load(Config, [saved]), config)
+        if difference:
+            raise ConfigError(
+                f"{config.run_dir} holds a run of another config ({difference}): "
+                "give this run another --name, or remove that folder"
+            )
+        step = checkpoint.latest_step(config.run_dir / "checkpoints")
+        if step is not None and not is_finished(config):
+            checkpoint.check_world(config.run_dir / "checkpoints", step, world_size)
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run's folder holds its final numbers."""
+    return (config.run_dir / "summary.json").is_file()
+
+
+def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    world = start_distributed()
+    meta = _meta(config, world) | {"started": started}
+    trainer = None
+    try:
+        _write_meta(config, world, meta | {"status": "running", "error": None})
+        trainer = Trainer(config, world, stop_asked)
+        meta |= _describe(trainer)
+        _write_meta(config, world, meta | {"status": "running", "error": None})
+        if world.is_main and trainer.resumed_from:
+            print(f"resuming {config.run_dir} at step {trainer.resumed_from}", file=sys.stderr)
+        summary = trainer.run()
+        trainer.close()
+        if world.is_main:
+            write_json(config.run_dir / "summary.json", {"status": "finished", **summary})
+        status, error, code = "finished", None, FINISHED
+    except Interrupted as stop:
+        status, error, code = "interrupted", str(stop), INTERRUPTED
+    except TrainingFailed as failure:
+        status, error, code = "failed", str(failure), FAILED
+    except Exception:
+        if trainer is not None:
+            trainer.close()
+        error = traceback.format_exc().strip().splitlines()[-1]
+        _write_meta(config, world, meta | {"status": "failed", "error": error})
+        raise
+    if trainer is not None and status != "finished":
+        trainer.close()
+    _write_meta(config, world, meta | {"status": status, "error": error})
+    if world.is_main:
+        print(f"{config.run_dir}: {error or status}", file=sys.stderr)
+    world.barrier()
+    dist.destroy_process_group()
+    return code
+
+
+def _meta(config: Config, world: World) -> dict[str, Any]:
+    cuda = world.device.type == "cuda"
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "task": config.task,
+        "arm": config.arm or config.name,
+        "seed": config.seed,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **versions},
+        "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),
+        "world_size": world.size,
+    }
+
+
+def _describe(trainer: Trainer) -> dict[str, Any]:
+    parameters = list(trainer.task.model.parameters())
+    return {
+        "layers": [vars(layer) for layer in trainer.layers],
+        "banks": list(shared_maps(trainer.task.model)),
+        "parameters": {
+            "total": sum(p.numel() for p in parameters),
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        },
+        "samples": {"train": len(trainer.task.train), "held_out": len(trainer.task.held_out)},
+        "tokens_per_sample": trainer.task.tokens_per_sample,
+    }
+
+
+def _write_meta(config: Config, world: World, meta: dict[str, Any]) -> None:
+    if world.is_main:
+        write_json(config.run_dir / "meta.json", meta)
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, if it is one."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM are remembered, so that the loop stops after a whole step."""
+    received: list[int] = []
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {s: signal.signal(s, lambda number, _: received.append(number)) for s in handled}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _noise_to(file: Path, *, visible: bool) -> Iterator[None]:
+    """What libraries print, log and warn of goes to a file; our own warnings also to the user."""
+    with file.open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+        handler = logging.StreamHandler(log)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        root, ours = logging.getLogger(), logging.getLogger("simvq_moe")
+        console = logging.StreamHandler(sys.stderr)
+        console.setLevel(logging.WARNING)
+        root.addHandler(handler)
+        if visible:
+            ours.addHandler(console)
+        logging.captureWarnings(True)
+        # deepspeed's logger has its own handler on standard output
+        from deepspeed.utils import logger as deepspeed_logger
+
+        before = deepspeed_logger.handlers[:]
+        deepspeed_logger.handlers[:] = [handler]
+        try:
+            yield
+        finally:
+            deepspeed_logger.handlers[:] = before
+            logging.captureWarnings(False)
+            root.removeHandler(handler)
+            ours.removeHandler(console)

@@ -1,0 +1,193 @@
+"""What is trained: a model, its two data sets and its held-out measures, from the config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simvq_moe.config import Config
+from simvq_moe.core.bank import effective_rank
+from simvq_moe.core.streams import own_stream
+from simvq_moe.data import images, text
+from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.quantizers import EMAVQ, VQ, Quantizer, SimVQ
+
+EMBEDDED = {"image_tokenizer": "photos", "language_model": "python-stdlib"}
+SAMPLES = 8
+"""Held-out samples that are shown."""
+
+
+class DataSet(Protocol):
+    """A fixed set of samples, read by index."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with its data and measures; `model(batch)` returns the loss and its terms."""
+
+    model: nn.Module
+    train: DataSet
+    held_out: DataSet
+    tokens_per_sample: int
+    """Tokens (codes or text tokens) of one sample."""
+    evaluate: Callable[[Tensor], dict[str, Tensor]]
+    """Sums over a held-out batch, in float64, to be added over batches and ranks."""
+    summarize: Callable[[Mapping[str, float]], dict[str, float]]
+    """Held-out measures by name, from the summed sums."""
+    picture: Callable[[Tensor], np.ndarray] | None
+    """A held-out batch above what the model makes of it, (height, width, 3) uint8."""
+
+
+def source_of(config: Config) -> str:
+    """The data source, or the task's embedded set."""
+    return config.data.source or EMBEDDED[config.task]
+
+
+def check_source(config: Config) -> None:
+    """Raise `ConfigError` for a source that does not exist or holds nothing readable."""
+    module = images if config.task == "image_tokenizer" else text
+    module.check_source(source_of(config))
+
+
+def build_task(config: Config) -> Task:
+    """Data and model of the config; the seed fixes the model's initial weights."""
+    return _image_task(config) if config.task == "image_tokenizer" else _language_task(config)
+
+
+def build_quantizer(config: Config) -> Quantizer:
+    """The quantizer of the config's section of that name."""
+    q = config.quantizer
+    options: dict[str, Any] = {
+        "gradient": q.gradient,
+        "codebook_weight": q.codebook_weight,
+        "commitment_weight": q.commitment_weight,
+    }
+    if q.kind == "vq":
+        return VQ(q.codes, q.width, **options)
+    if q.kind == "ema":
+        return EMAVQ(q.codes, q.width, decay=q.decay, **options)
+    return SimVQ(
+        q.codes,
+        q.width,
+        transform=q.transform,
+        train_base=q.train_base,
+        bias=q.bias,
+        base_width=q.base_width,
+        **options,
+    )
+
+
+def build_model(config: Config) -> ImageTokenizer | LanguageModel:
+    """The model of the config; the same seed gives arms the same weights where shapes allow."""
+    torch.manual_seed(config.seed)
+    if config.task == "image_tokenizer":
+        with own_stream():
+            quantizer = build_quantizer(config)
+        return ImageTokenizer(quantizer, **asdict(config.image_tokenizer))
+    moe = asdict(config.moe)
+    del moe["balance"]
+    weights = {
+        "balance_weight": moe.pop("balance_weight") if config.moe.balance == "aux" else 0.0,
+        "z_loss_weight": moe.pop("z_loss_weight"),
+    }
+    moe.pop("balance_weight", None)
+    return LanguageModel(
+        config.data.vocabulary,
+        config.data.context,
+        **asdict(config.language_model),
+        moe=moe,
+        **weights,
+    )
+
+
+def _image_task(config: Config) -> Task:
+    data = config.data
+    train, held_out = images.image_crops(
+        source_of(config),
+        size=data.image_size,
+        crops=data.crops,
+        held_out_crops=data.held_out_crops,
+        seed=data.seed,
+    )
+    model = build_model(config)
+    assert isinstance(model, ImageTokenizer)
+
+    def evaluate(batch: Tensor) -> dict[str, Tensor]:
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+        reconstruction, _ = model.reconstruct(batch)
+        error = (reconstruction - batch).double().square().mean(dim=(1, 2, 3))
+        # per image over RGB; the pixels span 2, from -1 to 1
+        psnr = 10 * torch.log10(4 / error.clamp_min(1e-10))
+        similarity = ssim(reconstruction, batch, data_range=(-1.0, 1.0), reduction="none")
+        assert isinstance(similarity, Tensor)
+        sums = {"mse": error, "psnr": psnr, "ssim": similarity.double()}
+        return {k: v.sum() for k, v in sums.items()} | {"images": torch.tensor(float(len(batch)))}
+
+    def summarize(sums: Mapping[str, float]) -> dict[str, float]:
+        means = {f"val/{k}": sums[k] / sums["images"] for k in ("mse", "psnr", "ssim")}
+        return {
+            "val/loss": means["val/mse"],
+            **means,
+            "val/codes/effective_rank": _rank_of_used_codes(model.quantizer),
+        }
+
+    def picture(batch: Tensor) -> np.ndarray:
+        rows = torch.stack([batch, model.reconstruct(batch)[0]])
+        pixels = ((rows.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        grid = pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        return grid.cpu().numpy()
+
+    side = data.image_size // 2**config.image_tokenizer.downsamplings
+    return Task(model, train, held_out, side**2, evaluate, summarize, picture)
+
+
+def _rank_of_used_codes(quantizer: Quantizer) -> float:
+    """Effective rank of the codes drawn in this window, each weighted by its draws."""
+    counts = quantizer.usage.counts.double()
+    weights = (counts / counts.sum())[:, None]
+    codes = quantizer.codebook(torch.float64).detach()
+    centred = (codes - (weights * codes).sum(0)) * weights.sqrt()
+    return effective_rank(torch.linalg.svdvals(centred))
+
+
+def _language_task(config: Config) -> Task:
+    data = config.data
+    corpus = text.token_windows(
+        source_of(config),
+        vocabulary=data.vocabulary,
+        context=data.context,
+        cache_dir=data.cache_dir,
+    )
+    model = build_model(config)
+    assert isinstance(model, LanguageModel)
+
+    def evaluate(batch: Tensor) -> dict[str, Tensor]:
+        logits, _ = model.logits(batch[:, :-1])
+        targets = batch[:, 1:].flatten()
+        nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").double().sum()
+        return {
+            "nats": nats,
+            "tokens": torch.tensor(float(len(targets))),
+            "bytes": corpus.bytes_of_token.to(targets.device)[targets].sum().double(),
+        }
+
+    def summarize(sums: Mapping[str, float]) -> dict[str, float]:
+        return {
+            "val/loss": sums["nats"] / sums["tokens"],
+            "val/bits_per_byte": sums["nats"] / math.log(2) / sums["bytes"],
+        }
+
+    return Task(model, corpus.train, corpus.held_out, data.context, evaluate, summarize, None)

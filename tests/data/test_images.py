@@ -1,0 +1,186 @@
+"""Crops come from real photos, and no held-out pixel is seen in training."""
+
+import logging
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simvq_moe.config import ConfigError
+from simvq_moe.data.images import PHOTOS, check_source, image_crops
+
+SIZE = 8
+
+
+def column_image(width=100, height=40, start=0):
+    """An image whose red channel is the column, so that a crop tells where it came from."""
+    columns = np.arange(start, start + width, dtype=np.uint8)
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[..., 0] = columns
+    pixels[..., 1] = np.arange(height, dtype=np.uint8)[:, None]
+    return Image.fromarray(pixels)
+
+
+def plain_image(value):
+    return Image.new("RGB", (20, 20), (value, value, value))
+
+
+@pytest.fixture
+def few(tmp_path):
+    (tmp_path / "deep").mkdir()
+    column_image().save(tmp_path / "a.png")
+    column_image().save(tmp_path / "deep" / "b.bmp")
+    return tmp_path
+
+
+@pytest.fixture
+def many(tmp_path):
+    for i in range(40):
+        plain_image(i).save(tmp_path / f"{i:02}.png")
+    return tmp_path
+
+
+def crops(source, count=50, held_out=20, size=SIZE, seed=0):
+    return image_crops(str(source), size=size, crops=count, held_out_crops=held_out, seed=seed)
+
+
+def test_photos_give_the_default_set_without_importing_their_packages():
+    before = set(sys.modules)
+    train, held_out = image_crops("photos", size=32, crops=18_000, held_out_crops=1_026, seed=0)
+    assert not {"skimage", "sklearn", "pooch"} & (set(sys.modules) - before)
+    assert train.images.shape == (18_000, 3, 32, 32)
+    assert held_out.images.shape == (1_026, 3, 32, 32)
+    assert train.images.dtype == held_out.images.dtype == torch.uint8
+    # 2,000 crops of each photo lie together, and the nine photos look different
+    means = train.images.reshape(len(PHOTOS), 2_000, 3, -1).double().mean((1, 3))
+    assert torch.cdist(means, means).add(torch.eye(9) * 99).min() > 1
+    # the photos fill the range of a byte
+    assert int(train.images.min()) < 5
+    assert int(train.images.max()) > 250
+
+
+def test_training_crops_touch_no_held_out_column(few):
+    train, held_out = crops(few, 2_000, 2_000)
+    assert sorted(set(train.images[:, 0].flatten().tolist())) == list(range(82))
+    assert sorted(set(held_out.images[:, 0].flatten().tolist())) == list(range(82, 100))
+
+
+def test_a_crop_is_a_square_of_neighbouring_pixels(few):
+    train, _ = crops(few)
+    columns, rows = train.images[:, 0].int(), train.images[:, 1].int()
+    assert torch.equal(columns - columns[:, :1, :1], torch.arange(SIZE).expand(50, SIZE, SIZE))
+    assert torch.equal(rows - rows[:, :1, :1], torch.arange(SIZE)[:, None].expand(50, SIZE, SIZE))
+
+
+def test_every_place_is_drawn(few):
+    train, held_out = crops(few, 4_000, 2_000)
+    assert set(train.images[:, 1, 0, 0].tolist()) == set(range(40 - SIZE + 1))
+    assert set(train.images[:, 0, 0, 0].tolist()) == set(range(82 - SIZE + 1))
+    assert set(held_out.images[:, 0, 0, 0].tolist()) == set(range(82, 100 - SIZE + 1))
+
+
+def test_batches_map_bytes_onto_minus_one_to_one(few):
+    train, _ = crops(few)
+    batch = train.batch(np.array([3, 0, 3]))
+    assert batch.dtype == torch.float32
+    torch.testing.assert_close(batch, train.images[[3, 0, 3]].float() / 255 * 2 - 1)
+    torch.testing.assert_close(train.batch(torch.tensor([3, 0, 3])), batch)
+    white_and_black = crops_of_values(train, [0, 255])
+    assert white_and_black.unique().tolist() == [-1.0, 1.0]
+
+
+def crops_of_values(crops, values):
+    crops.images[: len(values)] = torch.tensor(values, dtype=torch.uint8)[:, None, None, None]
+    return crops.batch(np.arange(len(values)))
+
+
+def test_the_seed_alone_decides_the_crops(few):
+    first, again, other = (crops(few, seed=seed) for seed in (0, 0, 1))
+    for side in range(2):
+        assert torch.equal(first[side].images, again[side].images)
+        assert not torch.equal(first[side].images, other[side].images)
+
+
+def test_many_files_are_split_by_file_and_drawn_from_equally(many):
+    train, held_out = crops(many, 4 * 40, 40)
+    seen, unseen = train.images.unique().tolist(), held_out.images.unique().tolist()
+    assert sorted(seen + unseen) == list(range(40))
+    assert 1 <= len(unseen) <= 10
+    counts = torch.bincount(train.images[:, 0, 0, 0].int(), minlength=40)[seen]
+    assert counts.max() - counts.min() <= 1
+
+
+def test_fewer_crops_than_files_come_from_different_files(many):
+    train, _ = crops(many, 10, 1)
+    assert len(set(train.images[:, 0, 0, 0].tolist())) == 10
+
+
+def test_other_modes_become_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "CMYK", "1"):
+        column_image().convert(mode).save(tmp_path / f"{mode}.tiff")
+    train, held_out = crops(tmp_path)
+    assert train.images.shape == (50, 3, SIZE, SIZE)
+    assert held_out.images.shape == (20, 3, SIZE, SIZE)
+
+
+def test_one_image_file_is_a_source(few):
+    train, _ = crops(few / "a.png")
+    assert len(train) == 50
+
+
+def test_bad_files_are_skipped_with_one_line_that_names_them(few, caplog):
+    content = (few / "a.png").read_bytes()
+    (few / "no_image.png").write_text("hello")
+    (few / "truncated.png").write_bytes(content[: len(content) // 2])
+    (few / "README.txt").write_text("about these images")
+    plain_image(0).resize((SIZE - 1, 99)).save(few / "too_small.png")
+    plain_image(0).resize((36, 99)).save(few / "narrow_right_part.png")
+    with caplog.at_level(logging.WARNING):
+        train, held_out = crops(few)
+    (record,) = caplog.records
+    assert "skipped 4 unreadable or too small images" in record.getMessage()
+    for name in ("no_image", "truncated", "too_small", "narrow_right_part"):
+        assert name in record.getMessage()
+    assert "README" not in record.getMessage()
+    # what the truncated image would have given comes from the others
+    assert (len(train), len(held_out)) == (50, 20)
+
+
+def test_a_good_folder_warns_of_nothing(few, caplog):
+    crops(few)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("make", [crops, check_source])
+def test_a_missing_folder_is_named_with_the_way_out(make, tmp_path):
+    missing = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"data\.source .*nowhere.* does not exist: .*'photos'"):
+        make(missing)
+
+
+def test_a_folder_without_images_is_named_with_the_way_out(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ConfigError, match=r"data\.source .* holds no readable image: .*'photos'"):
+        check_source(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"data\.source .* holds no image"):
+        crops(tmp_path)
+
+
+def test_crops_larger_than_the_images_name_the_size(few):
+    with pytest.raises(ConfigError, match=r"data\.image_size 64: lower it"):
+        crops(few, size=64)
+
+
+def test_only_damaged_images_are_an_error(tmp_path):
+    column_image().save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigError, match="holds no image that is readable"):
+        crops(tmp_path)
+
+
+def test_sources_with_an_image_pass_the_check(few):
+    check_source("photos")
+    check_source(str(few))
