@@ -210,7 +210,9 @@ def merge_files(schema: type[T], files: Sequence[Path]) -> T:
     """The dataclass with its defaults overridden by each YAML file in order."""
     merged = _writable(OmegaConf.structured(schema))
     for file in files:
-        merged = merge(merged, _read_yaml(file), origin=str(file))
+        merged = merge(_writable(merged), _read_yaml(file), origin=str(file))
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        raise ConfigError(f"{files[-1] if files else 'config'}: {missing[0]} is missing: set it")
     return to_dataclass(merged, schema)
 
 
@@ -409,8 +411,9 @@ def _writable(config: DictConfig) -> DictConfig:
     """Frozen dataclasses become read-only nodes; merging needs them writable."""
     OmegaConf.set_readonly(config, False)
     for key in config:
-        if OmegaConf.is_dict(config._get_node(key)):
-            _writable(config[key])
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()):
+            _writable(node)
     return config
 
 

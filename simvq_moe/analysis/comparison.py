@@ -74,6 +74,7 @@ def group_result(group: Group) -> GroupResult:
         question=group.question,
         notes=group.notes,
         config=group.config,
+        command=group.command,
         verdict=verdict(arms, group.outcomes, paired),
         kind=kind,
         baseline=group.baseline,

@@ -78,7 +78,8 @@ def curves_of(group: Group, kind: str | None) -> list[Curve]:
             several = any(len(r.series(held_out)[0]) > 1 for a in group.arms for r in a.runs)
             name = held_out if several else training
             curves += _curves(group, name, _logged(name))
-    curves += _curves(group, "train/loss", _logged("train/loss"))
+    for name in ("val/codes/effective_rank", "train/loss"):
+        curves += _curves(group, name, _logged(name))
     for leaf in BANK_MEASURES:
         curves += _curves(group, f"bank/mean/{leaf}", _bank_mean(leaf))
     return curves
@@ -121,9 +122,10 @@ def first_counted(arm: Arm) -> Run | None:
 def _logged(name: str) -> Callable[[Run], Series]:
     def series(run: Run) -> Series:
         steps, values = run.series(name)
-        if len(steps) or not name.startswith(tuple(HELD_OUT.values())):
+        leaf = name.rsplit("/", 1)[-1]
+        if len(steps) or leaf not in PAIRED_MEASURES or not name.startswith("val/"):
             return steps, values
-        return _counted(run, name.rsplit("/", 1)[-1])
+        return _counted(run, leaf)
 
     return series
 

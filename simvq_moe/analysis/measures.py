@@ -33,7 +33,7 @@ class Measure:
 
     label: str
     decimals: int | None = None
-    """Digits after the point; None: four significant digits."""
+    """Digits after the point, one fewer from 100 on; None: four significant digits."""
     kind: Literal["number", "share"] = "number"
     """share: between 0 and 1, printed in percent; a difference is in points, never in percent."""
     better: Literal["higher", "lower"] | None = None
@@ -77,7 +77,9 @@ def measure(name: str) -> Measure:
 
 
 def label(name: str) -> str:
-    """A metric's label; a loss says where it was taken."""
+    """A metric's label; a training loss says so, as does the rank of codes rather than of W."""
+    if name == "val/codes/effective_rank":
+        return "effective rank of the used codes"
     text = measure(name).label
     return f"training {text}" if name.startswith("train/") else text
 
@@ -148,7 +150,7 @@ def _signed(text: str) -> str:
 def _decimals(name: str, value: float) -> int:
     fixed = measure(name).decimals
     if fixed is not None:
-        return fixed
+        return max(0, fixed - (abs(value) >= 100))
     if value == 0 or not math.isfinite(value):
         return 4
     return min(12, max(0, 3 - math.floor(math.log10(abs(value)))))

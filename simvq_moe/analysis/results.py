@@ -1,7 +1,7 @@
 """What report.json holds: every number that a report shows, in one stable structure.
 
     {"title",
-     "groups": [{"name", "sweep", "question", "notes", "config", "kind", "baseline", "outcomes",
+     "groups": [{"name", "sweep", "question", "notes", "config", "command", "kind", "baseline", "outcomes",
                  "seeds", "verdict": [sentence],
                  "arms": [{"name", "label", "control", "baseline", "n", "status": [a seed],
                            "values": {metric: [a seed]}, "mean": {metric}, "sd": {metric},
@@ -98,6 +98,7 @@ class GroupResult:
     question: str
     notes: str
     config: str
+    command: str
     verdict: list[str]
     """Sentences; the first is on the first outcome and says what n allows."""
     kind: str | None

@@ -102,6 +102,8 @@ class Group:
     config: str = ""
     sweep: str = ""
     """Title of the sweep it belongs to; empty for runs that were found one by one."""
+    command: str = ""
+    """The command that does the whole sweep."""
 
 
 def find_groups(paths: Sequence[Path]) -> list[Group]:
@@ -148,9 +150,7 @@ def read_run(path: Path, *, arm: str | None = None, planned: dict[str, Any] | No
         arm=arm or str(config.get("arm") or config.get("name") or path.name),
         seed=int(planned.get("seed", config.get("seed", meta.get("seed", 0)))),
         status=status,
-        error=None
-        if status == "finished"
-        else (meta.get("error") or planned.get("error") or broken),
+        error=None if status == "finished" else _error(path, status, meta, broken),
         config=config,
         meta=meta,
         metrics=tuple(metrics),
@@ -160,15 +160,26 @@ def read_run(path: Path, *, arm: str | None = None, planned: dict[str, Any] | No
     )
 
 
+def _error(path: Path, status: str, meta: dict[str, Any], broken: str | None) -> str | None:
+    found = meta.get("error") or broken
+    if not found and status == "failed":
+        return f"no error recorded: see {path.name}/launcher.log and log.txt"
+    return found
+
+
 def _status(path: Path, meta: dict[str, Any], planned: dict[str, Any]) -> str:
-    """A run that was killed still says "running"; the sweep that watched it knows better."""
+    """What became of it. A killed run still says "running"; its sweep may know better."""
+    if (path / "summary.json").is_file():
+        return "finished"
     if not path.is_dir():
         return "missing" if planned.get("status") in (None, "finished") else planned["status"]
     if meta.get("status") in ENDED:
         return meta["status"]
     if planned.get("status") in ("failed", "interrupted"):
         return planned["status"]
-    return meta.get("status") or ("failed" if planned.get("status") == "finished" else "pending")
+    if not meta and (path / "launcher.log").is_file():
+        return "failed"
+    return meta.get("status") or "pending"
 
 
 def _walk(path: Path) -> Iterator[Path]:
@@ -195,6 +206,7 @@ def _read_sweep(directory: Path) -> list[Group]:
             notes=group.get("notes") or "",
             config=str(group.get("config") or ""),
             sweep=content.get("title") or content.get("name", ""),
+            command=content.get("command") or "",
         )
         for group in content.get("groups", [])
     ]

@@ -287,17 +287,22 @@ def _launch(run: Run, plan: Plan, ranks: int, label: str, clock: Clock) -> None:
 
 def command(config: Path, ranks: int) -> list[str]:
     """The launcher's command line for one run of a config on this machine."""
-    beside = Path(sys.executable).parent / "deepspeed"
-    launcher = str(beside) if beside.is_file() else shutil.which("deepspeed")
-    if launcher is None:
-        raise ConfigError("the deepspeed launcher is not on PATH: pip install deepspeed")
     return [
-        launcher,
+        launcher(),
         "-q",
         *("--num_accelerators", str(ranks)),
         *("--master_port", str(_free_port())),
         *("--module", "simvq_moe", "train", "--config", str(config)),
     ]
+
+
+def launcher() -> str:
+    """Path of the deepspeed launcher that belongs to this Python, or else of the first on PATH."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if found is None:
+        raise ConfigError("the deepspeed launcher is not on PATH: pip install deepspeed")
+    return found
 
 
 def _free_port() -> int:

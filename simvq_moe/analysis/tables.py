@@ -55,7 +55,15 @@ def result_table(group: GroupResult, columns: Sequence[str] = USAGE_MEASURES) ->
     """Arms with held-out error, usage and time, and the uniform null as the last line."""
     error = " / ".join(label(name) for name in group.errors)
     header = ["arm", "runs", *([error] if error else [])]
-    header += [*(label(name) for name in columns if group.kind), "seconds"]
+    slots = {null.slots for null in group.null}
+    header += [
+        f"{label(name)} of {next(iter(slots)):,}"
+        if name == "perplexity" and len(slots) == 1
+        else label(name)
+        for name in columns
+        if group.kind
+    ]
+    header.append("seconds")
     rows = [_arm_row(group, arm, columns) for arm in group.arms]
     rows += [_null_row(group, null, columns) for null in group.null]
     return Table(header, rows)
@@ -74,8 +82,8 @@ def _arm_row(group: GroupResult, arm: ArmResult, columns: Sequence[str]) -> Row:
     if group.kind:
         for name in columns:
             cell = _value_cell(arm, group.metric(name))
-            if name == "perplexity" and (slots := _slots(group, arm.name)):
-                cell = Cell(f"{cell.text} of {slots:,}", cell.beneath)
+            if name == "perplexity" and len(group.null) > 1:
+                cell = Cell(cell.text + _of_slots(group, arm.name), cell.beneath)
             cells.append(cell)
     cells.append(_value_cell(arm, SECONDS))
     return Row(cells, "baseline" if arm.baseline else "control" if arm.control else "")
@@ -91,16 +99,15 @@ def _value_cell(arm: ArmResult, name: str) -> Cell:
     return Cell(mean_and_sd(name, mean, arm.sd[name]), " · ".join(each) if len(each) > 1 else "")
 
 
-def _slots(group: GroupResult, arm: str) -> int | None:
-    return next((null.slots for null in group.null if arm in null.arms), None)
+def _of_slots(group: GroupResult, arm: str) -> str:
+    """ " of 512" where arms differ in their number of slots; else the header says it once."""
+    return next((f" of {null.slots:,}" for null in group.null if arm in null.arms), "")
 
 
 def _null_row(group: GroupResult, null: Null, columns: Sequence[str]) -> Row:
     which = "" if len(group.null) == 1 else f" ({null.slots:,} slots, {null.draws:,} draws)"
     cells = [Cell(NULL_LABEL + which, "the null"), Cell(""), *([Cell("")] if group.errors else [])]
-    for name in columns:
-        text = number(group.metric(name), null.values[group.metric(name)])
-        cells.append(Cell(f"{text} of {null.slots:,}" if name == "perplexity" else text))
+    cells += [Cell(number(group.metric(name), null.values[group.metric(name)])) for name in columns]
     return Row([*cells, Cell("")], "null")
 
 
@@ -123,7 +130,7 @@ def window_note(group: GroupResult) -> list[str]:
 
 def paired_table(group: GroupResult) -> Table:
     """Each arm minus the baseline, over paired seeds."""
-    header = ["metric", "arm", "difference ± sd", "relative", "95 % interval"]
+    header = ["metric, arm", "difference ± sd", "relative", "95 % interval"]
     header += ["n", "p", "p at best", "p Holm"]
     labels = {arm.name: arm.label for arm in group.arms}
     return Table(header, [_paired_row(pair, labels[pair.arm]) for pair in group.paired])
@@ -140,8 +147,7 @@ def _paired_row(pair: Paired, arm: str) -> Row:
     share = unit(name) != ""
     return Row(
         [
-            Cell(label(name), "outcome" if pair.outcome else "secondary"),
-            Cell(arm),
+            Cell(f"{label(name)}, {arm}", "outcome" if pair.outcome else "secondary"),
             Cell(mean if pair.n else MISSING, " · ".join(each) if len(each) > 1 else ""),
             Cell(MISSING if share else percent(pair.relative)),
             Cell(interval),

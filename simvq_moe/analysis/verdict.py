@@ -20,7 +20,7 @@ LEVEL = 0.05
 def verdict(
     arms: Sequence[ArmResult], outcomes: Sequence[str], paired: Sequence[Paired]
 ) -> list[str]:
-    """One sentence an outcome; the first also says what the number of pairs allows."""
+    """A sentence an outcome, and what the number of pairs allows, said once where it is equal."""
     family = [pair for pair in paired if pair.outcome and pair.n]
     if not family:
         return ["No pair of finished runs yet: there is nothing to compare."]
@@ -33,7 +33,10 @@ def verdict(
             start = f"Against {baseline}, {label(name)} changes by "
             clauses = [f"{_change(pair)} with {labels[pair.arm]}" for pair in of_outcome]
             claim = _claim(of_outcome, len(family), labels)
-            sentences.append(f"{start}{', by '.join(clauses)}: {claim}.")
+            said = any(claim in sentence for sentence in sentences)
+            sentences.append(
+                f"{start}{'; by '.join(clauses)}." + (f" {claim}." if not said else "")
+            )
     return sentences
 
 
@@ -51,11 +54,12 @@ def _change(pair: Paired) -> str:
 
 def _claim(pairs: Sequence[Paired], tests: int, labels: dict[str, str]) -> str:
     """What the number of pairs allows to say about one outcome's differences."""
-    least = min(pair.n for pair in pairs)
-    if max(pair.n for pair in pairs) < stats.LEAST_PAIRS:
+    least, most = min(pair.n for pair in pairs), max(pair.n for pair in pairs)
+    n = f"n = {least}" if least == most else f"n = {least} to {most}"
+    if most < stats.LEAST_PAIRS:
         return (
-            f"descriptive, since with n = {least} and fewer than {stats.LEAST_PAIRS} pairs nothing "
-            f"can reach p < {LEVEL} (smallest possible p {probability(stats.smallest_p(least))})"
+            f"This is descriptive: with {n} pairs, fewer than {stats.LEAST_PAIRS}, nothing can "
+            f"reach p < {LEVEL} (smallest possible p {probability(stats.smallest_p(most))})"
         )
     needed = stats.pairs_needed(tests, LEVEL)
     found = [p for p in pairs if p.p_holm is not None and p.p_holm < LEVEL]
@@ -68,11 +72,12 @@ def _claim(pairs: Sequence[Paired], tests: int, labels: dict[str, str]) -> str:
     if least < needed:
         parts.append(
             f"the first of {tests} tests under Holm needs {needed} pairs to reach p < {LEVEL}, "
-            f"here n = {least}"
+            f"here {n}"
         )
     else:
-        parts.append(f"n = {least} pairs")
-    return "; ".join(parts)
+        parts.append(f"{n} pairs")
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:]
 
 
 def _list(pairs: Sequence[Paired], labels: dict[str, str]) -> str:

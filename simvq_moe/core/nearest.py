@@ -1,12 +1,8 @@
-"""Exact nearest-code search without a tokens x codes matrix, in one pass or two.
+"""Exact nearest-code search without a tokens x codes matrix.
 
 argmin_i |z - e_i|^2 = argmax_i s_i with s_i = z · e_i - |e_i|^2 / 2. Codes e = base @ W + bias are
-formed tile by tile and thrown away, tiles outermost, so memory is O(tokens + tile).
-
-Where bfloat16 products are fast a first pass finds the largest s of each tile from one bfloat16
-product, and only tiles that its rounding error cannot rule out are searched in float32. The error
-bound is that of inner products (Higham, Accuracy and Stability of Numerical Algorithms, section
-3.1), so the ids are those of the float32 search always, not only with luck.
+formed tile by tile and thrown away, tiles outermost, so memory is O(tokens + tile). Where bfloat16
+products are fast, `screening` first rules out the groups of codes that cannot win.
 """
 
 from __future__ import annotations
@@ -15,18 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from simvq_moe.core.screening import GROUP, groups_that_may_win, is_worth_screening
 
 TOKEN_TILE = 1024
 """Tokens that meet a tile of codes at once: their scores stay in the processor's cache."""
 
 TOKEN_BLOCK = 4096
 """Tokens searched together: each tile of codes is formed once for all of them."""
-
-SCREEN_FROM_TOKENS = 256
-SCREEN_FROM_TILES = 4
-"""A smaller search costs less in one float32 pass than in two."""
 
 
 @torch.no_grad()
@@ -49,26 +43,30 @@ def nearest(
         ValueError: z or codes hold NaN or infinite values, for which no code is nearest.
     """
     if torch.compiler.is_exporting():
-        codes = _Codes(base, W, bias, z.dtype).rows(0, len(base))
+        codes = Codes(base, W, bias, z.dtype).rows(0, len(base))
         return torch.addmm(codes.square().sum(1) / 2, z, codes.T, beta=-1).argmax(1)
     return _nearest(*(t if t is None else t.detach() for t in (z, base, W, bias)))
 
 
 # an operator of its own, because its control flow depends on data: opaque to torch.compile
-@torch.library.custom_op("simvq_moe::nearest", mutates_args=())
+@torch.library.custom_op(
+    "simvq_moe::nearest",
+    mutates_args=(),
+    schema="(Tensor z, Tensor base, Tensor? W, Tensor? bias) -> Tensor",
+)
 def _nearest(z: Tensor, base: Tensor, W: Tensor | None, bias: Tensor | None) -> Tensor:
-    codes = _Codes(base, W, bias, z.dtype)
+    codes = Codes(base, W, bias, z.dtype)
     ids = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     best = torch.full((len(z),), -torch.inf, dtype=z.dtype, device=z.device)
     with _full_precision():
         for first in range(0, len(z), TOKEN_BLOCK):
             block = slice(first, first + TOKEN_BLOCK)
             _search(z[block], codes, ids[block], best[block])
-    found = best.isfinite() & codes.finite
-    if not bool(found.all()):
+    if not bool(best.isfinite().all() & codes.finite):
+        bad = int((~z.isfinite()).any(1).sum())
+        whose = f"{bad} of {len(z)} latents are" if bad else "the codebook is"
         raise ValueError(
-            f"nearest: {int((~found).sum())} of {len(z)} tokens have no nearest code, because "
-            "the latents or the codebook are not finite: lower the learning rate or clip"
+            f"nearest: {whose} not finite, so no code is nearest: lower the learning rate or clip"
         )
     return ids
 
@@ -78,8 +76,8 @@ def _(z: Tensor, base: Tensor, W: Tensor | None, bias: Tensor | None) -> Tensor:
     return z.new_empty(len(z), dtype=torch.int64)
 
 
-class _Codes:
-    """Tiles of base @ W + bias, formed on demand; notes whether all of them are finite."""
+class Codes:
+    """The rows base @ W + bias, formed on demand; notes whether those formed are finite."""
 
     def __init__(
         self, base: Tensor, W: Tensor | None, bias: Tensor | None, dtype: torch.dtype
@@ -88,41 +86,43 @@ class _Codes:
         self.W = None if W is None else W.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.tile = 8192 if base.is_cuda else 1024
-        self.starts = range(0, len(base), self.tile)
         self.finite = torch.ones((), dtype=torch.bool, device=base.device)
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "rows width"]:
+        """The codes of these ids."""
         rows = self.base[start:stop].to(self.dtype)
         if self.W is not None:
             rows = rows * self.W if self.W.ndim == 1 else rows @ self.W
         return rows if self.bias is None else rows + self.bias
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self) -> Iterator[tuple[int, Float[Tensor, "rows width"]]]:
         """First id and rows of each tile."""
-        for start in self.starts:
+        for start in range(0, len(self), self.tile):
             yield start, self.rows(start, start + self.tile)
 
-    def half_norms(self, tile: Tensor) -> Tensor:
-        half = tile.square().sum(1) / 2
+    def half_norms(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, " rows"]:
+        """|e|^2 / 2 of each row."""
+        half = rows.square().sum(1) / 2
         self.finite &= half.isfinite().all()
         return half
 
 
-def _search(z: Tensor, codes: _Codes, ids: Tensor, best: Tensor) -> None:
+def _search(z: Tensor, codes: Codes, ids: Tensor, best: Tensor) -> None:
     """Write the ids and scores of a block of tokens."""
-    keep = _screen(z, codes) if _is_worth_screening(z, codes) else None
-    for number, start in enumerate(codes.starts):
-        rows = None
-        if keep is not None:
-            rows = keep[:, number].nonzero().squeeze(1)
-            if len(rows) == 0:
-                continue
-        tile = codes.rows(start, start + codes.tile)
-        if rows is None or 2 * len(rows) > len(z):
+    if not is_worth_screening(z, len(codes)):
+        for start, tile in codes.tiles():
             _improve(z, tile, codes.half_norms(tile), start, ids, best)
-        else:
+        return
+    for number, may_win in enumerate(groups_that_may_win(z, codes)):
+        rows = may_win.nonzero().squeeze(1)
+        if len(rows):
+            start = number * GROUP
+            group = codes.rows(start, start + GROUP)
             some_ids, some_best = ids[rows], best[rows]
-            _improve(z[rows], tile, codes.half_norms(tile), start, some_ids, some_best)
+            _improve(z[rows], group, codes.half_norms(group), start, some_ids, some_best)
             ids[rows], best[rows] = some_ids, some_best
 
 
@@ -140,65 +140,6 @@ def _improve(
         wins = ~(value <= best[rows])
         ids[rows] = torch.where(wins, local.squeeze(1) + start, ids[rows])
         best[rows] = torch.where(wins, value, best[rows])
-
-
-def _is_worth_screening(z: Tensor, codes: _Codes) -> bool:
-    if z.dtype != torch.float32 or z.is_cuda or not _has_fast_bfloat16():
-        return False
-    return len(z) >= SCREEN_FROM_TOKENS and len(codes.starts) >= SCREEN_FROM_TILES
-
-
-def _has_fast_bfloat16() -> bool:
-    found = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
-def _screen(z: Tensor, codes: _Codes) -> Bool[Tensor, "tokens tiles"]:
-    """True where a tile may hold the token's nearest code in float32.
-
-    Latents and codes are centred on the mean latent first, which shifts all scores of a token
-    alike and makes the bound tight for data far from the origin.
-    """
-    centre = z.mean(0)
-    a = z - centre
-    a16 = a.bfloat16()
-    top = z.new_empty(len(z), len(codes.starts))
-    longest = z.new_empty(len(codes.starts))
-    for number, (_, tile) in enumerate(codes):
-        b = tile - centre
-        half_norms = codes.half_norms(b)
-        longest[number] = (2 * half_norms.max()).sqrt()
-        half16, b16 = half_norms.bfloat16(), b.bfloat16().T
-        for first in range(0, len(z), TOKEN_TILE):
-            rows = slice(first, first + TOKEN_TILE)
-            top[rows, number] = torch.addmm(half16, a16[rows], b16, beta=-1).amax(1).float()
-    error = _rounding_bound(
-        a.norm(dim=1, keepdim=True),
-        longest,
-        z.norm(dim=1, keepdim=True),
-        longest + centre.norm(),
-        z.shape[1],
-    )
-    # NaN compares false: a token whose bound overflows keeps every tile
-    return ~(top + error < (top - error).amax(1, keepdim=True))
-
-
-def _rounding_bound(
-    a: Tensor, b: Tensor, z: Tensor, e: Tensor, width: int
-) -> Float[Tensor, "tokens tiles"]:
-    """Bound on |bfloat16 score - float32 score|, from the lengths of latents and codes.
-
-    a and b are the lengths of the centred latent and the longest centred code, z and e those of
-    the plain ones. With u = 2^-8 and v = 2^-24, the units of rounding: both factors to bfloat16
-    2u + u^2, the product and the difference to bfloat16 u each, the half norm u twice; float32 sums
-    of `width` terms and the centring at most (2 width + 16) v, in either pass. Numbers below the
-    smallest normal one may be flushed to 0.
-    """
-    u, v, tiny = 2.0**-8, 2.0**-24, torch.finfo(torch.float32).tiny
-    bfloat16 = (1 + 4 * u) * (4 * u * a * b + u * b * b)
-    float32 = (2 * width + 16) * v * (a * b + b * b / 2 + z * e + e * e / 2)
-    # 1 % covers the rounding of the lengths and of this bound itself
-    return 1.01 * (bfloat16 + float32 + 4 * width * tiny * (1 + a + b))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -58,10 +59,9 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def start_distributed() -> World:
-    """Join the ranks that the launcher started, or be the only one."""
+def import_deepspeed() -> ModuleType:
+    """The deepspeed package, told beforehand what it would otherwise guess aloud."""
     cuda = torch.cuda.is_available()
-    # both are read when deepspeed is imported, which is why it is imported here
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
@@ -69,6 +69,13 @@ def start_distributed() -> World:
     if not cuda:
         # inference only, compiles C++ at start-up and hangs on a stale lock if that was killed
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def start_distributed() -> World:
+    """Join the ranks that the launcher started, or be the only one."""
+    deepspeed = import_deepspeed()
+    cuda = torch.cuda.is_available()
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         deepspeed.init_distributed(backend, auto_mpi_discovery=False)
@@ -88,8 +95,7 @@ def start_distributed() -> World:
 
 def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     """A DeepSpeed engine over model: `engine(batch)`, `engine.backward(loss)`, `engine.step()`."""
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     train = config.train
     optimizer = AdamW(
         parameter_groups(model, config.optimizer),

@@ -22,7 +22,13 @@ import torch.distributed as dist
 from simvq_moe.config import Config, ConfigError, check, check_ranks, first_difference, to_yaml
 from simvq_moe.config import merge_files as load
 from simvq_moe.training import checkpoint
-from simvq_moe.training.engine import World, launched_rank, launched_ranks, start_distributed
+from simvq_moe.training.engine import (
+    World,
+    import_deepspeed,
+    launched_rank,
+    launched_ranks,
+    start_distributed,
+)
 from simvq_moe.training.logs import write_json
 from simvq_moe.training.loop import Interrupted, Trainer, TrainingFailed
 from simvq_moe.training.measures import shared_maps
@@ -194,8 +200,7 @@ def _noise_to(file: Path, *, visible: bool) -> Iterator[None]:
             ours.addHandler(console)
         logging.captureWarnings(True)
         # deepspeed's logger has its own handler on standard output
-        from deepspeed.utils import logger as deepspeed_logger
-
+        deepspeed_logger = import_deepspeed().utils.logger
         before = deepspeed_logger.handlers[:]
         deepspeed_logger.handlers[:] = [handler]
         try:

@@ -93,6 +93,7 @@ def write_sweep(
                 run = directory / name / arm.name / f"seed{seed}"
                 write_run(run, arm, seed, experts=name == "experts", noise=noise)
     content = {"name": "quickstart", "title": "A made-up sweep", "groups": groups}
+    content["command"] = "simvq-moe sweep --config configs/sweeps/quickstart.yaml --ranks 2"
     (directory / "sweep.json").write_text(json.dumps(content))
     return directory
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,6 +16,7 @@ def brute_force(z: Tensor, codes: Tensor) -> Tensor:
     return (z.double()[:, None] - codes.double()).square().sum(-1).argmin(1)
 
 
+@settings(deadline=None)
 @given(
     tokens=st.integers(0, 9),
     codes=st.integers(1, 2100),

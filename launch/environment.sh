@@ -1,0 +1,23 @@
+# Sourced by the scripts beside it: `environment [extra]` makes .venv in the project's root, installs
+# the project there with the pinned versions, and changes into the root. Nothing outside is touched.
+
+environment() {
+    local extra="${1:-}" python="${PYTHON:-python3}" stamp wanted
+    cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+    if ! "$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))'; then
+        echo "$python must be Python 3.10 or newer with venv: set PYTHON to one that is" >&2
+        exit 2
+    fi
+    stamp=".venv/installed${extra:+-$extra}"
+    wanted="$(cat pyproject.toml constraints.txt | cksum)"
+    if [[ "$(cat "$stamp" 2>/dev/null)" == "$wanted" ]]; then
+        echo "environment: .venv is up to date" >&2
+    else
+        echo "environment: installing into .venv (about 2 GB, 2 minutes and the download)" >&2
+        "$python" -m venv .venv
+        .venv/bin/pip install --quiet --disable-pip-version-check \
+            --constraint constraints.txt --editable ".${extra:+[$extra]}"
+        echo "$wanted" > "$stamp"
+    fi
+    PATH="$PWD/.venv/bin:$PATH"
+}

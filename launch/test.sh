@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Every check that CI runs: lint, format, types, tests. Arguments go to pytest.
+set -euo pipefail
+# shellcheck source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+environment test
+
+# tests start several processes of their own, which would fight over the cores
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+ruff check .
+ruff format --check .
+pyright
+pytest -n 2 "$@"
+echo "test: all checks passed" >&2
