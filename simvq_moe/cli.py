@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any
 
 import tyro
 
@@ -25,26 +25,28 @@ from simvq_moe.config import (
     with_flags,
 )
 
-T = TypeVar("T")
-
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 
 
 @dataclass(frozen=True)
-class Files:
-    """YAML files, later ones on top of earlier ones."""
+class TrainArgs:
+    """What `train` takes beside the fields of the config."""
 
     config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A YAML file such as those in configs/; give it again to merge another on top."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the resolved config and the parameter counts, and stop."""
 
 
 def train(args: Sequence[str]) -> int:
     """Train one run, or resume it: --config F [--config F2] [--section.key value ...]."""
-    files, flags = tyro.cli(Files, args=args, return_unknown_args=True, add_help=False)
-    config = with_flags(merge_files(Config, files.config), flags, "simvq-moe train --config FILE")
+    # a field of the config is a flag as well, so unknown flags and --help are the config's
+    options, flags = _parse(TrainArgs, args, "train", return_unknown_args=True, add_help=False)
+    prog = "simvq-moe train [--config FILE ...] [--dry-run]"
+    config = with_flags(merge_files(Config, options.config), flags, prog)
     from simvq_moe.training import run
 
-    return run.train(config)
+    return run.dry_run(config) if options.dry_run else run.train(config)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def sweep(args: Sequence[str]) -> int:
     from simvq_moe.analysis import sweep as sweeps
     from simvq_moe.training.run import check_launch
 
+    if not options.config:
+        raise ConfigError("sweep needs --config FILE, such as configs/sweeps/quickstart.yaml")
     plan = sweeps.plan(options.config)
     for run in plan.runs:
         check_launch(run.config, options.ranks)
@@ -158,15 +162,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parse(schema: type[T], args: Sequence[str], command: str) -> T:
+def _parse(schema: type, args: Sequence[str], command: str, **options: Any) -> Any:
     console = io.StringIO()
+    prog = f"simvq-moe {command}"
     try:
         with contextlib.redirect_stderr(console):
-            return tyro.cli(schema, args=args, prog=f"simvq-moe {command}", use_underscores=True)
+            return tyro.cli(schema, args=args, prog=prog, use_underscores=True, **options)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(flag_error(console.getvalue(), [])) from None
+        raise flag_error(console.getvalue()) from None
 
 
 def _overview() -> str:

@@ -249,19 +249,23 @@ def with_flags(config: Config, flags: Sequence[str], prog: str) -> Config:
     console = io.StringIO()
     try:
         with contextlib.redirect_stderr(console):
-            return tyro.cli(
+            found, unknown = tyro.cli(
                 Config,
                 default=config,
                 # launchers append the local rank, which every rank also finds in its environment
                 args=[flag for flag in flags if not flag.startswith("--local_rank")],
                 prog=prog,
                 use_underscores=True,
+                return_unknown_args=True,
                 config=(tyro.conf.FlagConversionOff,),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(flag_error(console.getvalue(), list(flatten(config)))) from None
+        raise flag_error(console.getvalue()) from None
+    if unknown:
+        raise unknown_flags(unknown, list(flatten(config)))
+    return found
 
 
 def to_yaml(config: Any) -> str:
@@ -455,14 +459,24 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def flag_error(console: str, known: Sequence[str]) -> str:
-    """The message of tyro's boxed error, on one line, with the closest flags."""
-    box = [line.strip("│ \t") for line in console.splitlines() if line.startswith("│")]
-    end = next((i for i, line in enumerate(box) if line.startswith("─")), len(box))
-    message = " ".join(box[:end]) or " ".join(console.split())
-    if unknown := re.match(r"Unrecognized options: --([^\s,=]+)", message):
-        message += f".{suggestion(unknown[1], known)}"
-    return f"{message}{'' if message[-1] in '.?' else '.'} --help lists every flag"
+def flag_error(console: str) -> ConfigError:
+    """tyro's boxed error, between its first two rules, as one line."""
+    parts: list[list[str]] = [[]]
+    for line in console.splitlines():
+        if line.startswith("╭") or not line.strip(" │╰╯─-"):
+            parts.append([])
+        else:
+            parts[-1].append(line.strip(" │"))
+    message = next((" ".join(part) for part in parts[1:] if part), " ".join(console.split()))
+    return ConfigError(f"{message.rstrip('.')}. --help lists every flag")
+
+
+def unknown_flags(flags: Sequence[str], known: Sequence[str]) -> ConfigError:
+    """An error that names flags which no field has, and the closest fields."""
+    name = flags[0].split("=")[0].lstrip("-")
+    return ConfigError(
+        f"unknown {' '.join(flags)}.{suggestion(name, known)} --help lists every flag"
+    )
 
 
 __all__ = [

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from simvq_moe.analysis.sweep import launcher
-from simvq_moe.config import Config, ConfigError
+from simvq_moe.config import Config, ConfigError, with_overrides
 from simvq_moe.training.engine import import_deepspeed
 from simvq_moe.training.tasks import EMBEDDED, check_source
 
@@ -90,7 +90,7 @@ def _deepspeed() -> Iterator[Finding]:
 def _data() -> Iterator[Finding]:
     for task, source in EMBEDDED.items():
         try:
-            check_source(Config(task=task))
+            check_source(with_overrides(Config(), {"task": task}, "doctor"))
             yield Finding(f"data {source!r}", f"readable, for {task}")
         except ConfigError as error:
             yield Finding(f"data {source!r}", "not readable", str(error))

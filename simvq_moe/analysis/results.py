@@ -1,8 +1,8 @@
 """What report.json holds: every number that a report shows, in one stable structure.
 
     {"title",
-     "groups": [{"name", "sweep", "question", "notes", "config", "command", "kind", "baseline", "outcomes",
-                 "seeds", "verdict": [sentence],
+     "groups": [{"name", "sweep", "question", "notes", "config", "command", "kind", "baseline",
+                 "outcomes", "seeds", "verdict": [sentence],
                  "arms": [{"name", "label", "control", "baseline", "n", "status": [a seed],
                            "values": {metric: [a seed]}, "mean": {metric}, "sd": {metric},
                            "differs": {config key: [baseline's, its]}}],

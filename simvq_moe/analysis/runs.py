@@ -319,7 +319,8 @@ def _numbers(content: dict[str, Any]) -> dict[str, float]:
 def _read_counts(file: Path) -> np.ndarray | None:
     """The held-out counts of the last evaluation; None if there are none (yet)."""
     try:
-        with np.load(file) as arrays:
+        # opened here, for numpy leaves a torn file open
+        with file.open("rb") as stream, np.load(stream) as arrays:
             counts = arrays["val_counts"]
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return None

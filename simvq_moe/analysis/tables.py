@@ -24,6 +24,8 @@ from simvq_moe.analysis.results import ArmResult, GroupResult, Null, Paired, Res
 SECONDS = "time/train_s"
 TERMINAL_COLUMNS = ("used", "perplexity", "entropy", "max_vio")
 NULL_LABEL = "uniform chance"
+SEPARATOR = "\u00a0· "
+"""Between the values of seeds; it stays on the line of the value before it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def _value_cell(arm: ArmResult, name: str) -> Cell:
         return Cell(MISSING)
     mean = arm.mean[name]
     each = [number(name, v, like=mean).removesuffix(" %") for v in values]
-    return Cell(mean_and_sd(name, mean, arm.sd[name]), " · ".join(each) if len(each) > 1 else "")
+    return Cell(
+        mean_and_sd(name, mean, arm.sd[name]), SEPARATOR.join(each) if len(each) > 1 else ""
+    )
 
 
 def _of_slots(group: GroupResult, arm: str) -> str:
@@ -148,7 +152,10 @@ def _paired_row(pair: Paired, arm: str) -> Row:
     return Row(
         [
             Cell(f"{label(name)}, {arm}", "outcome" if pair.outcome else "secondary"),
-            Cell(mean if pair.n else MISSING, " · ".join(each) if len(each) > 1 else ""),
+            Cell(
+                mean if pair.n else MISSING,
+                SEPARATOR.join(each) if pair.n and len(each) > 1 else "",
+            ),
             Cell(MISSING if share else percent(pair.relative)),
             Cell(interval),
             Cell(str(pair.n)),
@@ -163,15 +170,17 @@ def _paired_row(pair: Paired, arm: str) -> Row:
 def unpaired_notes(group: GroupResult) -> list[str]:
     """Seeds that make no pair, with what became of the run on each side."""
     base = group.baseline_arm
+    if base is None:
+        return []
     notes = []
     for arm in group.arms:
-        missing = next((p.unpaired for p in group.paired if p.arm == arm.name), [])
+        missing = next((pair.unpaired for pair in group.paired if pair.arm == arm.name), [])
+        seeds = []
         for seed in missing:
             i = group.seeds.index(seed)
-            sides = f"{arm.label} {arm.status[i]}"
-            if base:
-                sides += f", {base.label} {base.status[i]}"
-            notes.append(f"No pair for {arm.label} at seed {seed}: {sides}.")
+            seeds.append(f"seed {seed} ({arm.status[i]}; {base.label} {base.status[i]})")
+        if seeds:
+            notes.append(f"No pair for {arm.label} at {', '.join(seeds)}.")
     return notes
 
 

@@ -69,7 +69,7 @@ def _claim(pairs: Sequence[Paired], tests: int, labels: dict[str, str]) -> str:
         parts.append(f"established after Holm over {tests} tests for {_list(found, labels)}")
     if open_:
         parts.append(f"not established for {_list(open_, labels)}")
-    if least < needed:
+    if open_ and min(pair.n for pair in open_) < needed:
         parts.append(
             f"the first of {tests} tests under Holm needs {needed} pairs to reach p < {LEVEL}, "
             f"here {n}"

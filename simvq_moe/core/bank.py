@@ -96,6 +96,34 @@ class Bank(nn.Module):
         return Bank(self.rows(), transform="none", train_base=True)
 
     @torch.no_grad()
+    def match(
+        self, mean: Float[Tensor, " width"], covariance: Float[Tensor, "width width"]
+    ) -> None:
+        """Set W and bias so that rows of a base from N(0, 1/base_width) have these moments.
+
+        W = sqrt(base_width) covariance^(1/2), or its diagonal; the largest principal directions
+        where base_width < width.
+
+        Raises:
+            ValueError: the bank lacks W or the bias.
+        """
+        if self.W is None or self.bias is None:
+            raise ValueError("only a bank with W and a bias can match moments: give it both")
+        base_width = self.base.shape[-1]
+        self.bias.copy_(mean)
+        if self.transform == "diagonal":
+            self.W.copy_((base_width * covariance.diagonal()).sqrt())
+            return
+        variances, axes = torch.linalg.eigh(covariance)
+        scaled = axes * (base_width * variances.clamp_min(0)).sqrt()
+        if base_width < self.width:
+            self.W.copy_(scaled[:, -base_width:].T)
+        else:
+            # orthonormal columns in front leave q^T q as it is
+            front = torch.linalg.qr(self.W.double()).Q
+            self.W.copy_(front @ scaled @ axes.T)
+
+    @torch.no_grad()
     def spectrum(self) -> Float[Tensor, " rank"]:
         """Singular values of W in descending order, float64."""
         if self.W is None:

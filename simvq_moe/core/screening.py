@@ -11,7 +11,7 @@ search, always. Row-wise maxima without an index are cheap; that is why groups a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,6 +34,7 @@ TINY = torch.finfo(torch.float32).tiny
 """Smaller numbers may be flushed to zero."""
 
 
+@runtime_checkable
 class TiledCodes(Protocol):
     """Codes that come in tiles, whose size is a multiple of `GROUP` but for the last."""
 
@@ -87,7 +88,8 @@ def groups_that_may_win(
     return keep
 
 
-def _group_max(scores: Float[Tensor, "*lead codes"]) -> Float[Tensor, groups * lead]:
+def _group_max(scores: Tensor) -> Tensor:
+    """Maxima of each group of the last axis, which becomes the first: (groups, *lead)."""
     return torch.stack([group.amax(-1) for group in scores.split(GROUP, dim=-1)])
 
 

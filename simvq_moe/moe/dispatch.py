@@ -31,5 +31,5 @@ def dispatch(
     outputs = experts(x[order // top_k], counts)
     # a gather by the inverse order sums without atomics, so it repeats to the bit on every device
     inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)).to(order))
-    chosen = outputs[inverse].view(tokens, top_k, -1)
+    chosen = outputs[inverse].view(tokens, top_k, x.shape[-1])
     return torch.einsum("tk,tkw->tw", gates.to(chosen.dtype), chosen)

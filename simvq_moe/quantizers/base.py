@@ -1,4 +1,4 @@
-"""What every quantizer shares: nearest-code assignment, its gradient, the two VQ losses, usage.
+"""What every quantizer shares: layout, masks and precision; one codebook, its losses and usage.
 
 The objective is VQ-VAE's (arXiv:1711.00937, eq. 3) with SimVQ's names (arXiv:2411.02038, eq. 4):
 loss = beta |e - sg z|^2 + gamma |z - sg e|^2, each term a mean over elements, beta =
@@ -7,16 +7,21 @@ loss = beta |e - sg z|^2 + gamma |z - sg e|^2, each term a mean over elements, b
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.gradient import ESTIMATORS, Gradient
 from simvq_moe.core.nearest import nearest
-from simvq_moe.core.usage import UsageCounter
+from simvq_moe.core.usage import UsageCounter, recomputing
+from simvq_moe.hub import Pretrained
+from simvq_moe.quantizers.ranks import total
+
+PADDING = -1
+"""Id of a masked token; it decodes to zeros."""
 
 
 class Quantized(NamedTuple):
@@ -25,18 +30,139 @@ class Quantized(NamedTuple):
     z_q: Tensor
     """Quantized latents, shape and dtype of z; their value is the code, their gradient z's."""
     ids: Tensor
-    """int64 ids of the codes, the leading shape of z."""
+    """int64 ids of the codes, the leading shape of z (and one more axis if there are several)."""
     loss: Tensor
     """Weighted sum of `losses`."""
     losses: dict[str, Tensor]
     """Each term by name, unweighted: mean squared error over elements."""
 
 
-class Quantizer(nn.Module):
-    """A codebook of `codes` rows of `width` channels, searched for the nearest row.
+class AnyQuantizer(Pretrained):
+    """Layout, masks and precision of every quantizer; a family works on (tokens, width) rows.
 
-    Subclasses give `codebook` and `decode`; `losses` and `after_assignment` are theirs to change.
-    Everything is computed in float32 at least, also under autocast, and in float64 if z is.
+    Everything is computed in float32 at least, also under autocast, and in float64 if z is. Masked
+    tokens never reach the rows: they enter no loss, no statistic and no count.
+
+    A family gives `quantize`, `assign` and `lookup` on rows, and `fit` if it starts from data.
+
+    Args:
+        width: channels of a latent.
+        channels_first: latents are (batch, width, ...) instead of (..., width).
+    """
+
+    id_axes: int = 0
+    """Axes of ids behind the tokens: 1 if a token has several ids."""
+
+    def __init__(self, width: int, *, channels_first: bool = False) -> None:
+        super().__init__()
+        self.width = width
+        self.channels_first = channels_first
+
+    @property
+    def waits_for_data(self) -> bool:
+        """True until `initialize` has seen data, for a quantizer that starts from data."""
+        return False
+
+    def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
+        """Codes, ids and losses of packed rows."""
+        raise NotImplementedError
+
+    def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, "tokens ..."]:
+        """Ids of packed rows, without a gradient."""
+        raise NotImplementedError
+
+    def lookup(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
+        """The codes named by ids, all valid, computed in `dtype` (None: as stored)."""
+        raise NotImplementedError
+
+    def fit(self, z: Float[Tensor, "tokens width"]) -> None:
+        """Start from packed rows, of all ranks together."""
+
+    def forward(
+        self, z: Float[Tensor, "*latents"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> Quantized:
+        """Quantize latents; where `mask` is False the output is 0 and the id is `PADDING`."""
+        rows = self._rows(z, mask)
+        with torch.autocast(z.device.type, enabled=False):
+            if self.training and self.waits_for_data:
+                self._fit(rows)
+            out = self.quantize(rows)
+        z_q = self._unpacked(out.z_q.to(z.dtype), z, mask, fill=0)
+        ids = self._unpacked(out.ids, z, mask, fill=PADDING)
+        return out._replace(z_q=z_q.movedim(-1, 1) if self.channels_first else z_q, ids=ids)
+
+    @torch.no_grad()
+    def encode(
+        self, z: Float[Tensor, "*latents"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> Int[Tensor, "*ids"]:
+        """Ids of the nearest codes; ties go to the lowest id."""
+        rows = self._rows(z, mask)
+        with torch.autocast(z.device.type, enabled=False):
+            return self._unpacked(self.assign(rows), z, mask, fill=PADDING)
+
+    def decode(
+        self, ids: Int[Tensor, "*ids"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "*latents"]:
+        """The codes named by ids, equal to the forward value of `z_q`, computed in `dtype`."""
+        padding = (ids < 0).any(-1) if self.id_axes else ids < 0
+        with torch.autocast(ids.device.type, enabled=False):
+            e = self.lookup(ids.clamp_min(0), dtype).masked_fill(padding[..., None], 0)
+        return e.movedim(-1, 1) if self.channels_first else e
+
+    @torch.no_grad()
+    def initialize(
+        self, z: Float[Tensor, "*latents"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> None:
+        """Start from these latents, of all ranks together, if the start needs data and had none.
+
+        The first forward pass in training does so by itself. Call this before a training engine
+        copies the parameters (DeepSpeed, FSDP): it would not see the change.
+        """
+        if self.waits_for_data:
+            self._fit(self._rows(z, mask))
+
+    @torch.no_grad()
+    def _fit(self, rows: Tensor) -> None:
+        tokens = torch.tensor(len(rows), device=rows.device)
+        if int(total(tokens)) > 0:
+            self.fit(rows.detach())
+
+    def _rows(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        axis = 1 if self.channels_first else -1
+        if z.shape[axis] != self.width:
+            raise ValueError(
+                f"latents {tuple(z.shape)} have {z.shape[axis]} channels on axis {axis}, but the "
+                f"quantizer's width is {self.width}: set width or channels_first"
+            )
+        rows = z.movedim(1, -1) if self.channels_first else z
+        rows = rows.to(torch.promote_types(z.dtype, torch.float32))
+        return rows.reshape(-1, self.width) if mask is None else rows[mask]
+
+    def _unpacked(self, rows: Tensor, z: Tensor, mask: Tensor | None, *, fill: int) -> Tensor:
+        lead = (z.shape[0], *z.shape[2:]) if self.channels_first else z.shape[:-1]
+        if mask is None:
+            return rows.reshape((*lead, *rows.shape[1:]))
+        full = rows.new_full((*lead, *rows.shape[1:]), fill)
+        full[mask] = rows
+        return full
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}"
+
+
+class Quantizer(AnyQuantizer):
+    """One codebook of `codes` rows of `width` channels, searched for the nearest row.
+
+    Subclasses give `codebook` and `lookup`; `prepare`, `assign`, `losses`, `pass_gradient` and
+    `update` are theirs to change.
+
+    Args:
+        codes: number of codes.
+        width: channels of a code.
+        gradient: how the gradient of the output reaches the latents.
+        codebook_weight: beta, weight of |e - sg z|^2.
+        commitment_weight: gamma, weight of |z - sg e|^2.
+        channels_first: latents are (batch, width, ...) instead of (..., width).
     """
 
     def __init__(
@@ -47,64 +173,91 @@ class Quantizer(nn.Module):
         gradient: Gradient = "straight_through",
         codebook_weight: float = 1.0,
         commitment_weight: float = 0.25,
+        channels_first: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(width, channels_first=channels_first)
         if codes < 2:
             raise ValueError(f"codes {codes} < 2: a codebook needs at least two codes")
         self.codes = codes
-        self.width = width
         self.estimator = ESTIMATORS[gradient]
         self.weights = {"codebook": codebook_weight, "commitment": commitment_weight}
         self.usage = UsageCounter(codes, kind="codes")
+        self.initialized: Tensor | None = None
+        self._waits = False
+
+    @property
+    def waits_for_data(self) -> bool:
+        return self._waits
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
         """Every code, computed in `dtype` (None: as stored)."""
         raise NotImplementedError
 
-    def decode(
-        self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
-    ) -> Float[Tensor, "*batch width"]:
-        """The codes named by ids, equal to the forward value of `z_q`, computed in `dtype`."""
-        raise NotImplementedError
+    def prepare(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+        """The latents as they are compared with the codes."""
+        return z
 
-    def encode(self, z: Float[Tensor, "*batch width"]) -> Int[Tensor, "*batch"]:
-        """Ids of the nearest codes; ties go to the lowest id."""
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            flat = z.reshape(-1, self.width).to(_precise(z.dtype))
-            return nearest(flat, self.codebook(flat.dtype)).view(z.shape[:-1])
+    def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
+        z = self.prepare(z)
+        return nearest(z, self.codebook(z.dtype))
 
-    def forward(self, z: Float[Tensor, "*batch width"]) -> Quantized:
-        ids = self.encode(z)
+    def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
+        with torch.no_grad():
+            ids = self.assign(z)
         self.usage.add(ids)
-        with torch.autocast(z.device.type, enabled=False):
-            latents = z.to(_precise(z.dtype))
-            e = self.decode(ids, latents.dtype)
-            losses = self.losses(latents, e)
-            loss = torch.stack([self.weights[name] * term for name, term in losses.items()]).sum()
-            z_q = self.estimator(latents, e).to(z.dtype)
-        self.after_assignment(latents, ids)
-        return Quantized(z_q, ids, loss, losses)
+        z = self.prepare(z)
+        e = self.lookup(ids, z.dtype)
+        losses = self.losses(z, e)
+        weighted = [self.weights[name] * term for name, term in losses.items()]
+        z_q = self.pass_gradient(z, e)
+        if self.training and not recomputing():
+            self.update(z.detach(), ids)
+        return Quantized(z_q, ids, sum(weighted, start=z.new_zeros(())), losses)
 
     def losses(
-        self, z: Float[Tensor, "*batch width"], e: Float[Tensor, "*batch width"]
+        self, z: Float[Tensor, "tokens width"], e: Float[Tensor, "tokens width"]
     ) -> dict[str, Tensor]:
         """The terms of the loss by name, unweighted."""
         return {
-            "codebook": F.mse_loss(e, z.detach()),
-            "commitment": F.mse_loss(z, e.detach()),
+            "codebook": mean_squared_error(e, z.detach()),
+            "commitment": mean_squared_error(z, e.detach()),
         }
 
-    def after_assignment(
-        self, z: Float[Tensor, "*batch width"], ids: Int[Tensor, "*batch"]
-    ) -> None:
-        """Called with the latents and their ids at the end of a forward pass."""
+    def pass_gradient(
+        self, z: Float[Tensor, "tokens width"], e: Float[Tensor, "tokens width"]
+    ) -> Float[Tensor, "tokens width"]:
+        """The codes, with a gradient for the latents."""
+        return self.estimator(z, e)
+
+    def update(self, z: Float[Tensor, "tokens width"], ids: Int[Tensor, " tokens"]) -> None:
+        """Called with prepared latents and their ids at the end of a training forward pass."""
+
+    def _wait_for_data(self) -> None:
+        """Start at `initialize`; the checkpoint remembers that it happened."""
+        del self.initialized
+        self.register_buffer("initialized", torch.tensor(False))
+        self._waits = True
+        self.register_load_state_dict_post_hook(_note_initialized)
+
+    def _started(self) -> None:
+        assert self.initialized is not None
+        self.initialized.fill_(True)
+        self._waits = False
 
     def extra_repr(self) -> str:
         return f"codes={self.codes}, width={self.width}"
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _note_initialized(module: nn.Module, _: Any) -> None:
+    assert isinstance(module, Quantizer)
+    module._waits = not bool(module.initialized)
+
+
+def mean_squared_error(
+    x: Float[Tensor, "tokens width"], target: Float[Tensor, "tokens width"]
+) -> Float[Tensor, ""]:
+    """Mean over elements; 0 if there are none, with a gradient of 0."""
+    return F.mse_loss(x, target, reduction="sum") / max(x.numel(), 1)
 
 
 def random_codebook(codes: int, width: int) -> Float[Tensor, "codes width"]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from simvq_moe.core.bank import Bank, Transform
+from simvq_moe.core.nearest import nearest
 from simvq_moe.quantizers.base import Quantizer, random_codebook
+from simvq_moe.quantizers.ranks import copy_from_rank_0, total
 from simvq_moe.quantizers.vq import VQ
 
 
@@ -24,7 +26,10 @@ class SimVQ(Quantizer):
         bias: one learned shift of all codes (the authors' published code has it, the paper's
             equation does not).
         base_width: channels of q; None: `width`.
-        options: `gradient`, `codebook_weight` (beta), `commitment_weight` (gamma) of `Quantizer`.
+        init: "identity": W starts as the identity; "data": W and a bias start from the covariance
+            and mean of the first batch over all ranks, which keeps codes alive where the latents
+            are far from the origin or fill few dimensions.
+        options: those of `Quantizer`.
     """
 
     def __init__(
@@ -36,28 +41,54 @@ class SimVQ(Quantizer):
         train_base: bool = False,
         bias: bool = False,
         base_width: int | None = None,
+        init: Literal["identity", "data"] = "identity",
         **options: Any,
     ) -> None:
         super().__init__(codes, width, **options)
+        if init == "data" and transform == "none":
+            raise ValueError("init 'data' sets W, but transform 'none' has none: use 'linear'")
         self.bank = Bank(
             random_codebook(codes, base_width or width),
             width=width,
             transform=transform,
             train_base=train_base,
-            bias=bias,
+            bias=bias or init == "data",
         )
+        if init == "data":
+            self._wait_for_data()
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
         return self.bank.rows(dtype)
 
-    def decode(
+    def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
         return self.bank.lookup(ids, dtype)
 
+    def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
+        return nearest(z, self.bank.base, W=self.bank.W, bias=self.bank.bias)
+
+    def fit(self, z: Float[Tensor, "tokens width"]) -> None:
+        mean, covariance = moments(z)
+        self.bank.match(mean, covariance)
+        for parameter in self.bank.parameters():
+            copy_from_rank_0(parameter)
+        self._started()
+
     def fold(self) -> VQ:
         """A plain VQ with the same codes: W and the bias are merged into the rows."""
-        folded = VQ(self.codes, self.width)
+        folded = VQ(self.codes, self.width, channels_first=self.channels_first)
         folded.estimator, folded.weights = self.estimator, dict(self.weights)
         folded.bank = self.bank.fold()
         return folded.train(self.training)
+
+
+def moments(
+    z: Float[Tensor, "tokens width"],
+) -> tuple[Float[Tensor, " width"], Float[Tensor, "width width"]]:
+    """Mean and covariance of the latents of all ranks, in float64."""
+    z = z.double()
+    tokens = total(torch.tensor(len(z), dtype=z.dtype, device=z.device))
+    mean = total(z.sum(0)) / tokens
+    centred = z - mean
+    return mean, total(centred.T @ centred) / tokens

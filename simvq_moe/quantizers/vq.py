@@ -1,18 +1,23 @@
-"""The classic vector quantizers: a codebook learned by gradient (VQ-VAE, arXiv:1711.00937) or by
-exponential moving averages (its appendix A.1; restart and smoothing as in arXiv:1906.00446)."""
+"""The classic vector quantizers: a codebook learned by gradient (VQ-VAE, arXiv:1711.00937), by
+exponential moving averages (its appendix A.1), or on the sphere (VQGAN-FC, arXiv:2110.04627)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from simvq_moe.core.bank import Bank
-from simvq_moe.quantizers.base import Quantizer, random_codebook
+from simvq_moe.core.nearest import nearest
+from simvq_moe.quantizers.base import Quantizer, mean_squared_error, random_codebook
+from simvq_moe.quantizers.ranks import copy_from_rank_0, sample, total
+
+Init = Literal["random", "kmeans"]
+
+KMEANS_ROUNDS = 10
 
 
 class VQ(Quantizer):
@@ -20,21 +25,46 @@ class VQ(Quantizer):
 
     Args:
         codes: number of codes.
-        width: channels of a code; rows start from N(0, 1/width), as SimVQ's do.
-        options: `gradient`, `codebook_weight` (beta), `commitment_weight` (gamma) of `Quantizer`.
+        width: channels of a code.
+        init: "random": rows from N(0, 1/width), as SimVQ's; "kmeans": centres of the first batch.
+        options: those of `Quantizer`.
     """
 
-    def __init__(self, codes: int, width: int, **options: Any) -> None:
+    def __init__(self, codes: int, width: int, *, init: Init = "random", **options: Any) -> None:
         super().__init__(codes, width, **options)
         self.bank = Bank(random_codebook(codes, width), transform="none")
+        if init == "kmeans":
+            self._wait_for_data()
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
         return self.bank.rows(dtype)
 
-    def decode(
+    def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
         return self.bank.lookup(ids, dtype)
+
+    def fit(self, z: Float[Tensor, "tokens width"]) -> None:
+        self.bank.base.copy_(kmeans(self.prepare(z), self.codebook(z.dtype)))
+        self._started()
+
+
+class CosineVQ(VQ):
+    """A codebook on the unit sphere: latents and codes are l2-normalized before they meet.
+
+    Published at width 8, between projections (`Projected`), where it is known as factorized codes.
+    """
+
+    def prepare(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+        return to_sphere(z)
+
+    def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
+        return to_sphere(super().codebook(dtype))
+
+    def lookup(
+        self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "*batch width"]:
+        return to_sphere(super().lookup(ids, dtype))
 
 
 class EMAVQ(Quantizer):
@@ -50,12 +80,16 @@ class EMAVQ(Quantizer):
         width: channels of a code.
         decay: weight of the past in the averages.
         epsilon: Laplace smoothing, in draws.
-        options: `gradient` and `commitment_weight` (gamma) of `Quantizer`.
+        restart: a code whose count falls below this many draws a step becomes a random latent of
+            the batch, with a count of one; 0: never.
+        init: "random": rows from N(0, 1/width); "kmeans": centres of the first batch.
+        options: those of `Quantizer`, without a codebook loss.
     """
 
     sums: Tensor
     counts: Tensor
     codes_now: Tensor
+    step: Tensor
 
     def __init__(
         self,
@@ -64,44 +98,90 @@ class EMAVQ(Quantizer):
         *,
         decay: float = 0.99,
         epsilon: float = 1e-5,
+        restart: float = 0.0,
+        init: Init = "random",
         **options: Any,
     ) -> None:
         super().__init__(codes, width, **options)
+        if not 0 <= restart < 1:
+            raise ValueError(f"restart {restart}: choose 0 (never) or less than 1, the first count")
         self.decay = decay
         self.epsilon = epsilon
+        self.restart = restart
         start = random_codebook(codes, width)
         self.register_buffer("codes_now", start)
         self.register_buffer("sums", start.clone())
         self.register_buffer("counts", torch.ones(codes))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        if init == "kmeans":
+            self._wait_for_data()
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
         return self.codes_now.to(dtype or self.codes_now.dtype)
 
-    def decode(
+    def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
         return self.codes_now[ids].to(dtype or self.codes_now.dtype)
 
     def losses(
-        self, z: Float[Tensor, "*batch width"], e: Float[Tensor, "*batch width"]
+        self, z: Float[Tensor, "tokens width"], e: Float[Tensor, "tokens width"]
     ) -> dict[str, Tensor]:
-        return {"commitment": F.mse_loss(z, e.detach())}
+        return {"commitment": mean_squared_error(z, e.detach())}
+
+    def fit(self, z: Float[Tensor, "tokens width"]) -> None:
+        self.codes_now.copy_(kmeans(z, self.codebook(z.dtype)))
+        self.sums.copy_(self.codes_now)
+        self._started()
 
     @torch.no_grad()
-    def after_assignment(
-        self, z: Float[Tensor, "*batch width"], ids: Int[Tensor, "*batch"]
-    ) -> None:
-        """Move the averages, in training."""
-        if not self.training:
-            return
-        flat, ids = z.detach().reshape(-1, self.width).to(self.sums.dtype), ids.reshape(-1)
-        sums = torch.zeros_like(self.sums).index_add_(0, ids, flat)
-        counts = torch.bincount(ids, minlength=self.codes).to(self.counts.dtype)
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-            dist.all_reduce(counts)
+    def update(self, z: Float[Tensor, "tokens width"], ids: Int[Tensor, " tokens"]) -> None:
+        """Move the averages by the batch of all ranks."""
+        sums, counts = assigned(z.to(self.sums.dtype), ids, self.codes)
         self.sums.lerp_(sums, 1 - self.decay)
         self.counts.lerp_(counts, 1 - self.decay)
-        total = self.counts.sum()
-        smoothed = (self.counts + self.epsilon) / (total + self.codes * self.epsilon) * total
-        self.codes_now.copy_(self.sums / smoothed[:, None])
+        if self.restart:
+            self._restart(z)
+        all_counts = self.counts.sum()
+        smoothed = (self.counts + self.epsilon) / (all_counts + self.codes * self.epsilon)
+        self.codes_now.copy_(self.sums / (smoothed * all_counts)[:, None])
+        self.step += 1
+
+    def _restart(self, z: Tensor) -> None:
+        starved = (self.counts < self.restart).nonzero().squeeze(1)
+        latents = sample(z, len(starved), seed=int(self.step)).to(self.sums.dtype)
+        # with sums and count reset, or the next average would undo the restart
+        self.sums[starved[: len(latents)]] = latents
+        self.counts[starved[: len(latents)]] = 1
+
+
+def to_sphere(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    """x / |x|; below |x| = 1e-3 the length shrinks too, so that the gradient stays bounded."""
+    return F.normalize(x, dim=-1, eps=1e-3)
+
+
+def assigned(
+    z: Float[Tensor, "tokens width"], ids: Int[Tensor, " tokens"], codes: int
+) -> tuple[Float[Tensor, "codes width"], Float[Tensor, " codes"]]:
+    """Sum and number of the latents of each code, over all ranks."""
+    ones = z.new_ones(len(z), 1)
+    joined = z.new_zeros(codes, z.shape[1] + 1).index_add_(0, ids, torch.cat([z, ones], 1))
+    joined = total(joined)
+    return joined[:, :-1], joined[:, -1]
+
+
+@torch.no_grad()
+def kmeans(
+    z: Float[Tensor, "tokens width"], start: Float[Tensor, "codes width"]
+) -> Float[Tensor, "codes width"]:
+    """Centres of all ranks' latents after a few of Lloyd's rounds, from random latents.
+
+    With fewer latents than codes the last codes keep their start.
+    """
+    chosen = sample(z, len(start), seed=0)
+    centres = torch.cat([chosen, start[len(chosen) :]])
+    for _ in range(KMEANS_ROUNDS):
+        sums, counts = assigned(z, nearest(z, centres), len(centres))
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centres)
+    copy_from_rank_0(centres)
+    return centres

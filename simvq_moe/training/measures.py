@@ -11,6 +11,7 @@ from torch import nn
 
 from simvq_moe.core.bank import Bank, effective_rank, stable_rank
 from simvq_moe.core.usage import UsageCounter, usage
+from simvq_moe.moe import MoE
 
 ROOT = {"codes": "codes", "experts": "moe"}
 """Metric prefix of each kind of layer."""
@@ -88,3 +89,14 @@ def bank_metrics(model: nn.Module) -> dict[str, float]:
         if bank.base.shape[-1] == bank.width:
             metrics[f"bank/{i:02d}/identity_distance"] = bank.identity_distance()
     return metrics
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """All parameters, and those that a token meets: only top_k of the experts of a layer."""
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for module in model.modules():
+        if isinstance(module, MoE):
+            experts = sum(bank.base.numel() for bank in (module.experts.up, module.experts.down))
+            idle += experts * (module.num_experts - module.top_k) // module.num_experts
+    return {"total": total, "active": total - idle}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
+import json
 import logging
 import platform
 import shlex
@@ -31,8 +33,8 @@ from simvq_moe.training.engine import (
 )
 from simvq_moe.training.logs import write_json
 from simvq_moe.training.loop import Interrupted, Trainer, TrainingFailed
-from simvq_moe.training.measures import shared_maps
-from simvq_moe.training.tasks import check_source
+from simvq_moe.training.measures import parameter_counts, shared_maps
+from simvq_moe.training.tasks import build_model, check_source
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 130
 """Exit codes; 2 is a `ConfigError`."""
@@ -51,8 +53,8 @@ def train(config: Config) -> int:
         if main:
             print(f"{config.run_dir} is finished: nothing to do", file=sys.stderr)
         return FINISHED
-    with _signals() as stop_asked:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with _signals() as stop_asked, _alone_in(config.run_dir, main):
         if main:
             print(to_yaml(config), file=sys.stderr)
             (config.run_dir / "config.yaml").write_text(to_yaml(config))
@@ -76,6 +78,14 @@ def check_launch(config: Config, world_size: int) -> None:
         step = checkpoint.latest_step(config.run_dir / "checkpoints")
         if step is not None and not is_finished(config):
             checkpoint.check_world(config.run_dir / "checkpoints", step, world_size)
+
+
+def dry_run(config: Config) -> int:
+    """Print the resolved config, and on standard output the parameter counts; write nothing."""
+    check_launch(config, launched_ranks())
+    print(to_yaml(config), file=sys.stderr)
+    print(json.dumps({"parameters": parameter_counts(build_model(config))}))
+    return FINISHED
 
 
 def is_finished(config: Config) -> bool:
@@ -136,14 +146,10 @@ def _meta(config: Config, world: World) -> dict[str, Any]:
 
 
 def _describe(trainer: Trainer) -> dict[str, Any]:
-    parameters = list(trainer.task.model.parameters())
     return {
         "layers": [vars(layer) for layer in trainer.layers],
         "banks": list(shared_maps(trainer.task.model)),
-        "parameters": {
-            "total": sum(p.numel() for p in parameters),
-            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        },
+        "parameters": parameter_counts(trainer.task.model),
         "samples": {"train": len(trainer.task.train), "held_out": len(trainer.task.held_out)},
         "tokens_per_sample": trainer.task.tokens_per_sample,
     }
@@ -184,6 +190,22 @@ def _signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _alone_in(run_dir: Path, main: bool) -> Iterator[None]:
+    """Two launches in one folder would overwrite each other; the lock ends with the process."""
+    if not main:
+        yield
+        return
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is training in {run_dir}: wait for it, or give another --name"
+            ) from None
+        yield
 
 
 @contextlib.contextmanager

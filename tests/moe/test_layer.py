@@ -1,0 +1,176 @@
+"""The MoE layer against a loop over tokens and experts in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from simvq_moe import MoE
+from simvq_moe.core.bank import Transform
+
+WIDTH, HIDDEN, EXPERTS, TOP_K = 8, 6, 5, 2
+MAPS: list[dict[str, Any]] = [
+    {},
+    {"expert_out_map": "linear"},
+    {"expert_out_map": "diagonal"},
+    {"expert_in_map": "linear"},
+    {"router_map": "linear", "router_base_width": 3, "train_router_base": False},
+    {"expert_out_map": "linear", "expert_in_map": "diagonal", "router_map": "linear"},
+    {"expert_out_map": "linear", "gates": "softmax_topk"},
+]
+
+
+def layer(**options: Any) -> MoE:
+    """A float64 layer whose maps have left the identity."""
+    torch.manual_seed(0)
+    moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, **options).double()
+    with torch.no_grad():
+        for name, p in moe.named_parameters():
+            if name.endswith("W"):
+                p += 0.3 * torch.randn_like(p)
+    return moe
+
+
+def by_hand(moe: MoE, x: Tensor) -> Tensor:
+    """Each token's chosen experts, each with its folded rows, one after the other."""
+    rows = moe.router.bank.rows()
+    up, down = moe.experts.up.rows(), moe.experts.down.rows()
+    out = []
+    for token in x:
+        scores = rows @ token
+        chosen = scores.argsort(descending=True)[:TOP_K]
+        gates = scores.softmax(0)[chosen]
+        if moe.router.renormalize:
+            gates = gates / gates.sum()
+        out.append(
+            sum(g * (F.gelu(up[e] @ token) @ down[e]) for g, e in zip(gates, chosen, strict=True))
+        )
+    return torch.stack(out)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("options", MAPS, ids=str)
+def test_outputs_and_gradients_equal_the_sum_over_mapped_experts(options: dict[str, Any]) -> None:
+    moe = layer(**options)
+    x = torch.randn(7, WIDTH, dtype=torch.float64, requires_grad=True)
+    parameters = [x, *moe.parameters()]
+    got = torch.autograd.grad(moe(x).square().sum(), parameters, retain_graph=True)
+    expected = torch.autograd.grad(by_hand(moe, x).square().sum(), parameters)
+    assert_close(moe(x), by_hand(moe, x))
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("options", MAPS, ids=str)
+def test_the_folded_layer_is_the_same_without_maps(options: dict[str, Any]) -> None:
+    moe = layer(**options)
+    x = torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    folded = moe.fold()
+    assert_close(folded(x), moe(x))
+    assert not any(name.endswith("W") for name, _ in folded.named_parameters())
+
+
+def test_map_after_the_sum_equals_sum_of_mapped_experts() -> None:
+    moe = layer(expert_out_map="linear")
+    x = torch.randn(9, WIDTH, dtype=torch.float64)
+    routing = moe.router(x)
+    after_each = torch.zeros_like(x)
+    for t in range(len(x)):
+        for gate, e in zip(routing.gates[t], routing.ids[t], strict=True):
+            counts = [int(i == e) for i in range(EXPERTS)]
+            after_each[t] += gate * moe.experts.down.map(moe.experts(x[t : t + 1], counts)[0])
+    assert_close(moe(x), after_each)
+
+
+@pytest.mark.parametrize("site", ["expert_out_map", "expert_in_map", "router_map"])
+@pytest.mark.parametrize("kind", ["linear", "diagonal"])
+def test_a_map_starts_as_the_identity_so_that_step_0_equals_the_baseline(
+    site: str, kind: Transform
+) -> None:
+    torch.manual_seed(1)
+    plain = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K)
+    torch.manual_seed(1)
+    mapped = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, **{site: kind})  # pyright: ignore[reportArgumentType]
+    x = torch.randn(11, WIDTH)
+    assert_close(mapped(x), plain(x), rtol=0, atol=0)
+
+
+def test_a_router_of_another_width_leaves_the_experts_start_alone() -> None:
+    torch.manual_seed(1)
+    plain = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K)
+    torch.manual_seed(1)
+    narrow = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router_map="linear", router_base_width=3)
+    assert_close(narrow.experts.up.base, plain.experts.up.base, rtol=0, atol=0)
+    assert_close(torch.randn(3), torch.randn(3, generator=_same_stream()), rtol=0, atol=0)
+
+
+def _same_stream() -> torch.Generator:
+    torch.manual_seed(1)
+    MoE(WIDTH, HIDDEN, EXPERTS, TOP_K)
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    return generator
+
+
+def test_one_step_moves_every_expert_under_a_shared_map_and_only_the_chosen_without() -> None:
+    for kind, moved in (("none", 1), ("linear", EXPERTS)):
+        moe = layer(expert_out_map=kind)
+        x = torch.randn(1, WIDTH, dtype=torch.float64)
+        with torch.no_grad():
+            moe.router.top_k = 1
+        before = moe.experts.down.rows().detach().clone()
+        moe(x).square().sum().backward()
+        torch.optim.SGD(moe.experts.parameters(), lr=0.1).step()
+        change = (moe.experts.down.rows() - before).abs().amax(dim=(1, 2))
+        assert int((change > 0).sum()) == moved
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    tokens=st.integers(0, 40),
+    experts=st.integers(1, 9),
+    top_k=st.integers(1, 9),
+    skew=st.floats(0, 30),
+    seed=st.integers(0, 100),
+)
+def test_usage_counts_every_assignment_once(
+    tokens: int, experts: int, top_k: int, skew: float, seed: int
+) -> None:
+    top_k = min(top_k, experts)
+    torch.manual_seed(seed)
+    moe = MoE(WIDTH, HIDDEN, experts, top_k)
+    with torch.no_grad():
+        moe.router.bank.base[0] += skew
+    x = torch.randn(tokens, WIDTH)
+    y = moe(x)
+    assert y.shape == x.shape
+    expected = torch.bincount(moe.router(x).ids.flatten(), minlength=experts)
+    assert moe.usage.dtype == torch.int64
+    assert_close(moe.usage, expected)
+    moe.eval()(x)
+    assert_close(moe.usage, expected)
+    if tokens:
+        y.sum().backward()
+        assert moe.experts.up.base.grad is not None
+
+
+def test_counting_stays_out_of_parameters_and_state_dict() -> None:
+    moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K)
+    assert not any("count" in name for name in moe.state_dict())
+    assert not any("count" in name for name, _ in moe.named_parameters())
+
+
+def test_too_many_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="top_k 6 > experts 5: lower top_k or raise experts"):
+        MoE(WIDTH, HIDDEN, EXPERTS, 6)
+
+
+def test_a_frozen_router_base_is_no_parameter() -> None:
+    moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router_map="linear", train_router_base=False)
+    assert "router.bank.base" not in dict(moe.named_parameters())
+    assert isinstance(moe.router.bank.W, nn.Parameter)

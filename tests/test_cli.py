@@ -1,0 +1,106 @@
+"""Bad input: exit code 2, one clear line on standard error, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simvq_moe.cli import main
+from simvq_moe.config import Config, to_yaml
+
+SWEEP = """
+name: s
+title: t
+seeds: [0]
+groups:
+  g: {question: q, config: base.yaml, baseline: a, outcomes: [val/mse], arms: {a: {label: A}}}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a config, a sweep, and folders of unreadable data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text("quantizer: {codes: 16}\n")
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    (tmp_path / "runs" / "other" / "config.yaml").write_text(to_yaml(Config(name="other")))
+    return tmp_path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train --moe.exprets 8", ["--moe.exprets", "Did you mean moe.experts"]),
+        ("train --moe.experts many", ["--moe.experts", "many"]),
+        ("train --moe.top_k 3 --moe.experts 2", ["moe.top_k 3 > moe.experts 2"]),
+        ("train --quantizer.codes 1", ["quantizer.codes 1", "at least 2"]),
+        ("train --data.source nowhere", ["data.source", "nowhere", "photos"]),
+        ("train --data.source nothing", ["data.source", "nothing"]),
+        ("train --task language_model --data.source nowhere", ["data.source", "nowhere"]),
+        ("train --name other --seed 3", ["runs/other", "seed was 0 and is now 3", "--name"]),
+        ("train --config missing.yaml", ["--config missing.yaml does not exist"]),
+        ("train --config", ["--config"]),
+        ("sweep --config missing.yaml", ["missing.yaml does not exist"]),
+        ("sweep", ["--config"]),
+        ("sweep --config sweep.yaml --ranks 3", ["train.batch_size 32", "3 ranks"]),
+        ("sweep --config base.yaml", ["unknown key quantizer"]),
+        ("report nowhere --out out", ["nowhere"]),
+        ("report nothing --out out", ["nothing"]),
+        ("dashboard nowhere", ["nowhere does not exist"]),
+        ("trian", ["unknown command 'trian'", "Did you mean train"]),
+    ],
+)
+def test_bad_input_exits_2_with_one_line_and_writes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str], command: str, words: list[str]
+) -> None:
+    before = files(here)
+    assert main(command.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    assert all(word in captured.err for word in ["simvq-moe: ", *words]), captured.err
+    assert files(here) == before
+    assert not (here / "runs" / "run").exists()
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["train"]) == 2
+    assert "train.batch_size 32 does not divide by 3 ranks" in capsys.readouterr().err
+    assert not (here / "runs" / "run").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_only_the_first_rank_prints_the_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "--quantizer.codes", "1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_dry_run_prints_the_parameters_and_writes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--config", "base.yaml", "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert '"total"' in captured.out
+    assert "codes: 16" in captured.err
+    assert not (here / "runs" / "run").exists()
+
+
+def test_doctor_finds_everything_on_a_machine_that_runs_the_tests(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["doctor"]) == 0
+    assert "everything needed is here" in capsys.readouterr().err

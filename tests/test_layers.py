@@ -1,0 +1,40 @@
+"""Dependencies run one way: a lower layer of the package knows no higher one."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT
+
+MAY_IMPORT = {
+    "core": {"core"},
+    "quantizers": {"core", "quantizers", "hub"},
+    "moe": {"core", "moe", "hub"},
+    "models": {"core", "quantizers", "moe", "models", "hub"},
+    "data": {"data", "config"},
+    "training": {"core", "quantizers", "moe", "models", "data", "training", "config"},
+    "analysis": {"analysis", "config"},
+}
+EXCEPTIONS = {"analysis": {"simvq_moe.core.usage", "simvq_moe.training.progress"}}
+"""Run directories are read with the same measures and times that wrote them."""
+PACKAGE = ROOT / "simvq_moe"
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("simvq_moe")}
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_a_part_imports_only_what_is_below_it(part: str) -> None:
+    for file in (PACKAGE / part).rglob("*.py"):
+        for name in imports(file) - EXCEPTIONS.get(part, set()):
+            assert name.split(".")[1] in MAY_IMPORT[part], f"{file.name} imports {name}"

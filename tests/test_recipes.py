@@ -1,0 +1,55 @@
+"""Every recipe in configs/ loads, says what it is for, and trains two steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from simvq_moe.analysis.sweep import plan
+from simvq_moe.config import Config, check, merge_files
+from simvq_moe.training.engine import World
+from simvq_moe.training.loop import Trainer
+from tests.launching import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+ARMS = [
+    pytest.param(run.config, id=f"{sweep.stem}-{run.group}-{run.arm}")
+    for sweep in SWEEPS
+    for run in plan([sweep]).runs
+    if run.seed == plan([sweep]).spec.seeds[0]
+]
+
+
+def train_two_steps(config: Config, folder: Path, world: World) -> dict[str, float]:
+    check(config)
+    short = replace(config.train, steps=2, log_every=1, eval_every=2, save_every=2)
+    data = replace(config.data, crops=64, held_out_crops=18, cache_dir=str(folder.parent / "cache"))
+    config = replace(config, runs_dir=str(folder), train=short, data=data)
+    config.run_dir.mkdir(parents=True)
+    trainer = Trainer(config, world, lambda: False)
+    summary = trainer.run()
+    trainer.close()
+    return summary
+
+
+@pytest.mark.parametrize("file", [*CONFIGS, *SWEEPS], ids=lambda file: file.stem)
+def test_the_header_of_a_recipe_says_question_command_hardware_minutes_and_numbers(
+    file: Path,
+) -> None:
+    header = file.read_text()
+    for word in ("# Question:", "# Command:", "# Hardware:", "Minutes:", "# Expect:"):
+        assert word in header
+    assert str(file.relative_to(ROOT)) in header
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_config_trains_two_steps(file: Path, tmp_path: Path, world: World) -> None:
+    assert train_two_steps(merge_files(Config, [file]), tmp_path / "runs", world)["step"] == 2
+
+
+@pytest.mark.parametrize("config", ARMS)
+def test_an_arm_of_a_sweep_trains_two_steps(config: Config, tmp_path: Path, world: World) -> None:
+    assert train_two_steps(config, tmp_path / "runs", world)["step"] == 2
