@@ -2,7 +2,7 @@
 
 from simvq_moe.core.usage import usage
 from simvq_moe.moe import MoE
-from simvq_moe.quantizers import EMAVQ, VQ, SimVQ
+from simvq_moe.quantizers import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
 
 __version__ = "0.1.0"
-__all__ = ["EMAVQ", "VQ", "MoE", "SimVQ", "usage"]
+__all__ = ["EMAVQ", "FSQ", "LFQ", "VQ", "MoE", "ResidualQuantizer", "SimVQ", "usage"]

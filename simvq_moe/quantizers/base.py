@@ -104,7 +104,7 @@ class AnyQuantizer(Pretrained):
         self, ids: Int[Tensor, "*ids"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*latents"]:
         """The codes named by ids, equal to the forward value of `z_q`, computed in `dtype`."""
-        padding = (ids < 0).any(-1) if self.id_axes else ids < 0
+        padding = (ids < 0).flatten(-self.id_axes).any(-1) if self.id_axes else ids < 0
         with torch.autocast(ids.device.type, enabled=False):
             e = self.lookup(ids.clamp_min(0), dtype).masked_fill(padding[..., None], 0)
         return e.movedim(-1, 1) if self.channels_first else e

@@ -99,7 +99,7 @@ class RunLog:
 def _step_of(line: str) -> float:
     """The step of a line; a torn line belongs to no step that is kept."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
         return float("inf")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ SAMPLES = 8
 """Held-out samples that are shown."""
 
 
+@runtime_checkable
 class DataSet(Protocol):
     """A fixed set of samples, read by index."""
 

@@ -14,10 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from simvq_moe import EMAVQ, VQ, SimVQ
+from simvq_moe import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
 from simvq_moe.core.usage import counters
 from simvq_moe.hub import Pretrained
-from simvq_moe.quantizers import PADDING, AnyQuantizer, CosineVQ
+from simvq_moe.quantizers import (
+    BSQ,
+    IBQ,
+    MLPVQ,
+    PADDING,
+    AnyQuantizer,
+    CosineVQ,
+    GroupedQuantizer,
+    GroupVQ,
+    Projected,
+)
 
 FAMILIES: dict[str, Callable[..., AnyQuantizer]] = {
     "vq": lambda **o: VQ(12, 4, **o),
@@ -32,6 +42,21 @@ FAMILIES: dict[str, Callable[..., AnyQuantizer]] = {
     "simvq wide": lambda **o: SimVQ(12, 4, base_width=7, **o),
     "simvq rotation": lambda **o: SimVQ(12, 4, gradient="rotation", **o),
     "simvq diveq": lambda **o: SimVQ(12, 4, gradient="diveq", **o),
+    "group": lambda **o: GroupVQ(12, 4, groups=3, **o),
+    "mlp": lambda **o: MLPVQ(12, 4, **o),
+    "ibq": lambda **o: IBQ(12, 4, **o),
+    "fsq": lambda **o: FSQ([4, 5, 3], **o),
+    "lfq": lambda **o: LFQ(5, **o),
+    "bsq": lambda **o: BSQ(4, **o),
+    "projected": lambda **o: Projected(CosineVQ(12, 3), 4, **o),
+    "residual": lambda **o: ResidualQuantizer([VQ(12, 4), SimVQ(9, 4, init="data")], **o),
+    "residual rotation": lambda **o: ResidualQuantizer(
+        [EMAVQ(12, 4), FSQ([3] * 4)], gradient="rotation", **o
+    ),
+    "grouped": lambda **o: GroupedQuantizer([VQ(12, 4, init="kmeans"), LFQ(3)], **o),
+    "grouped residual": lambda **o: GroupedQuantizer(
+        [ResidualQuantizer([SimVQ(5, 2), SimVQ(6, 2)]) for _ in range(2)], **o
+    ),
 }
 
 
@@ -98,7 +123,8 @@ def test_channels_first_is_the_same_quantizer_on_moved_axes(
     a, b = last(z), first(z.movedim(-1, 1))
     assert torch.equal(a.ids, b.ids)
     assert_close(a.z_q, b.z_q.movedim(1, -1))
-    last.eval(), first.eval()
+    last.eval()
+    first.eval()
     assert torch.equal(last.decode(a.ids), first.decode(a.ids).movedim(1, -1))
     assert torch.equal(last.encode(z), first.encode(z.movedim(-1, 1)))
 
@@ -175,10 +201,10 @@ def test_a_deep_copy_is_independent_and_equal(build: Callable[..., AnyQuantizer]
 
 def test_loading_as_another_class_names_the_right_one(tmp_path: Path) -> None:
     VQ(4, 2).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a VQ: use VQ.from_pretrained"):
+    with pytest.raises(ValueError, match=r"holds a VQ: use VQ\.from_pretrained"):
         SimVQ.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"class": "os.system", "arguments": {}}')
-    with pytest.raises(ValueError, match="class 'os.system' is none of"):
+    with pytest.raises(ValueError, match=r"class 'os\.system' is none of"):
         Pretrained.from_pretrained(tmp_path)
 
 

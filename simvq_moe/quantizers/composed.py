@@ -1,0 +1,192 @@
+"""Quantizers made of quantizers: residual levels (SoundStream, arXiv:2107.03312), heads side by
+side (product quantization), and a projection to a narrow code (VQGAN-FC, arXiv:2110.04627)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from simvq_moe.core.gradient import ESTIMATORS
+from simvq_moe.core.usage import UsageCounter
+from simvq_moe.quantizers.base import AnyQuantizer, Quantized, Quantizer
+
+
+class _Composed(AnyQuantizer):
+    """Several quantizers, each with its own codebook and usage; ids gain an axis for them."""
+
+    def __init__(
+        self, parts: Sequence[AnyQuantizer], width: int, *, channels_first: bool = False
+    ) -> None:
+        super().__init__(width, channels_first=channels_first)
+        if len({part.id_axes for part in parts}) != 1:
+            raise ValueError("parts must all give as many ids a token: do not mix plain and nested")
+        self.parts = nn.ModuleList(parts)
+        self.id_axes = parts[0].id_axes + 1
+
+    def __iter__(self) -> Iterator[AnyQuantizer]:
+        for part in self.parts:
+            assert isinstance(part, AnyQuantizer)
+            yield part
+
+    @property
+    def waits_for_data(self) -> bool:
+        return any(part.waits_for_data for part in self)
+
+    def _each_id(self, ids: Tensor) -> tuple[Tensor, ...]:
+        return ids.unbind(-self.id_axes)
+
+
+class ResidualQuantizer(_Composed):
+    """Levels that each quantize what the levels before them left over; the output is their sum.
+
+    Every level's losses reach the latents. The gradient of the output reaches them once, from the
+    sum of all levels, and the levels' own estimators are not used.
+
+    Args:
+        levels: quantizers of one width, the coarsest first.
+        gradient: how the gradient of the output reaches the latents.
+        channels_first: latents are (batch, width, ...) instead of (..., width).
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[AnyQuantizer],
+        *,
+        gradient: Literal["straight_through", "rotation"] = "straight_through",
+        channels_first: bool = False,
+    ) -> None:
+        widths = [level.width for level in levels]
+        if len(set(widths)) != 1:
+            raise ValueError(f"levels of widths {widths}: give all levels one width")
+        super().__init__(levels, widths[0], channels_first=channels_first)
+        self.estimator = ESTIMATORS[gradient]
+
+    def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
+        value = torch.zeros_like(z)
+        outs: list[Quantized] = []
+        for level in self:
+            out = level.quantize(z - value)
+            # detached: the next level's commitment loss must reach z, not cancel against this one
+            value = value + out.z_q.detach()
+            outs.append(out)
+        ids = torch.stack([out.ids for out in outs], 1)
+        return Quantized(self.estimator(z, value), ids, *_sum_of_losses(outs, [1.0] * len(outs)))
+
+    def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, "tokens ..."]:
+        value = torch.zeros_like(z)
+        ids: list[Tensor] = []
+        for level in self:
+            ids.append(level.assign(z - value))
+            value = value + level.lookup(ids[-1], z.dtype)
+        return torch.stack(ids, 1)
+
+    def lookup(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
+        codes = [level.lookup(x, dtype) for level, x in zip(self, self._each_id(ids), strict=True)]
+        return sum(codes[1:], start=codes[0])
+
+    def fit(self, z: Float[Tensor, "tokens width"]) -> None:
+        for level in self:
+            level.initialize(z)
+            z = z - level.lookup(level.assign(z), z.dtype)
+
+
+class GroupedQuantizer(_Composed):
+    """Heads that each quantize their own share of the channels; outputs are put side by side.
+
+    Losses are means over all channels: a head counts by its width.
+
+    Args:
+        heads: quantizers whose widths add up to the width of the latents.
+        channels_first: latents are (batch, width, ...) instead of (..., width).
+    """
+
+    def __init__(self, heads: Sequence[AnyQuantizer], *, channels_first: bool = False) -> None:
+        widths = [head.width for head in heads]
+        super().__init__(heads, sum(widths), channels_first=channels_first)
+        self.widths = widths
+
+    def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
+        outs = [head.quantize(share) for head, share in self._shares(z)]
+        ids = torch.stack([out.ids for out in outs], 1)
+        weights = [width / self.width for width in self.widths]
+        return Quantized(
+            torch.cat([out.z_q for out in outs], -1), ids, *_sum_of_losses(outs, weights)
+        )
+
+    def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, "tokens ..."]:
+        return torch.stack([head.assign(share) for head, share in self._shares(z)], 1)
+
+    def lookup(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
+        each = zip(self, self._each_id(ids), strict=True)
+        return torch.cat([head.lookup(x, dtype) for head, x in each], -1)
+
+    def fit(self, z: Float[Tensor, "tokens width"]) -> None:
+        for head, share in self._shares(z):
+            head.initialize(share)
+
+    def _shares(self, z: Tensor) -> list[tuple[AnyQuantizer, Tensor]]:
+        return list(zip(self, z.split(self.widths, -1), strict=True))
+
+
+class Projected(AnyQuantizer):
+    """A quantizer of another width between two learned linear maps, in and out.
+
+    Args:
+        inner: the quantizer; its width is that of the codes.
+        width: channels of the latents.
+        channels_first: latents are (batch, width, ...) instead of (..., width).
+    """
+
+    def __init__(self, inner: Quantizer, width: int, *, channels_first: bool = False) -> None:
+        super().__init__(width, channels_first=channels_first)
+        self.inner = inner
+        self.codes = inner.codes
+        self.project_in = nn.Linear(width, inner.width)
+        self.project_out = nn.Linear(inner.width, width)
+
+    @property
+    def usage(self) -> UsageCounter:
+        """The inner codebook's counts."""
+        return self.inner.usage
+
+    @property
+    def waits_for_data(self) -> bool:
+        return self.inner.waits_for_data
+
+    def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
+        """Every code, projected out."""
+        return _apply(self.project_out, self.inner.codebook(dtype))
+
+    def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
+        out = self.inner.quantize(_apply(self.project_in, z))
+        return out._replace(z_q=_apply(self.project_out, out.z_q))
+
+    def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, "tokens ..."]:
+        return self.inner.assign(_apply(self.project_in, z))
+
+    def lookup(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
+        return _apply(self.project_out, self.inner.lookup(ids, dtype))
+
+    def fit(self, z: Float[Tensor, "tokens width"]) -> None:
+        self.inner.initialize(_apply(self.project_in, z))
+
+
+def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def _sum_of_losses(
+    outs: Sequence[Quantized], weights: Sequence[float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The total, and each term by name summed over the parts that have it."""
+    terms: dict[str, Tensor] = {}
+    for out, weight in zip(outs, weights, strict=True):
+        for name, term in out.losses.items():
+            terms[name] = terms[name] + weight * term if name in terms else weight * term
+    total = torch.stack([w * out.loss for out, w in zip(outs, weights, strict=True)]).sum()
+    return total, terms

@@ -1,0 +1,80 @@
+"""Optimizer groups, schedule and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from simvq_moe.config import Config, ConfigError, OptimizerConfig, with_flags
+from simvq_moe.training import checkpoint
+from simvq_moe.training.engine import learning_rate_factor, parameter_groups
+from simvq_moe.training.tasks import build_model
+
+MAPPED = (
+    *("--task", "language_model", "--moe.router_map", "linear", "--moe.expert_out_map", "linear"),
+    *("--optimizer.map_lr_multiplier", "5", "--optimizer.router_lr_multiplier", "0.1"),
+    *("--optimizer.weight_decay", "0.1", "--optimizer.lr", "0.01"),
+)
+
+
+def test_every_parameter_is_in_one_group_with_the_rate_of_its_role() -> None:
+    config = with_flags(Config(), MAPPED, "train")
+    model = build_model(config)
+    groups = {group["name"]: group for group in parameter_groups(model, config.optimizer)}
+    members = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(members) == sorted(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_role = {role: {names[id(p)] for p in g["params"]} for role, g in groups.items()}
+    assert all(name.endswith(".W") for name in by_role["map"])
+    assert len(by_role["map"]) == 2 * config.language_model.layers
+    assert all(name.endswith("router.bank.base") for name in by_role["router"])
+    assert all("norm" in name for name in by_role["vector"])
+    rates = {role: (group["lr"], group["weight_decay"]) for role, group in groups.items()}
+    assert rates["matrix"] == (0.01, 0.1)
+    assert rates["vector"] == (0.01, 0.0)
+    assert rates["map"] == (0.05, 0.0)
+    assert rates["router"] == (0.001, 0.1)
+
+
+def test_the_rate_warms_up_linearly_and_falls_along_a_cosine_to_its_floor() -> None:
+    optimizer = OptimizerConfig(warmup_steps=10, final_lr_ratio=0.1)
+    factors = [learning_rate_factor(step, 111, optimizer) for step in range(111)]
+    assert_close(torch.tensor(factors[:10]), torch.arange(1, 11) / 10)
+    assert factors[10] == 1.0
+    assert factors[60] == pytest.approx(0.55)
+    assert factors[110] == pytest.approx(0.1)
+    constant = OptimizerConfig(warmup_steps=0, final_lr_ratio=1.0)
+    assert {learning_rate_factor(step, 5, constant) for step in range(5)} == {1.0}
+
+
+def write_checkpoint(folder: Path, step: int, world_size: int = 1) -> Path:
+    target = folder / str(step)
+    target.mkdir(parents=True)
+    (target / "weights").write_bytes(b"12345")
+    manifest = f'{{"step": {step}, "world_size": {world_size}, "files": {{"weights": 5}}}}'
+    (target / "manifest.json").write_text(manifest)
+    return target
+
+
+def test_the_latest_whole_checkpoint_is_the_newest_that_lacks_nothing(tmp_path: Path) -> None:
+    assert checkpoint.latest_step(tmp_path) is None
+    for step in (10, 9, 100, 20):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "300.tmp").mkdir()
+    assert checkpoint.latest_step(tmp_path) == 100
+    (tmp_path / "100" / "weights").write_bytes(b"123")
+    assert checkpoint.latest_step(tmp_path) == 20
+    (tmp_path / "20" / "weights").unlink()
+    assert checkpoint.latest_step(tmp_path) == 10
+    (tmp_path / "10" / "manifest.json").write_text("{")
+    assert checkpoint.latest_step(tmp_path) == 9
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 5, world_size=2)
+    checkpoint.check_world(tmp_path, 5, 2)
+    with pytest.raises(ConfigError, match="written by 2 ranks and this launch has 1: launch 2"):
+        checkpoint.check_world(tmp_path, 5, 1)
