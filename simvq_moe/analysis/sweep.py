@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -104,6 +105,7 @@ class Plan:
     """Every run of a sweep, in the order in which they are done."""
 
     spec: SweepSpec
+    files: Sequence[Path]
     runs: list[Run]
 
     @property
@@ -133,7 +135,7 @@ def plan(files: Sequence[Path]) -> Plan:
             for seed in spec.seeds
             for arm in group.arms
         ]
-    return Plan(spec, runs)
+    return Plan(spec, files, runs)
 
 
 def _run(spec: SweepSpec, group: str, arm: str, seed: int, base: Config, origin: str) -> Run:
@@ -153,7 +155,7 @@ def execute(plan: Plan, ranks: int) -> bool:
     Raises:
         KeyboardInterrupt: after the run under way has saved a checkpoint.
     """
-    write_plan(plan)
+    write_plan(plan, ranks)
     done = [run for run in plan.runs if status(run) == "finished"]
     if done:
         print(
@@ -166,7 +168,7 @@ def execute(plan: Plan, ranks: int) -> bool:
             continue
         label = f"[{number}/{len(plan.runs)}] {run.group}/{run.arm}/seed{run.seed}"
         _launch(run, plan, ranks, label, clock)
-        write_plan(plan)
+        write_plan(plan, ranks)
     return all(status(run) == "finished" for run in plan.runs)
 
 
@@ -178,7 +180,7 @@ def status(run: Run) -> str:
     return json.loads(meta.read_text())["status"] if meta.is_file() else "pending"
 
 
-def write_plan(plan: Plan) -> None:
+def write_plan(plan: Plan, ranks: int) -> None:
     """sweep.json: the groups, arms and runs, for the report."""
     groups = []
     for name, group in plan.spec.groups.items():
@@ -212,7 +214,13 @@ def write_plan(plan: Plan) -> None:
             }
         )
     plan.folder.mkdir(parents=True, exist_ok=True)
-    content = {"name": plan.spec.name, "title": plan.spec.title, "groups": groups}
+    configs = [word for file in plan.files for word in ("--config", str(file))]
+    content = {
+        "name": plan.spec.name,
+        "title": plan.spec.title,
+        "command": shlex.join(["simvq-moe", "sweep", *configs, "--ranks", str(ranks)]),
+        "groups": groups,
+    }
     (plan.folder / "sweep.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -59,6 +59,7 @@ class Bank(nn.Module):
             self.register_buffer("base", base.detach().clone())
         self.W: Tensor | None = _start_of_map(transform, base_width, width, base.dtype)
         self.bias = nn.Parameter(torch.zeros(width, dtype=base.dtype)) if bias else None
+        self._kept: tuple[list[object], list[Tensor], Tensor] | None = None
 
     def map(self, x: Float[Tensor, "*lead base_width"]) -> Float[Tensor, "*lead width"]:
         """Apply W. It is linear, so it may follow a weighted sum over rows."""
@@ -74,7 +75,7 @@ class Bank(nn.Module):
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
-    ) -> Float[Tensor, "*batch width"]:
+    ) -> Float[Tensor, "... width"]:
         """The rows named by ids. Gathers first: the cost follows the batch, not the bank."""
         return self._shift(self.map(self.base[ids].to(dtype or self.base.dtype)))
 
@@ -89,6 +90,30 @@ class Bank(nn.Module):
             return x
         W = self.W.to(x.dtype)
         return x * W if self.transform == "diagonal" else x @ W.T
+
+    @torch.no_grad()
+    def folded_rows(self, dtype: torch.dtype) -> Float[Tensor, "*rows width"]:
+        """`rows`, without a gradient and kept until the map changes, for use in evaluation.
+
+        W and bias are compared by value: an optimizer that writes to `.data` leaves no other trace.
+        A learned base is too large to compare, so its rows are not kept.
+        """
+        if isinstance(self.base, nn.Parameter):
+            return self.rows(dtype)
+        now = [dtype, self.base.data_ptr(), self.base._version]
+        learned = [p.detach() for p in (self.W, self.bias) if p is not None]
+        if self._kept is not None:
+            key, values, rows = self._kept
+            same = key == now and [v.dtype for v in values] == [p.dtype for p in learned]
+            if same and all(torch.equal(v, p) for v, p in zip(values, learned, strict=True)):
+                return rows
+        self._kept = (now, [p.clone() for p in learned], self.rows(dtype))
+        return self._kept[2]
+
+    def train(self, mode: bool = True) -> Bank:
+        """Training has no use for folded rows: they are dropped."""
+        self._kept = None
+        return super().train(mode)
 
     @torch.no_grad()
     def fold(self) -> Bank:

@@ -23,6 +23,10 @@ TOKEN_BLOCK = 4096
 """Tokens searched together: each tile of codes is formed once for all of them."""
 
 
+class NotFiniteError(ValueError):
+    """Latents or codes are NaN or infinite, so that no code is nearest."""
+
+
 @torch.no_grad()
 def nearest(
     z: Float[Tensor, "tokens width"],
@@ -40,7 +44,7 @@ def nearest(
         bias: added to every mapped row.
 
     Raises:
-        ValueError: z or codes hold NaN or infinite values, for which no code is nearest.
+        NotFiniteError: z or codes hold NaN or infinite values, for which no code is nearest.
     """
     if torch.compiler.is_exporting():
         codes = Codes(base, W, bias, z.dtype).rows(0, len(base))
@@ -65,7 +69,7 @@ def _nearest(z: Tensor, base: Tensor, W: Tensor | None, bias: Tensor | None) -> 
     if not bool(best.isfinite().all() & codes.finite):
         bad = int((~z.isfinite()).any(1).sum())
         whose = f"{bad} of {len(z)} latents are" if bad else "the codebook is"
-        raise ValueError(
+        raise NotFiniteError(
             f"nearest: {whose} not finite, so no code is nearest: lower the learning rate or clip"
         )
     return ids

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from simvq_moe.core.streams import own_stream
 from simvq_moe.moe import MoE
 
 ROTARY_BASE = 10_000.0
+INITIAL_STD = 0.02
 
 
 class Attention(nn.Module):
@@ -129,12 +131,18 @@ class LanguageModel(nn.Module):
         mean = {k: torch.stack([one[k] for one in layer_losses]).mean() for k in layer_losses[0]}
         return F.linear(self.norm(x), self.embedding.weight).float(), mean
 
+    @torch.no_grad()
     def _initialize(self, width: int, layers: int) -> None:
-        """N(0, 1/width) rows; the branches' last maps smaller, so that depth keeps the variance."""
-        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        """N(0, 0.02) matrices (GPT-2), those that end a branch smaller, so that depth adds up."""
+        ending = INITIAL_STD / (2 * layers) ** 0.5
+        self.embedding.weight.normal_(std=INITIAL_STD)
         for block in self.blocks:
             assert isinstance(block, Block)
-            nn.init.normal_(block.attention.qkv.weight, std=width**-0.5)
-            nn.init.normal_(block.attention.out.weight, std=(2 * layers * width) ** -0.5)
-            with torch.no_grad():
-                block.moe.experts.down.base /= (2 * layers) ** 0.5
+            block.attention.qkv.weight.normal_(std=INITIAL_STD)
+            block.attention.out.weight.normal_(std=ending)
+            block.moe.experts.up.base.normal_(std=INITIAL_STD)
+            block.moe.experts.down.base.normal_(std=ending)
+            router = block.moe.router.bank.base
+            with own_stream():
+                # rows of the same length whatever the width of the base
+                router.normal_(std=INITIAL_STD * (width / router.shape[-1]) ** 0.5)

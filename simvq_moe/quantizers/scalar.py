@@ -157,7 +157,9 @@ class LFQ(_Grid):
         upper, lower = logits.tensor_split([self.width // 2], dim=1)
         # p(c | z) is a product of its halves' probabilities, so its mean is a matrix product
         mean = _patterns(upper).T @ _patterns(lower) / max(len(logits), 1)
-        return torch.special.entr(mean_over_ranks(mean)).sum()
+        # the slope of -p log p at 0 is infinite, and the probability of a far code underflows to 0
+        mean = mean_over_ranks(mean).clamp_min(torch.finfo(mean.dtype).tiny)
+        return torch.special.entr(mean).sum()
 
 
 def _patterns(logits: Float[Tensor, "tokens bits"]) -> Float[Tensor, "tokens patterns"]:

@@ -66,7 +66,9 @@ class SimVQ(Quantizer):
         return self.bank.lookup(ids, dtype)
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
-        return nearest(z, self.bank.base, W=self.bank.W, bias=self.bank.bias)
+        if self.training or torch.compiler.is_compiling():
+            return nearest(z, self.bank.base, W=self.bank.W, bias=self.bank.bias)
+        return nearest(z, self.bank.folded_rows(z.dtype))
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         mean, covariance = moments(z)

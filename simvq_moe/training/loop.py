@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from simvq_moe.config import Config
+from simvq_moe.core.nearest import NotFiniteError
 from simvq_moe.core.usage import counters, counting
 from simvq_moe.data.order import BatchOrder
 from simvq_moe.training import checkpoint
@@ -105,11 +106,12 @@ class Trainer:
         """One optimizer step over this rank's share of the global batch; whether to stop after."""
         started = time.monotonic()
         self.engine.train()
-        indices = self.order.indices(self.step, rank=self.world.rank, ranks=self.world.size)
         stop = False
         parts = self.config.train.accumulation
-        for i, part in enumerate(np.split(indices, parts)):
-            loss, terms = self.engine(self.task.train.batch(part).to(self.world.device))
+        # ranks share every micro-batch, so that it is the same one whatever their number
+        shares = self.order.indices(self.step).reshape(parts, self.world.size, -1)
+        for i, part in enumerate(shares[:, self.world.rank]):
+            loss, terms = self._forward(part)
             self.window.add({"loss": loss, **terms}, 1 / parts)
             if i == parts - 1:
                 stop = self._agree(loss)
@@ -124,6 +126,14 @@ class Trainer:
         self.window.seconds += time.monotonic() - started
         self.train_seconds += time.monotonic() - started
         return stop
+
+    def _forward(self, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self.task.train.batch(indices).to(self.world.device)
+        try:
+            return self.engine(batch)
+        except NotFiniteError:
+            # a latent without a nearest code; the ranks agree on it as on any other loss
+            return torch.tensor(math.nan, device=self.world.device), {}
 
     def _agree(self, loss: Tensor) -> bool:
         """Whether any rank was asked to stop; raises on all if a loss is not finite on one."""

@@ -132,12 +132,13 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
 
 def _meta(config: Config, world: World) -> dict[str, Any]:
     cuda = world.device.type == "cuda"
+    arguments = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "task": config.task,
         "arm": config.arm or config.name,
         "seed": config.seed,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["simvq-moe", *arguments]),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **versions},
         "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),

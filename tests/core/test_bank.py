@@ -87,3 +87,27 @@ def test_spectrum_holds_the_singular_values_and_distance_is_zero_at_the_start(
 def test_an_impossible_map_names_the_way_out() -> None:
     with pytest.raises(ValueError, match="base_width 3 != width 4"):
         Bank(torch.randn(2, 3), width=4, transform="diagonal")
+
+
+def test_folded_rows_are_kept_until_the_map_changes_however_it_is_written() -> None:
+    bank = Bank(torch.randn(6, 3), train_base=False, bias=True).eval()
+    assert bank.W is not None
+    assert bank.bias is not None
+    first = bank.folded_rows(torch.float32)
+    assert bank.folded_rows(torch.float32) is first
+    assert not first.requires_grad
+    for tensor in (bank.W.data, bank.bias.data, bank.base):
+        tensor.mul_(1.5).add_(0.1)
+        assert_close(bank.folded_rows(torch.float32), bank.rows().detach())
+    assert bank.folded_rows(torch.float64).dtype == torch.float64
+    bank.load_state_dict(Bank(torch.randn(6, 3), train_base=False, bias=True).state_dict())
+    assert_close(bank.folded_rows(torch.float32), bank.rows().detach())
+    learned = Bank(torch.randn(6, 3), train_base=True).eval()
+    learned.folded_rows(torch.float32)
+    learned.base.data.add_(1)
+    assert_close(learned.folded_rows(torch.float32), learned.rows().detach())
+
+
+def test_a_bank_without_a_map_cannot_match_moments() -> None:
+    with pytest.raises(ValueError, match="give it both"):
+        Bank(torch.randn(6, 3)).match(torch.zeros(3), torch.eye(3))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from simvq_moe.analysis import tensorboard as dashboard
 from simvq_moe.core.usage import usage
 from simvq_moe.training.logs import RunLog
 from simvq_moe.training.measures import Layer, layer_names, usage_metrics
 from simvq_moe.training.tensorboard import TOP_LOAD, heat_map, loads
+from tests.launching import start
 
 EXPERTS = [Layer("experts", 4, 2), Layer("experts", 4, 2)]
 COUNTS = [np.array([8, 0, 0, 0]), np.array([2, 2, 2, 2])]
@@ -80,23 +85,32 @@ def test_a_heat_map_shows_fair_load_alike_in_every_layer_and_clips_at_the_top() 
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> str:
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of `simvq-moe dashboard` over one run."""
     write_steps(tmp_path / "runs" / "a", range(1, 3))
-    return dashboard.start(tmp_path / "runs", port=0)
+    process = start("dashboard", "runs", "--port", "0", cwd=tmp_path)
+    assert process.stderr is not None
+    lines = iter(process.stderr)
+    yield next(line for line in lines if line.startswith("http")).strip()
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
 
 
 def test_the_dashboard_serves_the_layout_on_this_machine_only(server: str) -> None:
-    assert server.startswith("http://127.0.0.1:") or "localhost" in server
+    assert server.startswith("http://127.0.0.1:")
 
-    def get(path: str) -> dict:
+    def get(path: str) -> dict[str, Any]:
         with urllib.request.urlopen(f"{server}data/plugin/{path}", timeout=30) as answer:
             return json.load(answer)
 
+    until = time.monotonic() + 60
+    while "a/tensorboard" not in (tags := get("scalars/tags")) and time.monotonic() < until:
+        time.sleep(0.5)
     layout = get("custom_scalars/layout")
     charts = {chart["title"]: chart for c in layout["category"] for chart in c["chart"]}
     margin = charts["moe/00"]["margin"]["series"][0]
     assert margin["value"] == "moe/00/load_mean"
     assert (margin["lower"], margin["upper"]) == ("moe/00/load_min", "moe/00/load_max")
-    tags = get("scalars/tags")
-    assert set(margin.values()) <= set(next(iter(tags.values())))
-    assert "moe/load" in next(iter(get("images/tags").values()))
+    assert set(margin.values()) <= set(tags["a/tensorboard"])
+    assert "moe/load" in get("images/tags")["a/tensorboard"]

@@ -1,0 +1,177 @@
+"""Forward and backward of quantizers side by side, in one process, against the bare product.
+
+Everyone gets the same latents and the same codes; rounds are interleaved, so that a busy machine
+slows all alike, and the best round counts. Time is CPU seconds of the process (wall time on a
+GPU), memory the largest sum of live tensor allocations during one step.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simvq_moe.quantizers import SimVQ
+
+CASES = [(4096, 1024, 64), (4096, 8192, 128), (4096, 65536, 128), (1024, 262144, 128)]
+"""Tokens, codes, width."""
+
+PRODUCT = "fp32 product"
+TILE = 1024
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One contestant at one size."""
+
+    tokens: int
+    codes: int
+    width: int
+    name: str
+    seconds: float
+    """CPU seconds of the best round, forward and backward."""
+    relative: float
+    """Times the bare float32 matrix product of latents and codes."""
+    megabytes: float | None
+    """Largest sum of live tensor allocations within a step; None: not measured."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench_quantizer(
+    cases: list[tuple[int, int, int]] | None = None, *, rounds: int = 3, device: str = "cpu"
+) -> list[Measured]:
+    """Measure every contestant that is installed at every size."""
+    results: list[Measured] = []
+    for tokens, codes, width in cases or CASES:
+        torch.manual_seed(0)
+        z = torch.randn(tokens, width, device=device) / width**0.5
+        q = torch.randn(codes, width, device=device) / width**0.5
+        steps = {PRODUCT: _product(z, q), **_contestants(z, q)}
+        best = dict.fromkeys(steps, float("inf"))
+        for _ in range(rounds + 1):  # the first round warms up caches and thread pools too
+            for name, step in steps.items():
+                best[name] = min(best[name], _seconds(step, device))
+        for name, step in steps.items():
+            memory = None if "search" in name or device != "cpu" else _megabytes(step)
+            relative = best[name] / best[PRODUCT]
+            results.append(Measured(tokens, codes, width, name, best[name], relative, memory))
+    return results
+
+
+def table(results: list[Measured]) -> str:
+    """A Markdown table of the results."""
+    lines = [
+        "| tokens, codes, width | contestant | seconds | x product | MB |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for r in results:
+        memory = "" if r.megabytes is None else f"{r.megabytes:.0f}"
+        lines.append(
+            f"| {r.tokens}, {r.codes}, {r.width} | {r.name} | {r.seconds:.3f} | {r.relative:.2f} "
+            f"| {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def _product(z: Tensor, q: Tensor) -> Step:
+    def step() -> None:
+        for start in range(0, len(q), TILE):
+            _ = z @ q[start : start + TILE].T
+
+    return step
+
+
+def _contestants(z: Tensor, q: Tensor) -> dict[str, Step]:
+    """Training steps on the same base rows; peers only where their packages are installed."""
+    ours = SimVQ(len(q), q.shape[1]).to(z.device)
+    ours.bank.base.copy_(q)
+    steps: dict[str, Step] = {
+        "simvq-moe SimVQ": _training_step(lambda x: ours(x)[:3:2], z),
+        "plain published formula": _training_step(_PublishedFormula(q), z),
+    }
+    if peer := _installed("vector_quantize_pytorch"):
+        theirs = peer.SimVQ(dim=q.shape[1], codebook_size=len(q), rotation_trick=False)
+        theirs.frozen_codebook.copy_(q)
+        classic = peer.VectorQuantize(dim=q.shape[1], codebook_size=len(q))
+        for name, module in [("SimVQ", theirs), ("VectorQuantize", classic)]:
+            call = _peer_call(module.to(z.device))
+            steps[f"vector-quantize-pytorch {name}"] = _training_step(call, z)
+    if (faiss := _installed("faiss")) and z.device.type == "cpu":
+        index = faiss.IndexFlatL2(q.shape[1])
+        index.add(q.numpy())
+        steps["FAISS, search alone"] = lambda: index.search(z.numpy(), 1)
+    return steps
+
+
+class _PublishedFormula(torch.nn.Module):
+    """SimVQ as its paper and code write it: the distance matrix, then argmin."""
+
+    def __init__(self, q: Tensor) -> None:
+        super().__init__()
+        self.q = q
+        self.W = torch.nn.Parameter(torch.eye(q.shape[1], device=q.device))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        codes = self.q @ self.W
+        square = z.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * z @ codes.T
+        e = codes[square.argmin(1)]
+        loss = F.mse_loss(e, z.detach()) + 0.25 * F.mse_loss(z, e.detach())
+        return z + (e - z).detach(), loss
+
+
+def _peer_call(module: torch.nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def call(z: Tensor) -> tuple[Tensor, Tensor]:
+        z_q, _, loss = module(z[None])
+        return z_q, loss
+
+    return call
+
+
+def _training_step(call: Callable[[Tensor], tuple[Any, ...]], z: Tensor) -> Step:
+    def step() -> None:
+        x = z.clone().requires_grad_()
+        z_q, loss = call(x)
+        (z_q.square().mean() + loss.sum()).backward()
+
+    return step
+
+
+def _installed(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _seconds(step: Step, device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def _megabytes(step: Step) -> float:
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    results: Any = profile.profiler
+    alive = peak = 0
+    for event in results.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak / 1e6
