@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every check that CI runs: lint, format, types, tests. Arguments go to pytest.
+# Every check that CI runs: lint, format, types, tests. Arguments go to pytest: `launch/test.sh -m slow`
+# runs the tests that take minutes, the quickstart in a fresh clone among them.
 set -euo pipefail
 # shellcheck source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -10,5 +11,5 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 ruff check .
 ruff format --check .
 pyright
-pytest -n 2 "$@"
+pytest -n 2 -m "not slow" "$@"
 echo "test: all checks passed" >&2

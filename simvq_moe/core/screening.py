@@ -63,7 +63,7 @@ def groups_that_may_win(
     a = z - centre
     a16 = a.bfloat16()
     # (a, -1, -1) · (b, high, low) = a · b - |b|^2 / 2: the half norm in two parts, one rounding
-    factor = torch.cat([a16, a16.new_full((len(a), 2), -1)], 1)
+    factor = torch.cat([a16, a16.new_full((len(a), 2), -1)], 1).T
     groups = -(-len(codes) // GROUP)
     top = torch.empty(groups, len(z), dtype=torch.bfloat16)
     length, error = z.new_empty(groups), z.new_empty(groups)
@@ -74,10 +74,10 @@ def groups_that_may_win(
         here = slice(start // GROUP, (start + len(b) - 1) // GROUP + 1)
         length[here] = _group_max((2 * half).sqrt())
         error[here] = _group_max((b - b16).norm(dim=1))
-        tile16 = torch.cat([b16, high[:, None], (half - high).bfloat16()[:, None]], 1).T
+        tile16 = torch.cat([b16, high[:, None], (half - high).bfloat16()[:, None]], 1)
         for first in range(0, len(z), TOKEN_TILE):
             rows = slice(first, first + TOKEN_TILE)
-            top[here, rows] = _group_max(factor[rows] @ tile16)
+            top[here, rows] = _group_max(tile16 @ factor[:, rows])
     keep = torch.empty(groups, len(z), dtype=torch.bool)
     for first in range(0, len(z), TOKEN_TILE):
         rows = slice(first, first + TOKEN_TILE)
@@ -88,9 +88,9 @@ def groups_that_may_win(
     return keep
 
 
-def _group_max(scores: Tensor) -> Tensor:
-    """Maxima of each group of the last axis, which becomes the first: (groups, *lead)."""
-    return torch.stack([group.amax(-1) for group in scores.split(GROUP, dim=-1)])
+def _group_max(scores: Float[Tensor, "codes ..."]) -> Float[Tensor, "groups ..."]:
+    # down the columns, which vectorizes over tokens: twice as fast as along rows
+    return torch.stack([group.amax(0) for group in scores.split(GROUP)])
 
 
 def _rounding_bound(

@@ -1,0 +1,123 @@
+"""Every command and program of the README runs, shortened where it would train for minutes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT, environment
+
+SHORT = (
+    *("--train.steps", "2", "--train.log_every", "1", "--data.crops", "64"),
+    *("--data.held_out_crops", "18", "--train.eval_batch_size", "256"),
+)
+QUICKSTARTS = ("launch/quickstart.sh", "launch/dashboard.sh", "simvq-moe sweep")
+"""Commands that train every arm, or need its runs: `test_the_quickstart_runs_in_a_fresh_clone`."""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [
+        line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()
+    ]
+    return [line for line in lines if line]
+
+
+def shortened(command: str) -> list[str]:
+    words = shlex.split(command)
+    if "train" in words and "--dry-run" not in words and "--help" not in words:
+        words += SHORT
+    return words
+
+
+@pytest.mark.distributed
+def test_the_commands_of_the_readme_run_in_order(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    run = [command for command in commands() if not command.startswith(QUICKSTARTS)]
+    assert len(run) >= 8
+    for command in run:
+        if command.startswith("simvq-moe dashboard"):
+            _starts_and_stops([*shortened(command), "--port", "0"], tmp_path)
+            continue
+        done = subprocess.run(
+            shortened(command),
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    summary = json.loads((tmp_path / "runs" / "two_ranks" / "summary.json").read_text())
+    assert summary["step"] == 2
+    assert (tmp_path / "runs" / "report" / "report.html").stat().st_size > 10_000
+
+
+def _starts_and_stops(command: list[str], folder: Path) -> None:
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    assert any(line.startswith("http://127.0.0.1") for line in process.stderr)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+
+
+def test_the_program_of_the_readme_runs(tmp_path: Path) -> None:
+    for block in blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-c", block],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_paths_that_the_readme_names_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"`((?:simvq_moe|configs|launch|tests)/[\w./]*)`", text)
+    linked = re.findall(r"\]\(([\w./]+)\)", text)
+    assert len(named) > 5
+    for path in {*named, *linked}:
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_quickstart_runs_in_a_fresh_clone_and_skips_what_is_finished(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    first, again = (
+        subprocess.run(
+            ["bash", "launch/quickstart.sh"], cwd=clone, capture_output=True, text=True, check=False
+        )
+        for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr[-4000:]
+    assert "SimVQ" in first.stdout
+    assert again.returncode == 0
+    assert "18 of 18 runs are finished and skipped" in again.stderr
+    report = json.loads((clone / "runs/quickstart/report/report.json").read_text())
+    arms = {arm["name"]: arm["mean"] for arm in report["groups"][0]["arms"]}
+    assert arms["simvq"]["val/codes/used"] > 0.5 > 0.1 > arms["vq"]["val/codes/used"]
+    assert arms["simvq"]["val/mse"] < min(arms["vq"]["val/mse"], arms["ema"]["val/mse"])
