@@ -80,6 +80,34 @@ def _(z: Tensor, base: Tensor, W: Tensor | None, bias: Tensor | None) -> Tensor:
     return z.new_empty(len(z), dtype=torch.int64)
 
 
+def numbered(
+    ids: Int[Tensor, " tokens"], z: Float[Tensor, "tokens width"]
+) -> Int[Tensor, " tokens"]:
+    """The ids that a rule other than the distance gave z.
+
+    Raises:
+        ValueError: z holds NaN, which has no place among any codes.
+    """
+    return ids if torch.compiler.is_exporting() else _numbered(ids, z.detach())
+
+
+@torch.library.custom_op(
+    "simvq_moe::numbered", mutates_args=(), schema="(Tensor ids, Tensor z) -> Tensor"
+)
+def _numbered(ids: Tensor, z: Tensor) -> Tensor:
+    bad = int(z.isnan().any(1).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(z)} latents are not finite: lower the learning rate or clip"
+        )
+    return ids.clone()
+
+
+@_numbered.register_fake
+def _(ids: Tensor, z: Tensor) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(ids)
+
+
 class Codes:
     """The rows base @ W + bias, formed on demand; notes whether those formed are finite."""
 

@@ -16,7 +16,7 @@ def dispatch(
     x: Float[Tensor, "tokens width"],
     ids: Int[Tensor, "tokens top_k"],
     gates: Float[Tensor, "tokens top_k"],
-    experts: Callable[[Tensor, list[int]], Tensor],
+    experts: Callable[[Tensor, Tensor], Tensor],
     count: int,
 ) -> Float[Tensor, "tokens width"]:
     """sum_j gates[:, j] * E_{ids[:, j]}(x) over `count` experts.
@@ -27,7 +27,7 @@ def dispatch(
     tokens, top_k = ids.shape
     flat = ids.reshape(-1)
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=count).tolist()
+    counts = torch.bincount(flat, minlength=count)
     outputs = experts(x[order // top_k], counts)
     # a gather by the inverse order sums without atomics, so it repeats to the bit on every device
     inverse = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)).to(order))

@@ -1,6 +1,6 @@
 """SimVQ weights to and from the authors' code and vector-quantize-pytorch: equal ids both ways.
 
-The authors' quantizer (github.com/youngsheng-dev/SimVQ layout) holds `embedding.weight` and
+The authors' quantizer (arXiv:2411.02038) holds `embedding.weight` and
 `embedding_proj.{weight,bias}`; vector-quantize-pytorch's SimVQ holds `frozen_codebook` and
 `code_transform.{weight,bias}`. Both keep the map as a linear layer, the transpose of W.
 """

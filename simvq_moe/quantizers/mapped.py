@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.bank import Bank
+from simvq_moe.core.nearest import numbered
 from simvq_moe.quantizers.base import Quantized, Quantizer, mean_squared_error, random_codebook
 from simvq_moe.quantizers.vq import VQ
 
@@ -100,12 +101,12 @@ class IBQ(VQ):
         self.weights["index"] = index_weight
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
-        return (z @ self.codebook(z.dtype).T).argmax(1)
+        return numbered((z @ self.codebook(z.dtype).T).argmax(1), z)
 
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
         E = self.codebook(z.dtype)
         logits = z @ E.T
-        ids, p = logits.argmax(1), logits.softmax(1)
+        ids, p = numbered(logits.argmax(1), z), logits.softmax(1)
         self.usage.add(ids)
         e = E[ids]
         z_q = e + (p - p.detach()) @ E

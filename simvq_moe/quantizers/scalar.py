@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from simvq_moe.core.gradient import straight_through
+from simvq_moe.core.nearest import numbered
 from simvq_moe.quantizers.base import Quantizer, mean_squared_error
 from simvq_moe.quantizers.ranks import mean_over_ranks
 from simvq_moe.quantizers.vq import to_sphere
@@ -69,7 +70,7 @@ class FSQ(_Grid):
         number = self._bounded(z).round().long() + self.levels // 2
         # tanh saturates half a thousandth outside, which is a level of its own beyond 1,000
         number = torch.minimum(number.clamp_min(0), self.levels - 1)
-        return (number * self.radix).sum(-1)
+        return numbered((number * self.radix).sum(-1), z)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
@@ -133,7 +134,7 @@ class LFQ(_Grid):
         return 1.0
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
-        return ((z > 0) * self.powers).sum(-1)
+        return numbered(((z > 0) * self.powers).sum(-1), z)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None

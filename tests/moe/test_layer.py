@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from simvq_moe import MoE
 from simvq_moe.core.bank import Transform
+from simvq_moe.moe.experts import grouped_product
 
 WIDTH, HIDDEN, EXPERTS, TOP_K = 8, 6, 5, 2
 MAPS: list[dict[str, Any]] = [
@@ -82,7 +83,7 @@ def test_map_after_the_sum_equals_sum_of_mapped_experts() -> None:
     after_each = torch.zeros_like(x)
     for t in range(len(x)):
         for gate, e in zip(routing.gates[t], routing.ids[t], strict=True):
-            counts = [int(i == e) for i in range(EXPERTS)]
+            counts = torch.eye(EXPERTS, dtype=torch.int64)[e]
             after_each[t] += gate * moe.experts.down.map(moe.experts(x[t : t + 1], counts)[0])
     assert_close(moe(x), after_each)
 
@@ -174,3 +175,18 @@ def test_a_frozen_router_base_is_no_parameter() -> None:
     moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router_map="linear", train_router_base=False)
     assert "router.bank.base" not in dict(moe.named_parameters())
     assert isinstance(moe.router.bank.W, nn.Parameter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [8, 7])
+def test_grouped_products_are_the_products_of_each_group(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    counts = torch.tensor([3, 0, 5, 0, 1])
+    x = torch.randn(9, width, dtype=dtype, requires_grad=True)
+    weights = torch.randn(5, width, 16, dtype=dtype, requires_grad=True)
+    expected = torch.cat([x[:3] @ weights[0], x[3:8] @ weights[2], x[8:] @ weights[4]])
+    got = grouped_product(x, weights, counts)
+    assert_close(got, expected)
+    direction = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, (x, weights), direction) for y in (got, expected)]
+    assert_close(*gradients)
