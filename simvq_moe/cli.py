@@ -16,14 +16,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from simvq_moe.config import (
-    Config,
-    ConfigError,
-    flag_error,
-    merge_files,
-    suggestion,
-    with_flags,
-)
+from simvq_moe.config import Config, ConfigError
+from simvq_moe.merging import flag_error, merge_files, suggestion, with_flags
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from simvq_moe.cli import main
-from simvq_moe.config import Config, to_yaml
+from simvq_moe.config import Config
+from simvq_moe.merging import to_yaml
 
 SWEEP = """
 name: s

@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from simvq_moe.config import (
-    Config,
-    ConfigError,
-    check,
-    first_difference,
-    flatten,
-    merge_files,
-    to_yaml,
-    with_flags,
-)
+from simvq_moe.config import Config, ConfigError, check
+from simvq_moe.merging import first_difference, flatten, merge_files, to_yaml, with_flags
 
 
 def load(tmp_path: Path, *texts: str) -> Config:

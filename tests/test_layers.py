@@ -14,9 +14,9 @@ MAY_IMPORT = {
     "quantizers": {"core", "quantizers", "hub"},
     "moe": {"core", "moe", "hub"},
     "models": {"core", "quantizers", "moe", "models", "hub"},
-    "data": {"data", "config"},
-    "training": {"core", "quantizers", "moe", "models", "data", "training", "config"},
-    "analysis": {"analysis", "config"},
+    "data": {"data", "config", "merging"},
+    "training": {"core", "quantizers", "moe", "models", "data", "training", "config", "merging"},
+    "analysis": {"analysis", "config", "merging"},
 }
 EXCEPTIONS = {"analysis": {"simvq_moe.core.usage", "simvq_moe.training.progress"}}
 """Run directories are read with the same measures and times that wrote them."""

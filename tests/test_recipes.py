@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from simvq_moe.analysis.sweep import plan
-from simvq_moe.config import Config, check, merge_files
+from simvq_moe.config import Config, check
+from simvq_moe.merging import merge_files
 from simvq_moe.training.engine import World
 from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT

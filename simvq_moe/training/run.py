@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from simvq_moe.config import Config, ConfigError, check, check_ranks, first_difference, to_yaml
-from simvq_moe.config import merge_files as load
+from simvq_moe.config import Config, ConfigError, check, check_ranks
+from simvq_moe.merging import first_difference, merge_files, to_yaml
 from simvq_moe.training import checkpoint
 from simvq_moe.training.engine import (
     World,
@@ -69,7 +69,7 @@ def check_launch(config: Config, world_size: int) -> None:
     check_source(config)
     saved = config.run_dir / "config.yaml"
     if saved.is_file():
-        difference = first_difference(load(Config, [saved]), config)
+        difference = first_difference(merge_files(Config, [saved]), config)
         if difference:
             raise ConfigError(
                 f"{config.run_dir} holds a run of another config ({difference}): "

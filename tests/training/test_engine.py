@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from simvq_moe.config import Config, ConfigError, OptimizerConfig, with_flags
+from simvq_moe.config import Config, ConfigError, OptimizerConfig
+from simvq_moe.merging import with_flags
 from simvq_moe.training import checkpoint
 from simvq_moe.training.engine import learning_rate_factor, parameter_groups
 from simvq_moe.training.tasks import build_model
