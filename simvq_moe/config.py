@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -41,12 +42,16 @@ class DataConfig:
 class QuantizerConfig:
     """The codebook between encoder and decoder."""
 
-    kind: Literal["vq", "ema", "simvq"] = "simvq"
-    """vq: free codes by gradient; ema: moving averages; simvq: frozen rows under a shared map."""
+    kind: Literal[
+        "vq", "ema", "simvq", "cosine_vq", "group_vq", "mlp_vq", "fsq", "lfq", "bsq", "ibq"
+    ] = "simvq"
+    """simvq: frozen rows under one shared map; the others are baselines, see quantizers/."""
     codes: int = 512
     """Number of codes."""
     width: int = 32
     """Channels of a code."""
+    residual_levels: int = 1
+    """Quantizers in a row, each for what the ones before it left over."""
     transform: Literal["none", "diagonal", "linear"] = "linear"
     """simvq: shape of the shared map W."""
     train_base: bool = False
@@ -55,14 +60,22 @@ class QuantizerConfig:
     """simvq: one learned shift of all codes."""
     base_width: int | None = None
     """simvq: channels of a base row; None: width."""
-    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    groups: int | None = None
+    """group_vq: number of blocks of codes, each with a map of its own."""
+    levels: tuple[int, ...] = ()
+    """fsq: values of each channel; width is their number and codes their product."""
+    init: Literal["default", "data", "kmeans"] = "default"
+    """From the first batch: data sets W and a bias (simvq), kmeans codes (vq, ema, cosine_vq)."""
+    gradient: Literal["straight_through", "rotation", "diveq"] = "straight_through"
     """How the decoder's gradient reaches the encoder."""
     codebook_weight: float = 1.0
-    """Weight of |e - sg z|^2 (not for ema)."""
+    """Weight of |e - sg z|^2, where codes are learned by gradient."""
     commitment_weight: float = 0.25
     """Weight of |z - sg e|^2."""
     decay: float = 0.99
     """ema: weight of the past."""
+    restart: float = 0.0
+    """ema: a code drawn less often a step than this restarts at a latent; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +237,7 @@ def _problems(config: Config) -> Iterator[str]:
             f"language_model.width {lm.width} / language_model.heads {lm.heads} must be a whole "
             "even number for rotary positions: change one of them"
         )
+    yield from _quantizer_problems(q)
     if q.kind == "simvq" and q.transform != "linear" and q.base_width not in (None, q.width):
         yield (
             f"quantizer.base_width {q.base_width} != quantizer.width {q.width} with "
@@ -243,10 +257,61 @@ def _problems(config: Config) -> Iterator[str]:
         yield f"name {config.name!r}: use letters, digits and . _ + = -, with / between folders"
 
 
+BELONGS_TO = {
+    "transform": ("simvq",),
+    "train_base": ("simvq",),
+    "bias": ("simvq",),
+    "base_width": ("simvq",),
+    "groups": ("group_vq",),
+    "levels": ("fsq",),
+    "gradient": ("vq", "ema", "simvq", "cosine_vq", "group_vq", "mlp_vq"),
+    "decay": ("ema",),
+    "restart": ("ema",),
+}
+"""Kinds of quantizers that have the option; for others only its default is accepted."""
+STARTS = {"data": ("simvq",), "kmeans": ("vq", "ema", "cosine_vq")}
+
+
+def _quantizer_problems(q: QuantizerConfig) -> Iterator[str]:
+    for name, kinds in BELONGS_TO.items():
+        value = getattr(q, name)
+        if q.kind not in kinds and value != getattr(QuantizerConfig(), name):
+            yield (
+                f"quantizer.{name} {value} means nothing to quantizer.kind {q.kind!r}: "
+                f"drop it, or use kind {' or '.join(kinds)}"
+            )
+    if q.init != "default" and q.kind not in STARTS[q.init]:
+        yield (
+            f"quantizer.init {q.init!r} does not go with quantizer.kind {q.kind!r}: "
+            f"drop it, or use kind {' or '.join(STARTS[q.init])}"
+        )
+    if q.kind == "fsq" and (len(q.levels), prod(q.levels)) != (q.width, q.codes):
+        yield (
+            f"quantizer.levels {q.levels} need quantizer.width {len(q.levels)} and "
+            f"quantizer.codes {prod(q.levels)}, not {q.width} and {q.codes}"
+        )
+    if q.kind in ("lfq", "bsq") and q.codes != 2**q.width:
+        yield (
+            f"quantizer.codes {q.codes} must be 2^quantizer.width = {2**q.width} with "
+            f"quantizer.kind {q.kind!r}: a channel is a bit"
+        )
+    if q.residual_levels > 1 and q.gradient == "diveq":
+        yield (
+            "quantizer.gradient 'diveq' knows no quantizer.residual_levels "
+            f"{q.residual_levels}: use 'straight_through' or 'rotation'"
+        )
+    if q.kind == "group_vq" and (q.groups is None or q.codes % q.groups):
+        yield (
+            f"quantizer.groups {q.groups} must divide quantizer.codes {q.codes} with "
+            "quantizer.kind 'group_vq': set it"
+        )
+
+
 def _below_minimum(config: Config) -> Iterator[str]:
     minimum = {
         "quantizer.codes": 2,
         "quantizer.width": 1,
+        "quantizer.residual_levels": 1,
         "moe.experts": 1,
         "moe.top_k": 1,
         "moe.hidden": 1,

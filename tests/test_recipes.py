@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from simvq_moe.analysis.sweep import plan
-from simvq_moe.config import Config, check
+from simvq_moe.config import Config
 from simvq_moe.merging import merge_files
 from simvq_moe.training.engine import World
-from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT
+from tests.short_training import train_two_steps
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -22,18 +21,6 @@ ARMS = [
     for run in plan([sweep]).runs
     if run.seed == plan([sweep]).spec.seeds[0]
 ]
-
-
-def train_two_steps(config: Config, folder: Path, world: World) -> dict[str, float]:
-    check(config)
-    short = replace(config.train, steps=2, log_every=1, eval_every=2, save_every=2)
-    data = replace(config.data, crops=64, held_out_crops=18, cache_dir=str(folder.parent / "cache"))
-    config = replace(config, runs_dir=str(folder), train=short, data=data)
-    config.run_dir.mkdir(parents=True)
-    trainer = Trainer(config, world, lambda: False)
-    summary = trainer.run()
-    trainer.close()
-    return summary
 
 
 @pytest.mark.parametrize("file", [*CONFIGS, *SWEEPS], ids=lambda file: file.stem)

@@ -2,13 +2,15 @@
 
 argmin_i |z - e_i|^2 = argmax_i s_i with s_i = z · e_i - |e_i|^2 / 2. Codes e = base @ W + bias are
 formed tile by tile and thrown away, tiles outermost, so memory is O(tokens + tile). Where bfloat16
-products are fast, `screening` first rules out the groups of codes that cannot win.
+products are fast, `screening` first rules out the groups of codes that cannot win; on a GPU a
+Triton kernel does product and argmax at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int
@@ -162,16 +164,32 @@ def _improve(
     z: Tensor, tile: Tensor, half_norms: Tensor, start: int, ids: Tensor, best: Tensor
 ) -> None:
     """Put a tile's best code in place of the best so far wherever it is strictly better."""
+    find = _best_fused if _can_fuse(z) else _best
     for first in range(0, len(z), TOKEN_TILE):
         rows = slice(first, first + TOKEN_TILE)
-        score = torch.addmm(half_norms, z[rows], tile.T, beta=-1)
-        # argmax promises the first of equals, max does not
-        local = score.argmax(1, keepdim=True)
-        value = score.gather(1, local).squeeze(1)
+        value, local = find(z[rows], tile, half_norms)
         # a NaN must win here, or it would pass as id 0
         wins = ~(value <= best[rows])
-        ids[rows] = torch.where(wins, local.squeeze(1) + start, ids[rows])
+        ids[rows] = torch.where(wins, local + start, ids[rows])
         best[rows] = torch.where(wins, value, best[rows])
+
+
+def _best(z: Tensor, tile: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest score of each token in a tile, and the first index that has it."""
+    score = torch.addmm(half_norms, z, tile.T, beta=-1)
+    # argmax promises the first of equals, max does not
+    local = score.argmax(1, keepdim=True)
+    return score.gather(1, local).squeeze(1), local.squeeze(1)
+
+
+def _can_fuse(z: Tensor) -> bool:
+    return z.is_cuda and z.dtype == torch.float32 and find_spec("triton") is not None
+
+
+def _best_fused(z: Tensor, tile: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
+    from simvq_moe.core.nearest_triton import best_codes  # Triton comes with CUDA builds alone
+
+    return best_codes(z, tile, half_norms)
 
 
 @contextmanager

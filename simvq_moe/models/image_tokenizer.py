@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.quantizers import Quantized, Quantizer
+from simvq_moe.quantizers import AnyQuantizer, Quantized
 
 
 class ResidualBlock(nn.Module):
@@ -42,7 +42,7 @@ class ImageTokenizer(nn.Module):
 
     def __init__(
         self,
-        quantizer: Quantizer,
+        quantizer: AnyQuantizer,
         *,
         hidden: int = 32,
         downsamplings: int = 2,
@@ -85,14 +85,19 @@ class ImageTokenizer(nn.Module):
         quantized = self.quantizer(self._latents(images))
         return self._pixels(quantized.z_q), quantized
 
+    def initialize(self, images: Float[Tensor, "batch 3 height width"]) -> None:
+        """Start the quantizer from these images, if its start needs data; see its own method."""
+        if self.quantizer.waits_for_data:
+            self.quantizer.initialize(self._latents(images))
+
     def encode(
         self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Int[Tensor, "batch rows columns"]:
+    ) -> Int[Tensor, "batch rows columns *levels"]:
         """The ids of the codes of each image."""
         return self.quantizer.encode(self._latents(images))
 
     def decode(
-        self, ids: Int[Tensor, "batch rows columns"]
+        self, ids: Int[Tensor, "batch rows columns *levels"]
     ) -> Float[Tensor, "batch 3 height width"]:
         """Images of ids."""
         return self._pixels(self.quantizer.decode(ids))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.nearest import numbered
 from simvq_moe.quantizers.base import Quantized, Quantizer, mean_squared_error, random_codebook
-from simvq_moe.quantizers.vq import VQ
+from simvq_moe.quantizers.vq import VQ, Init
 
 
 class GroupVQ(Quantizer):
@@ -89,15 +89,32 @@ class IBQ(VQ):
     Args:
         codes: number of codes.
         width: channels of a code.
+        init: as for `VQ`.
         index_weight: weight of |z_q - z|^2.
-        options: those of `VQ`; the published weights are 0.25 for the codebook term, 1 else.
+        codebook_weight: beta, weight of |e - sg z|^2.
+        commitment_weight: gamma, weight of |z - sg e|^2.
+        channels_first: latents are (batch, width, ...) instead of (..., width).
     """
 
     def __init__(
-        self, codes: int, width: int, *, index_weight: float = 1.0, **options: Any
+        self,
+        codes: int,
+        width: int,
+        *,
+        init: Init = "random",
+        index_weight: float = 1.0,
+        codebook_weight: float = 0.25,
+        commitment_weight: float = 1.0,
+        channels_first: bool = False,
     ) -> None:
-        published = {"codebook_weight": 0.25, "commitment_weight": 1.0}
-        super().__init__(codes, width, **{**published, **options})
+        super().__init__(
+            codes,
+            width,
+            init=init,
+            codebook_weight=codebook_weight,
+            commitment_weight=commitment_weight,
+            channels_first=channels_first,
+        )
         self.weights["index"] = index_weight
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:

@@ -106,7 +106,8 @@ class LFQ(_Grid):
         temperature: softness of the assignment.
         entropy_weight: weight of the token entropy.
         diversity_weight: weight of the entropy of the mean assignment, relative to the former.
-        options: `commitment_weight` and `channels_first` of `Quantizer`.
+        commitment_weight: gamma, weight of |z - sg e|^2.
+        channels_first: latents are (batch, width, ...) instead of (..., width).
     """
 
     powers: Tensor
@@ -118,9 +119,12 @@ class LFQ(_Grid):
         temperature: float = 0.01,
         entropy_weight: float = 0.1,
         diversity_weight: float = 1.0,
-        **options: Any,
+        commitment_weight: float = 0.25,
+        channels_first: bool = False,
     ) -> None:
-        super().__init__(2**width, width, **options)
+        super().__init__(
+            2**width, width, commitment_weight=commitment_weight, channels_first=channels_first
+        )
         self.temperature = temperature
         self.weights |= {
             "token_entropy": entropy_weight,

@@ -49,14 +49,17 @@ class Trainer:
         self.config, self.world, self.stop_asked = config, world, stop_asked
         self.began = time.monotonic()
         self.task = _build_in_turn(config, world)
+        self.step = 0
+        self.order = BatchOrder(
+            examples=len(self.task.train), batch=config.train.batch_size, seed=config.seed
+        )
+        if self.task.start is not None:
+            # before the engine, which copies the parameters
+            self.task.start(self._batch(self._shares().flatten()))
         self.engine = make_engine(self.task.model, config, world)
         self.counters = counters(self.task.model)
         self.layers = layers_of(self.counters)
         self.checkpoints = config.run_dir / "checkpoints"
-        self.order = BatchOrder(
-            examples=len(self.task.train), batch=config.train.batch_size, seed=config.seed
-        )
-        self.step = 0
         self.train_seconds = 0.0
         self.window = Window()
         restored = checkpoint.restore(self.engine, self.checkpoints, world)
@@ -108,9 +111,7 @@ class Trainer:
         self.engine.train()
         stop = False
         parts = self.config.train.accumulation
-        # ranks share every micro-batch, so that it is the same one whatever their number
-        shares = self.order.indices(self.step).reshape(parts, self.world.size, -1)
-        for i, part in enumerate(shares[:, self.world.rank]):
+        for i, part in enumerate(self._shares()):
             loss, terms = self._forward(part)
             self.window.add({"loss": loss, **terms}, 1 / parts)
             if i == parts - 1:
@@ -127,10 +128,21 @@ class Trainer:
         self.train_seconds += time.monotonic() - started
         return stop
 
+    def _shares(self) -> np.ndarray:
+        """This rank's indices of each micro-batch of the step, (accumulation, samples).
+
+        Ranks share every micro-batch, so that it is the same one whatever their number.
+        """
+        indices = self.order.indices(self.step)
+        shape = (self.config.train.accumulation, self.world.size, -1)
+        return indices.reshape(shape)[:, self.world.rank]
+
+    def _batch(self, indices: np.ndarray) -> Tensor:
+        return self.task.train.batch(indices).to(self.world.device)
+
     def _forward(self, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self.task.train.batch(indices).to(self.world.device)
         try:
-            return self.engine(batch)
+            return self.engine(self._batch(indices))
         except NotFiniteError:
             # a latent without a nearest code; the ranks agree on it as on any other loss
             return torch.tensor(math.nan, device=self.world.device), {}

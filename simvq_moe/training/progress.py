@@ -42,7 +42,7 @@ class Progress:
 
 def describe(step: int, steps: int, metrics: Mapping[str, float]) -> str:
     """The line without the time left."""
-    where = "codes" if "codes/used" in metrics else "moe/mean"
+    where = next(w for w in ("codes", "codes/mean", "moe/mean") if f"{w}/used" in metrics)
     parts = [
         f"step {step}/{steps}",
         f"{100 * step / steps:.0f}%",

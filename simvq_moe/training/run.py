@@ -24,6 +24,7 @@ import torch.distributed as dist
 from simvq_moe.config import Config, ConfigError, check, check_ranks
 from simvq_moe.merging import first_difference, merge_files, to_yaml
 from simvq_moe.training import checkpoint
+from simvq_moe.training.building import build_model
 from simvq_moe.training.engine import (
     World,
     import_deepspeed,
@@ -34,7 +35,7 @@ from simvq_moe.training.engine import (
 from simvq_moe.training.logs import write_json
 from simvq_moe.training.loop import Interrupted, Trainer, TrainingFailed
 from simvq_moe.training.measures import parameter_counts, shared_maps
-from simvq_moe.training.tasks import build_model, check_source
+from simvq_moe.training.tasks import check_source
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 130
 """Exit codes; 2 is a `ConfigError`."""

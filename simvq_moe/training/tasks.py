@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from simvq_moe.config import Config
 from simvq_moe.core.bank import effective_rank
-from simvq_moe.core.streams import own_stream
 from simvq_moe.data import images, text
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.quantizers import EMAVQ, VQ, Quantizer, SimVQ
+from simvq_moe.quantizers import AnyQuantizer, Quantizer
+from simvq_moe.training.building import build_model
 
 EMBEDDED = {"image_tokenizer": "photos", "language_model": "python-stdlib"}
 SAMPLES = 8
@@ -47,6 +47,8 @@ class Task:
     """Sums over a held-out batch, in float64, to be added over batches and ranks."""
     summarize: Callable[[Mapping[str, float]], dict[str, float]]
     """Held-out measures by name, from the summed sums."""
+    start: Callable[[Tensor], None] | None
+    """Start what starts from data from the first training batch, all ranks together."""
     picture: Callable[[Tensor], np.ndarray] | None
     """A held-out batch above what the model makes of it, (height, width, 3) uint8."""
 
@@ -65,52 +67,6 @@ def check_source(config: Config) -> None:
 def build_task(config: Config) -> Task:
     """Data and model of the config; the seed fixes the model's initial weights."""
     return _image_task(config) if config.task == "image_tokenizer" else _language_task(config)
-
-
-def build_quantizer(config: Config) -> Quantizer:
-    """The quantizer of the config's section of that name."""
-    q = config.quantizer
-    options: dict[str, Any] = {
-        "gradient": q.gradient,
-        "codebook_weight": q.codebook_weight,
-        "commitment_weight": q.commitment_weight,
-    }
-    if q.kind == "vq":
-        return VQ(q.codes, q.width, **options)
-    if q.kind == "ema":
-        return EMAVQ(q.codes, q.width, decay=q.decay, **options)
-    return SimVQ(
-        q.codes,
-        q.width,
-        transform=q.transform,
-        train_base=q.train_base,
-        bias=q.bias,
-        base_width=q.base_width,
-        **options,
-    )
-
-
-def build_model(config: Config) -> ImageTokenizer | LanguageModel:
-    """The model of the config; the same seed gives arms the same weights where shapes allow."""
-    torch.manual_seed(config.seed)
-    if config.task == "image_tokenizer":
-        with own_stream():
-            quantizer = build_quantizer(config)
-        return ImageTokenizer(quantizer, **asdict(config.image_tokenizer))
-    moe = asdict(config.moe)
-    del moe["balance"]
-    weights = {
-        "balance_weight": moe.pop("balance_weight") if config.moe.balance == "aux" else 0.0,
-        "z_loss_weight": moe.pop("z_loss_weight"),
-    }
-    moe.pop("balance_weight", None)
-    return LanguageModel(
-        config.data.vocabulary,
-        config.data.context,
-        **asdict(config.language_model),
-        moe=moe,
-        **weights,
-    )
 
 
 def _image_task(config: Config) -> Task:
@@ -142,7 +98,7 @@ def _image_task(config: Config) -> Task:
         return {
             "val/loss": means["val/mse"],
             **means,
-            "val/codes/effective_rank": _rank_of_used_codes(model.quantizer),
+            **_rank_of_used_codes(model.quantizer),
         }
 
     def picture(batch: Tensor) -> np.ndarray:
@@ -152,16 +108,18 @@ def _image_task(config: Config) -> Task:
         return grid.cpu().numpy()
 
     side = data.image_size // 2**config.image_tokenizer.downsamplings
-    return Task(model, train, held_out, side**2, evaluate, summarize, picture)
+    return Task(model, train, held_out, side**2, evaluate, summarize, model.initialize, picture)
 
 
-def _rank_of_used_codes(quantizer: Quantizer) -> float:
+def _rank_of_used_codes(quantizer: AnyQuantizer) -> dict[str, float]:
     """Effective rank of the codes drawn in this window, each weighted by its draws."""
+    if not isinstance(quantizer, Quantizer):
+        return {}
     counts = quantizer.usage.counts.double()
     weights = (counts / counts.sum())[:, None]
     codes = quantizer.codebook(torch.float64).detach()
     centred = (codes - (weights * codes).sum(0)) * weights.sqrt()
-    return effective_rank(torch.linalg.svdvals(centred))
+    return {"val/codes/effective_rank": effective_rank(torch.linalg.svdvals(centred))}
 
 
 def _language_task(config: Config) -> Task:
@@ -191,4 +149,4 @@ def _language_task(config: Config) -> Task:
             "val/bits_per_byte": sums["nats"] / math.log(2) / sums["bytes"],
         }
 
-    return Task(model, corpus.train, corpus.held_out, data.context, evaluate, summarize, None)
+    return Task(model, corpus.train, corpus.held_out, data.context, evaluate, summarize, None, None)

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from simvq_moe.config import Config, ConfigError, OptimizerConfig
 from simvq_moe.merging import with_flags
 from simvq_moe.training import checkpoint
+from simvq_moe.training.building import build_model
 from simvq_moe.training.engine import learning_rate_factor, parameter_groups
-from simvq_moe.training.tasks import build_model
 
 MAPPED = (
     *("--task", "language_model", "--moe.router_map", "linear", "--moe.expert_out_map", "linear"),

@@ -1,0 +1,102 @@
+"""The search of `nearest` as one Triton kernel: products, half norms and argmax without leaving
+the chip, in IEEE float32. A tokens x codes matrix exists at no time, not even of one tile.
+
+Each program keeps the best code of `TOKENS` tokens over one slice of the codes; slices fill the
+GPU where tokens are few, and are merged in the order of their ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TOKENS, CODES, CHANNELS = 64, 128, 32
+"""Sizes of a program's block."""
+
+PROGRAMS = 512
+"""Programs that keep a large GPU busy."""
+
+
+def best_codes(
+    z: Float[Tensor, "tokens width"],
+    codes: Float[Tensor, "codes width"],
+    half_norms: Float[Tensor, " codes"],
+) -> tuple[Float[Tensor, " tokens"], Int[Tensor, " tokens"]]:
+    """Largest z · e - |e|^2 / 2 over the codes and its first index; -inf for a token with NaN."""
+    z, codes = z.contiguous(), codes.contiguous()
+    blocks = triton.cdiv(len(z), TOKENS)
+    slices = max(1, min(PROGRAMS // blocks, triton.cdiv(len(codes), CODES)))
+    per_slice = triton.cdiv(triton.cdiv(len(codes), slices), CODES) * CODES
+    best = z.new_empty(slices, len(z))
+    ids = torch.empty(slices, len(z), dtype=torch.int32, device=z.device)
+    kernel: Any = _best_of_slice
+    kernel[(blocks, slices)](
+        z,
+        codes,
+        half_norms.contiguous(),
+        best,
+        ids,
+        len(z),
+        len(codes),
+        per_slice,
+        z.shape[1],
+        TOKENS,
+        CODES,
+        CHANNELS,
+        num_warps=8,
+    )
+    # argmax promises the first of equals, and slices are in the order of ids
+    winner = best.argmax(0, keepdim=True)
+    return best.gather(0, winner)[0], ids.gather(0, winner)[0].long()
+
+
+@triton.jit
+def _best_of_slice(
+    z,
+    codes,
+    half_norms,
+    best,
+    ids,
+    tokens,
+    count,
+    per_slice,
+    width: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CODES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    start = tl.program_id(1) * per_slice
+    top = tl.full((TOKENS,), float("-inf"), tl.float32)
+    chosen = tl.zeros((TOKENS,), tl.int32)
+    for tile in range(start, tl.minimum(start + per_slice, count), CODES):
+        columns = tile + tl.arange(0, CODES)
+        score = tl.zeros((TOKENS, CODES), tl.float32)
+        for channel in range(0, width, CHANNELS):
+            k = channel + tl.arange(0, CHANNELS)
+            a = tl.load(
+                z + rows[:, None] * width + k[None, :],
+                mask=(rows[:, None] < tokens) & (k[None, :] < width),
+                other=0.0,
+            )
+            b = tl.load(
+                codes + columns[None, :] * width + k[:, None],
+                mask=(columns[None, :] < count) & (k[:, None] < width),
+                other=0.0,
+            )
+            score = tl.dot(a, b, score, input_precision="ieee")
+        # a column beyond the last code scores -inf
+        half = tl.load(half_norms + columns, mask=columns < count, other=float("inf"))
+        score = score - half[None, :]
+        value, local = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
+        wins = value > top
+        chosen = tl.where(wins, tile + local, chosen)
+        top = tl.where(wins, value, top)
+    out = tl.program_id(1) * tokens + rows
+    tl.store(best + out, top, mask=rows < tokens)
+    tl.store(ids + out, chosen, mask=rows < tokens)
