@@ -93,6 +93,8 @@ def _best_of_slice(
         # a column beyond the last code scores -inf
         half = tl.load(half_norms + columns, mask=columns < count, other=float("inf"))
         score = score - half[None, :]
+        # whether a maximum keeps or skips NaN differs between backends
+        score = tl.where(score == score, score, float("-inf"))
         value, local = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
         wins = value > top
         chosen = tl.where(wins, tile + local, chosen)

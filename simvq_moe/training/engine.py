@@ -133,13 +133,18 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
         "router": (optimizer.router_lr_multiplier, optimizer.weight_decay),
         "map": (optimizer.map_lr_multiplier, 0.0),
     }
-    groups = []
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, (multiplier, decay) in settings.items():
         members = [p for p in model.parameters() if role[id(p)] == name and p.requires_grad]
-        if members:
-            lr = optimizer.lr * multiplier
-            groups.append({"name": name, "params": members, "lr": lr, "weight_decay": decay})
-    return groups
+        if not members:
+            continue
+        lr = optimizer.lr * multiplier
+        # one group where nothing differs, for every group costs its own collectives a step
+        group = groups.setdefault(
+            (lr, decay), {"name": name, "params": [], "lr": lr, "weight_decay": decay}
+        )
+        group["params"] += members
+    return list(groups.values())
 
 
 def learning_rate_factor(step: int, steps: int, optimizer: OptimizerConfig) -> float:

@@ -2,7 +2,7 @@
 
 A step's global batch follows from the seed and the step alone, and each rank takes its share, so
 the position is the step number. All ranks agree at every step whether to go on: a signal or a
-non-finite loss on one of them stops all before anything is updated.
+non-finite loss on one of them stops all, and what a bad step did is never saved.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from simvq_moe.config import Config
@@ -109,15 +110,18 @@ class Trainer:
         """One optimizer step over this rank's share of the global batch; whether to stop after."""
         started = time.monotonic()
         self.engine.train()
-        stop = False
         parts = self.config.train.accumulation
+        agreement = Agreement(self.world)
         for i, part in enumerate(self._shares()):
             loss, terms = self._forward(part)
             self.window.add({"loss": loss, **terms}, 1 / parts)
             if i == parts - 1:
-                stop = self._agree(loss)
+                agreement.ask(self.stop_asked(), self.window.sums["loss"])
             self.engine.backward(loss)
             self.engine.step()
+        stop, finite = agreement.answer()
+        if not finite:
+            raise TrainingFailed(f"step {self.step + 1}: loss not finite; {self._last_good()}")
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):
             raise TrainingFailed(f"step {self.step + 1}: gradient norm {norm}; {self._last_good()}")
@@ -144,17 +148,9 @@ class Trainer:
         try:
             return self.engine(self._batch(indices))
         except NotFiniteError:
-            # a latent without a nearest code; the ranks agree on it as on any other loss
-            return torch.tensor(math.nan, device=self.world.device), {}
-
-    def _agree(self, loss: Tensor) -> bool:
-        """Whether any rank was asked to stop; raises on all if a loss is not finite on one."""
-        finite = bool(loss.detach().isfinite())
-        flags = torch.tensor([self.stop_asked(), not finite], dtype=torch.int32)
-        flags = self.world.sum(flags.to(self.world.device)).tolist()
-        if flags[1]:
-            raise TrainingFailed(f"step {self.step + 1}: loss not finite; {self._last_good()}")
-        return flags[0] > 0
+            # a loss of every parameter, so that this rank makes the same collective calls as others
+            parameters = [p.sum() for p in self.task.model.parameters() if p.requires_grad]
+            return math.nan * torch.stack(parameters).sum(), {}
 
     def _last_good(self) -> str:
         step = checkpoint.latest_step(self.checkpoints)
@@ -240,6 +236,30 @@ class Trainer:
 
     def _tokens(self, steps: int) -> int:
         return steps * self.config.train.batch_size * self.task.tokens_per_sample
+
+
+class Agreement:
+    """All ranks learn whether one was asked to stop or has a loss that is not finite.
+
+    The exchange goes on during the backward pass. An update from a loss that is not finite is
+    never saved: the run ends before the next checkpoint.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def ask(self, stop: bool, loss: Tensor) -> None:
+        """Tell the others; every rank must."""
+        finite = loss.detach().isfinite().to(torch.int32).reshape(())
+        self.flags = torch.stack([torch.full_like(finite, stop), 1 - finite])
+        self.pending = dist.all_reduce(self.flags, async_op=True) if self.world.size > 1 else None
+
+    def answer(self) -> tuple[bool, bool]:
+        """Whether to stop after this step, and whether every rank's loss is finite."""
+        if self.pending is not None:
+            self.pending.wait()
+        asked, not_finite = self.flags.tolist()
+        return asked > 0, not_finite == 0
 
 
 class Window:
