@@ -181,13 +181,18 @@ class Quantizer(AnyQuantizer):
         self.codes = codes
         self.estimator = ESTIMATORS[gradient]
         self.weights = {"codebook": codebook_weight, "commitment": commitment_weight}
-        self.usage = UsageCounter(codes, kind="codes")
+        self.counter = UsageCounter(codes, kind="codes")
         self.initialized: Tensor | None = None
         self._waits = False
 
     @property
     def waits_for_data(self) -> bool:
         return self._waits
+
+    @property
+    def usage(self) -> Int[Tensor, " codes"]:
+        """int64: draws of each code counted since the window began."""
+        return self.counter.counts
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
         """Every code, computed in `dtype` (None: as stored)."""
@@ -204,7 +209,7 @@ class Quantizer(AnyQuantizer):
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
         with torch.no_grad():
             ids = self.assign(z)
-        self.usage.add(ids)
+        self.counter.add(ids)
         z = self.prepare(z)
         e = self.lookup(ids, z.dtype)
         losses = self.losses(z, e)

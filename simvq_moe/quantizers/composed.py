@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.gradient import ESTIMATORS
-from simvq_moe.core.usage import UsageCounter
 from simvq_moe.quantizers.base import AnyQuantizer, Quantized, Quantizer
 
 
@@ -150,8 +149,8 @@ class Projected(AnyQuantizer):
         self.project_out = nn.Linear(inner.width, width)
 
     @property
-    def usage(self) -> UsageCounter:
-        """The inner codebook's counts."""
+    def usage(self) -> Int[Tensor, " codes"]:
+        """int64: draws of each code of the inner codebook since the window began."""
         return self.inner.usage
 
     @property

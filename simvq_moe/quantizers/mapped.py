@@ -124,7 +124,7 @@ class IBQ(VQ):
         E = self.codebook(z.dtype)
         logits = z @ E.T
         ids, p = numbered(logits.argmax(1), z), logits.softmax(1)
-        self.usage.add(ids)
+        self.counter.add(ids)
         e = E[ids]
         z_q = e + (p - p.detach()) @ E
         losses = self.losses(z, e) | {"index": mean_squared_error(z_q, z)}

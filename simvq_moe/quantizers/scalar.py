@@ -34,7 +34,7 @@ class _Grid(Quantizer):
         self.register_buffer("one", torch.ones(()), persistent=False)
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
-        return self.lookup(torch.arange(self.codes, device=self.usage.counts.device), dtype)
+        return self.lookup(torch.arange(self.codes, device=self.counter.counts.device), dtype)
 
     def pass_gradient(
         self, z: Float[Tensor, "tokens width"], e: Float[Tensor, "tokens width"]

@@ -115,7 +115,7 @@ def _rank_of_used_codes(quantizer: AnyQuantizer) -> dict[str, float]:
     """Effective rank of the codes drawn in this window, each weighted by its draws."""
     if not isinstance(quantizer, Quantizer):
         return {}
-    counts = quantizer.usage.counts.double()
+    counts = quantizer.usage.double()
     weights = (counts / counts.sum())[:, None]
     codes = quantizer.codebook(torch.float64).detach()
     centred = (codes - (weights * codes).sum(0)) * weights.sqrt()

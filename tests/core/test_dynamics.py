@@ -15,7 +15,7 @@ def one_step(quantizer: VQ | SimVQ) -> BankStep:
     dynamics = BankDynamics(quantizer.bank)
     quantizer(quantizer.codebook()[:3].detach() + 0.01).losses["codebook"].backward()
     torch.optim.SGD(quantizer.parameters(), lr=1.0).step()
-    return dynamics.step(quantizer.usage.take())
+    return dynamics.step(quantizer.counter.take())
 
 
 def test_free_rows_move_only_when_selected_and_mapped_rows_move_all() -> None:
