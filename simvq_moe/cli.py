@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -112,6 +114,34 @@ def dashboard(args: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
+class BenchArgs:
+    """Time this package side by side with its peers in one process; ratios, not records."""
+
+    subject: tyro.conf.Positional[Literal["quantizer"]]
+    """What is measured."""
+    json: Path | None = None
+    """Also write every number to this file."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+
+
+def bench(args: Sequence[str]) -> int:
+    """Measure speed and memory side by side with peers."""
+    options = _parse(BenchArgs, args, "bench")
+    import torch
+
+    from simvq_moe import bench as benches
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu")
+    results = benches.bench_quantizer(device=options.device)
+    print(benches.table(results))
+    if options.json is not None:
+        options.json.write_text(json.dumps([r.as_dict() for r in results], indent=1) + "\n")
+    return 0
+
+
+@dataclass(frozen=True)
 class DoctorArgs:
     """Check versions, devices, DeepSpeed and data, and say what to do where something is off."""
 
@@ -129,6 +159,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sweep": sweep,
     "report": report,
     "dashboard": dashboard,
+    "bench": bench,
     "doctor": doctor,
 }
 
@@ -176,8 +207,6 @@ def _overview() -> str:
 
 
 def _is_main() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -56,6 +56,7 @@ def files(folder: Path) -> dict[str, bytes]:
         ("report nowhere --out out", ["nowhere"]),
         ("report nothing --out out", ["nothing"]),
         ("dashboard nowhere", ["nowhere does not exist"]),
+        ("bench quantiser", ["quantiser", "quantizer"]),
         ("trian", ["unknown command 'trian'", "Did you mean train"]),
     ],
 )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int
@@ -164,10 +163,9 @@ def _improve(
     z: Tensor, tile: Tensor, half_norms: Tensor, start: int, ids: Tensor, best: Tensor
 ) -> None:
     """Put a tile's best code in place of the best so far wherever it is strictly better."""
-    find = _best_fused if _can_fuse(z) else _best
     for first in range(0, len(z), TOKEN_TILE):
         rows = slice(first, first + TOKEN_TILE)
-        value, local = find(z[rows], tile, half_norms)
+        value, local = _best(z[rows], tile, half_norms)
         # a NaN must win here, or it would pass as id 0
         wins = ~(value <= best[rows])
         ids[rows] = torch.where(wins, local + start, ids[rows])
@@ -180,16 +178,6 @@ def _best(z: Tensor, tile: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
     # argmax promises the first of equals, max does not
     local = score.argmax(1, keepdim=True)
     return score.gather(1, local).squeeze(1), local.squeeze(1)
-
-
-def _can_fuse(z: Tensor) -> bool:
-    return z.is_cuda and z.dtype == torch.float32 and find_spec("triton") is not None
-
-
-def _best_fused(z: Tensor, tile: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
-    from simvq_moe.core.nearest_triton import best_codes  # Triton comes with CUDA builds alone
-
-    return best_codes(z, tile, half_norms)
 
 
 @contextmanager

@@ -3,6 +3,9 @@ the chip, in IEEE float32. A tokens x codes matrix exists at no time, not even o
 
 Each program keeps the best code of `TOKENS` tokens over one slice of the codes; slices fill the
 GPU where tokens are few, and are merged in the order of their ids.
+
+It passes its tests in Triton's interpreter; `nearest` does not call it until it has been measured
+on a GPU against the products that `nearest` makes there.
 """
 
 from __future__ import annotations
