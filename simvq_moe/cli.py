@@ -114,6 +114,45 @@ def dashboard(args: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
+class EvalArgs:
+    """Held-out measures of a run's model, as JSON on standard output."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    data: str | None = None
+    """Another data source; None: that of the run."""
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """Evaluate a run over its whole held-out set, or another source's: JSON."""
+    options = _parse(EvalArgs, args, "eval")
+    from simvq_moe.training import export
+
+    print(json.dumps(export.evaluate_run(options.run, options.data), indent=1))
+    return 0
+
+
+@dataclass(frozen=True)
+class FoldArgs:
+    """Write the same model without shared maps, checked equal before anything is written."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    out: Path
+    """Folder of model.safetensors and its config.yaml."""
+
+
+def fold(args: Sequence[str]) -> int:
+    """Merge a run's shared maps into its weights: model.safetensors."""
+    options = _parse(FoldArgs, args, "fold")
+    from simvq_moe.training import export
+
+    difference = export.fold_run(options.run, options.out)
+    print(f"{options.out}: folded, outputs differ by {difference:.1g} in float64", file=sys.stderr)
+    return 0
+
+
+@dataclass(frozen=True)
 class BenchArgs:
     """Time this package side by side with its peers in one process; ratios, not records."""
 
@@ -159,6 +198,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sweep": sweep,
     "report": report,
     "dashboard": dashboard,
+    "eval": evaluate,
+    "fold": fold,
     "bench": bench,
     "doctor": doctor,
 }

@@ -5,6 +5,7 @@ Loss: mean squared error on pixels in [-1, 1] plus the quantizer's own loss.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -107,4 +108,5 @@ class ImageTokenizer(nn.Module):
 
     def _pixels(self, latents: Tensor) -> Tensor:
         channels_first = latents.to(self.from_latent.weight.dtype).movedim(-1, 1)
-        return self.decoder(self.from_latent(channels_first)).float()
+        pixels = self.decoder(self.from_latent(channels_first))
+        return pixels.to(torch.promote_types(pixels.dtype, torch.float32))

@@ -122,14 +122,15 @@ class LanguageModel(nn.Module):
     def logits(
         self, tokens: Int[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch tokens vocabulary"], dict[str, Tensor]]:
-        """Scores of the next token, float32, and the mean over layers of the MoE losses."""
+        """Scores of the next token, float32 at least, and the MoE losses averaged over layers."""
         x = self.embedding(tokens)
         layer_losses = []
         for block in self.blocks:
             x, losses = block(x)
             layer_losses.append(losses)
         mean = {k: torch.stack([one[k] for one in layer_losses]).mean() for k in layer_losses[0]}
-        return F.linear(self.norm(x), self.embedding.weight).float(), mean
+        scores = F.linear(self.norm(x), self.embedding.weight)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32)), mean
 
     @torch.no_grad()
     def _initialize(self, width: int, layers: int) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from simvq_moe.config import Config
 from simvq_moe.core.nearest import NotFiniteError
-from simvq_moe.core.usage import counters, counting
+from simvq_moe.core.usage import counters
 from simvq_moe.data.order import BatchOrder
 from simvq_moe.training import checkpoint
 from simvq_moe.training.engine import World, make_engine
+from simvq_moe.training.evaluation import evaluate, take_counts
 from simvq_moe.training.logs import RunLog
 from simvq_moe.training.measures import bank_metrics, layers_of, usage_metrics
 from simvq_moe.training.progress import Progress
@@ -162,24 +163,8 @@ class Trainer:
             "train.clip, with another --name"
         )
 
-    @torch.no_grad()
     def _evaluate(self) -> tuple[dict[str, float], list[np.ndarray]]:
-        """Measures over the whole held-out set, and its usage counts, over all ranks."""
-        self.engine.eval()
-        device, held_out = self.world.device, self.task.held_out
-        mine = np.array_split(np.arange(len(held_out)), self.world.size)[self.world.rank]
-        size = self.config.train.eval_batch_size
-        with counting(self.task.model):
-            sums: dict[str, Tensor] = {}
-            for start in range(0, max(len(mine), 1), size):
-                found = self.task.evaluate(held_out.batch(mine[start : start + size]).to(device))
-                sums = {k: v.to(device).double() + sums.get(k, 0.0) for k, v in found.items()}
-            totals = self.world.sum(torch.stack([sums[k] for k in sorted(sums)])).tolist()
-            counts = self._sum_counts([counter.take() for counter in self.counters])
-            for counter, n in zip(self.counters, counts, strict=True):
-                counter.counts.copy_(torch.from_numpy(n))
-            measures = self.task.summarize(dict(zip(sorted(sums), totals, strict=True)))
-        return measures | usage_metrics(self.layers, counts, prefix="val/"), counts
+        return evaluate(self.task, self.world, self.config.train.eval_batch_size)
 
     def _write_log(
         self, evaluated: tuple[dict[str, float], list[np.ndarray]] | None
@@ -188,7 +173,7 @@ class Trainer:
         names = sorted(self.window.sums)
         sums = torch.stack([self.window.sums[name] for name in names]) / self.window.steps
         means = (self.world.sum(sums) / self.world.size).tolist()
-        counts = self._sum_counts([counter.take() for counter in self.counters])
+        counts = take_counts(self.counters, self.world)
         metrics = {"time": self.train_seconds}
         metrics |= {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
         metrics["train/lr"] = self.engine.get_lr()[0]
@@ -228,11 +213,6 @@ class Trainer:
         self.window = Window(**state["window"])
         for counter, counts in zip(self.counters, state["counts"], strict=True):
             counter.counts.copy_(counts)
-
-    def _sum_counts(self, counts: list[Tensor]) -> list[np.ndarray]:
-        """Counts of every layer over all ranks, in one all-reduce."""
-        total = self.world.sum(torch.cat(counts)).cpu().numpy()
-        return np.split(total, np.cumsum([len(n) for n in counts])[:-1])
 
     def _tokens(self, steps: int) -> int:
         return steps * self.config.train.batch_size * self.task.tokens_per_sample

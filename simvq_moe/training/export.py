@@ -1,0 +1,133 @@
+"""Finished runs as models: loaded from their checkpoint, evaluated, and folded.
+
+Folding merges every shared map into the rows that it maps (`Bank.fold`), so that the model of a
+config without maps computes the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from simvq_moe.config import Config, ConfigError, QuantizerConfig
+from simvq_moe.core.bank import Bank
+from simvq_moe.merging import merge_files, to_yaml
+from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.training import checkpoint
+from simvq_moe.training.building import build_model
+from simvq_moe.training.engine import World
+from simvq_moe.training.evaluation import evaluate
+from simvq_moe.training.measures import shared_maps
+from simvq_moe.training.tasks import build_task, check_source
+
+LARGEST_DIFFERENCE = 1e-9
+"""Between outputs before and after folding, in float64, relative to the largest output."""
+
+
+def load_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
+    """The config of a run and the weights of its latest checkpoint.
+
+    Raises:
+        ConfigError: it is no run, or has no whole checkpoint.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir} holds no config.yaml: give the folder of a run")
+    step = checkpoint.latest_step(run_dir / "checkpoints")
+    if step is None:
+        raise ConfigError(f"{run_dir} has no checkpoint: train it first")
+    file = run_dir / "checkpoints" / str(step) / "mp_rank_00_model_states.pt"
+    # DeepSpeed's file holds objects of its own beside the weights
+    weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    return merge_files(Config, [run_dir / "config.yaml"]), weights
+
+
+def evaluate_run(run_dir: Path, source: str | None) -> dict[str, float]:
+    """Measures of the run's model over its held-out set, or over that of another source."""
+    config, weights = load_run(run_dir)
+    if source is not None:
+        config = replace(config, data=replace(config.data, source=source))
+    check_source(config)
+    task = build_task(config)
+    task.model.load_state_dict(weights)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task.model.to(device)
+    return evaluate(task, World(0, 1, device), config.train.eval_batch_size)[0]
+
+
+def fold_run(run_dir: Path, out: Path) -> float:
+    """Write model.safetensors and config.yaml of the same model without maps.
+
+    Returns the largest difference between the outputs of both in float64, relative to the largest
+    output; nothing is written unless it is rounding.
+
+    Raises:
+        ConfigError: the run has no map that can be folded.
+    """
+    config, weights = load_run(run_dir)
+    model = build_model(config).eval()
+    model.load_state_dict(weights)
+    if not shared_maps(model):
+        raise ConfigError(f"{run_dir} has no shared map: there is nothing to fold")
+    folded_config = without_maps(config)
+    folded = build_model(folded_config).double().eval()
+    folded.load_state_dict(fold_weights(model.double()))
+    difference = _difference(model, folded, config)
+    if difference > LARGEST_DIFFERENCE:
+        raise RuntimeError(f"folding {run_dir} changes its outputs by {difference:.2g}")
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in folded.float().state_dict().items()}
+    save_file(tensors, out / "model.safetensors")
+    (out / "config.yaml").write_text(to_yaml(folded_config))
+    return difference
+
+
+def without_maps(config: Config) -> Config:
+    """The config of the folded model.
+
+    Raises:
+        ConfigError: the quantizer's rows are no single linear map of their base.
+    """
+    q, moe = config.quantizer, config.moe
+    if config.task == "image_tokenizer":
+        if q.kind != "simvq":
+            raise ConfigError(f"quantizer.kind {q.kind!r} has no shared map: only simvq folds")
+        shared = ("codes", "width", "residual_levels", "gradient")
+        kept = {
+            name: getattr(q, name) for name in (*shared, "codebook_weight", "commitment_weight")
+        }
+        q = replace(QuantizerConfig(kind="vq"), **kept)
+    moe = replace(moe, router_map="none", expert_out_map="none", expert_in_map="none")
+    moe = replace(moe, router_base_width=None, train_router_base=True)
+    return replace(config, quantizer=q, moe=moe)
+
+
+def fold_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model with every bank folded."""
+    weights = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, Bank):
+            for key in [key for key in weights if key.startswith(f"{name}.")]:
+                del weights[key]
+            weights |= {f"{name}.{k}": v for k, v in module.fold().state_dict().items()}
+    return {name: tensor for name, tensor in weights.items() if not name.endswith("initialized")}
+
+
+@torch.no_grad()
+def _difference(
+    model: ImageTokenizer | LanguageModel, folded: ImageTokenizer | LanguageModel, config: Config
+) -> float:
+    torch.manual_seed(0)
+    if isinstance(model, LanguageModel) and isinstance(folded, LanguageModel):
+        tokens = torch.randint(config.data.vocabulary, (8, config.data.context))
+        before, after = model.logits(tokens)[0], folded.logits(tokens)[0]
+    else:
+        assert isinstance(model, ImageTokenizer)
+        assert isinstance(folded, ImageTokenizer)
+        images = torch.rand(8, 3, config.data.image_size, config.data.image_size) * 2 - 1
+        before, after = model.reconstruct(images)[0], folded.reconstruct(images)[0]
+    return float((after - before).abs().max() / before.abs().max())

@@ -1,0 +1,79 @@
+"""Runs as models: evaluated and folded from their checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from simvq_moe.cli import main
+from simvq_moe.config import Config
+from simvq_moe.merging import merge_files, with_flags
+from simvq_moe.training.building import build_model
+from simvq_moe.training.engine import World
+from tests.short_training import train_two_steps
+
+FLAGS = {
+    "image": ("--quantizer.codes", "32", "--quantizer.bias", "True", "--optimizer.lr", "0.01"),
+    "residual": ("--quantizer.codes", "32", "--quantizer.residual_levels", "2"),
+    "text": (
+        *("--task", "language_model", "--moe.expert_out_map", "linear", "--moe.experts", "8"),
+        *("--moe.router_map", "linear", "--moe.router_base_width", "4"),
+        *("--moe.expert_in_map", "diagonal", "--optimizer.lr", "0.01"),
+    ),
+}
+
+
+def train(tmp_path: Path, world: World, *flags: str) -> tuple[Path, dict[str, float]]:
+    """A finished run with its config beside it, as `train` leaves it."""
+    config = with_flags(Config(), flags, "train")
+    summary = train_two_steps(config, tmp_path / "runs", world)
+    return tmp_path / "runs" / "run", summary
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+def test_the_folded_model_loads_without_maps_and_differs_by_rounding(
+    kind: str, tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = train(tmp_path, world, *FLAGS[kind])
+    assert main(["fold", str(run), "--out", str(tmp_path / "folded")]) == 0
+    assert "outputs differ by" in capsys.readouterr().err
+    weights = load_file(tmp_path / "folded" / "model.safetensors")
+    assert not [name for name in weights if name.endswith((".W", ".bias")) and "bank" in name]
+    config = merge_files(Config, [tmp_path / "folded" / "config.yaml"])
+    build_model(config).load_state_dict(weights)
+
+
+def test_evaluation_of_a_checkpoint_repeats_the_measures_of_the_run(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, summary = train(tmp_path, world, *FLAGS["image"])
+    assert main(["eval", str(run)]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    for name, value in measured.items():
+        assert_close(value, summary[name])
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("eval nowhere", "nowhere holds no config.yaml"),
+        ("fold run --out folded", "has no shared map: there is nothing to fold"),
+    ],
+)
+def test_what_can_not_be_loaded_or_folded_is_refused(
+    command: str,
+    words: str,
+    tmp_path: Path,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, _ = train(tmp_path, world, "--quantizer.kind", "vq", "--quantizer.codes", "32")
+    monkeypatch.chdir(run.parent)
+    assert main(command.split()) == 2
+    assert words in capsys.readouterr().err
+    assert not (run.parent / "folded").exists()
