@@ -21,6 +21,8 @@ SHORT = (
 )
 QUICKSTARTS = ("launch/quickstart.sh", "launch/dashboard.sh", "simvq-moe sweep")
 """Commands that train every arm, or need its runs: `test_the_quickstart_runs_in_a_fresh_clone`."""
+BENCH = "simvq-moe bench"
+"""Minutes: `test_the_benchmark_prints_its_table`."""
 
 
 def blocks(language: str) -> list[str]:
@@ -44,7 +46,7 @@ def shortened(command: str) -> list[str]:
 @pytest.mark.distributed
 def test_the_commands_of_the_readme_run_in_order(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    run = [command for command in commands() if not command.startswith(QUICKSTARTS)]
+    run = [command for command in commands() if not command.startswith((*QUICKSTARTS, BENCH))]
     assert len(run) >= 8
     for command in run:
         if command.startswith("simvq-moe dashboard"):
@@ -100,6 +102,21 @@ def test_the_paths_that_the_readme_names_exist() -> None:
     assert len(named) > 5
     for path in {*named, *linked}:
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_its_table(tmp_path: Path) -> None:
+    (command,) = (command for command in commands() if command.startswith(BENCH))
+    done = subprocess.run(
+        shlex.split(command),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| 4096, 65536, 128 | simvq-moe SimVQ |" in done.stdout
 
 
 @pytest.mark.slow

@@ -85,9 +85,7 @@ class RunLog:
         path = self.run_dir / "metrics.jsonl"
         if path.is_file():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            aside = path.with_suffix(".tmp")
-            aside.write_text("".join(f"{line}\n" for line in kept))
-            aside.replace(path)
+            write_text(path, "".join(f"{line}\n" for line in kept))
         if (self.run_dir / "usage.npz").is_file():
             with np.load(self.run_dir / "usage.npz") as saved:
                 for which in ("", "val_"):
@@ -105,7 +103,12 @@ def _step_of(line: str) -> float:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file whole: a reader never sees half of it."""
+    """Replace a JSON file whole."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole: a reader never sees half of it."""
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.write_text(text)
     aside.replace(path)

@@ -9,6 +9,7 @@ import json
 import logging
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from simvq_moe.training.engine import (
     launched_ranks,
     start_distributed,
 )
-from simvq_moe.training.logs import write_json
+from simvq_moe.training.logs import write_json, write_text
 from simvq_moe.training.loop import Interrupted, Trainer, TrainingFailed
 from simvq_moe.training.measures import parameter_counts, shared_maps
 from simvq_moe.training.tasks import check_source
@@ -54,13 +55,20 @@ def train(config: Config) -> int:
         if main:
             print(f"{config.run_dir} is finished: nothing to do", file=sys.stderr)
         return FINISHED
+    new = not config.run_dir.exists()
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    with _signals() as stop_asked, _alone_in(config.run_dir, main):
-        if main:
-            print(to_yaml(config), file=sys.stderr)
-            (config.run_dir / "config.yaml").write_text(to_yaml(config))
-        with _noise_to(config.run_dir / "log.txt", visible=main):
-            return _run(config, stop_asked)
+    try:
+        with _signals() as stop_asked, _alone_in(config.run_dir, main):
+            if main:
+                print(to_yaml(config), file=sys.stderr)
+                write_text(config.run_dir / "config.yaml", to_yaml(config))
+            with _noise_to(config.run_dir / "log.txt", visible=main):
+                return _run(config, stop_asked)
+    except ConfigError:
+        # found out only with the data at hand; the corrected config may take the same name
+        if main and new:
+            shutil.rmtree(config.run_dir)
+        raise
 
 
 def check_launch(config: Config, world_size: int) -> None:
@@ -98,31 +106,26 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     world = start_distributed()
     meta = _meta(config, world) | {"started": started}
-    trainer = None
+    _write_meta(config, world, meta | {"status": "running", "error": None})
+    status, error, code = "finished", None, FINISHED
     try:
-        _write_meta(config, world, meta | {"status": "running", "error": None})
         trainer = Trainer(config, world, stop_asked)
         meta |= _describe(trainer)
         _write_meta(config, world, meta | {"status": "running", "error": None})
         if world.is_main and trainer.resumed_from:
             print(f"resuming {config.run_dir} at step {trainer.resumed_from}", file=sys.stderr)
-        summary = trainer.run()
-        trainer.close()
+        with contextlib.closing(trainer):
+            summary = trainer.run()
         if world.is_main:
             write_json(config.run_dir / "summary.json", {"status": "finished", **summary})
-        status, error, code = "finished", None, FINISHED
     except Interrupted as stop:
         status, error, code = "interrupted", str(stop), INTERRUPTED
     except TrainingFailed as failure:
         status, error, code = "failed", str(failure), FAILED
     except Exception:
-        if trainer is not None:
-            trainer.close()
         error = traceback.format_exc().strip().splitlines()[-1]
         _write_meta(config, world, meta | {"status": "failed", "error": error})
         raise
-    if trainer is not None and status != "finished":
-        trainer.close()
     _write_meta(config, world, meta | {"status": status, "error": error})
     if world.is_main:
         print(f"{config.run_dir}: {error or status}", file=sys.stderr)

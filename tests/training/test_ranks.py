@@ -148,3 +148,11 @@ def test_the_saved_config_repeats_the_run(folder: Path) -> None:
     first = train(folder, "first", *IMAGE, "--train.steps", "3", "--train.log_every", "1")
     again = train(folder, "again", "--config", str(first / "config.yaml"), "--name", "again")
     assert metrics(again) == metrics(first)
+
+
+def test_an_error_found_with_the_data_leaves_no_run_behind(folder: Path) -> None:
+    flags = ("--task", "language_model", "--data.source", "corpus", "--data.vocabulary", "60000")
+    refused = run("train", "--name", "too_large", *flags, cwd=folder)
+    assert refused.returncode == 2
+    assert "data.vocabulary" in refused.stderr.splitlines()[-1]
+    assert not (folder / "runs" / "too_large").exists()
