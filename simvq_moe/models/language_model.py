@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from simvq_moe.core.streams import own_stream
 from simvq_moe.moe import MoE
+from simvq_moe.moe.balance import mean_losses
+from simvq_moe.moe.router import Routing
 
 ROTARY_BASE = 10_000.0
 INITIAL_STD = 0.02
@@ -65,10 +67,10 @@ class Block(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "batch tokens width"]
-    ) -> tuple[Float[Tensor, "batch tokens width"], dict[str, Tensor]]:
+    ) -> tuple[Float[Tensor, "batch tokens width"], Routing]:
         x = x + self.attention(self.attention_norm(x))
-        y, losses = self.moe.route_and_run(self.moe_norm(x))
-        return x + y, losses
+        y, routing = self.moe.route_and_run(self.moe_norm(x))
+        return x + y, routing
 
 
 class LanguageModel(nn.Module):
@@ -124,13 +126,14 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "batch tokens vocabulary"], dict[str, Tensor]]:
         """Scores of the next token, float32 at least, and the MoE losses averaged over layers."""
         x = self.embedding(tokens)
-        layer_losses = []
+        routings = []
         for block in self.blocks:
-            x, losses = block(x)
-            layer_losses.append(losses)
-        mean = {k: torch.stack([one[k] for one in layer_losses]).mean() for k in layer_losses[0]}
+            x, routing = block(x)
+            routings.append(routing)
+        # ranks evaluate different numbers of batches, so no collective call may run there
+        losses = mean_losses(routings, all_ranks=self.training)
         scores = F.linear(self.norm(x), self.embedding.weight)
-        return scores.to(torch.promote_types(scores.dtype, torch.float32)), mean
+        return scores.to(torch.promote_types(scores.dtype, torch.float32)), losses
 
     @torch.no_grad()
     def _initialize(self, width: int, layers: int) -> None:

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from simvq_moe.core.bank import Transform
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import UsageCounter
-from simvq_moe.moe.balance import load_balance_loss, z_loss
 from simvq_moe.moe.dispatch import dispatch
 from simvq_moe.moe.experts import Experts
-from simvq_moe.moe.router import Gates, TopKRouter
+from simvq_moe.moe.router import Gates, Routing, TopKRouter
 
 
 class MoE(nn.Module):
@@ -79,19 +78,14 @@ class MoE(nn.Module):
 
     def route_and_run(
         self, x: Float[Tensor, "*batch width"]
-    ) -> tuple[Float[Tensor, "*batch width"], dict[str, Tensor]]:
-        """Outputs, and this layer's unweighted "balance" and "z" losses."""
+    ) -> tuple[Float[Tensor, "*batch width"], Routing]:
+        """Outputs, and how the tokens, flattened, were routed."""
         flat = x.reshape(-1, self.width)
         routing = self.router(flat)
         self.counter.add(routing.ids)
         inputs = self.experts.up.pull(flat)
         summed = dispatch(inputs, routing.ids, routing.gates, self.experts, self.num_experts)
-        losses = {
-            # ranks evaluate different numbers of batches, so no collective may run there
-            "balance": load_balance_loss(routing.logits, routing.ids, all_ranks=self.training),
-            "z": z_loss(routing.logits),
-        }
-        return self.experts.down.map(summed).view(x.shape), losses
+        return self.experts.down.map(summed).view(x.shape), routing
 
     @torch.no_grad()
     def fold(self) -> MoE:
