@@ -7,9 +7,12 @@ GPU), memory the largest sum of live tensor allocations during one step.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,6 +56,7 @@ def bench_quantizer(
     """Measure every contestant that is installed at every size."""
     results: list[Measured] = []
     for tokens, codes, width in cases or CASES:
+        print(f"measuring {tokens} tokens, {codes} codes, width {width}", file=sys.stderr)
         torch.manual_seed(0)
         z = torch.randn(tokens, width, device=device) / width**0.5
         q = torch.randn(codes, width, device=device) / width**0.5
@@ -165,8 +169,22 @@ def _seconds(step: Step, device: str) -> float:
     return time.process_time() - start
 
 
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's own C++ code writes to standard error; Python's redirection can't catch it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _megabytes(step: Step) -> float:
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with _quiet_stderr(), torch.profiler.profile(profile_memory=True) as profile:
         step()
     results: Any = profile.profiler
     alive = peak = 0

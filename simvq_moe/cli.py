@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+import simvq_moe
 from simvq_moe.config import Config, ConfigError
 from simvq_moe.merging import flag_error, merge_files, suggestion, with_flags
 
@@ -87,6 +88,8 @@ class ReportArgs:
 def report(args: Sequence[str]) -> int:
     """Compare runs: report.html, report.json, report.md."""
     options = _parse(ReportArgs, args, "report")
+    if not options.paths:
+        raise ConfigError("report needs runs: simvq-moe report RUN_OR_FOLDER ... --out FOLDER")
     from simvq_moe.analysis import report as reports
 
     found = reports.report(options.paths, options.out)
@@ -120,7 +123,7 @@ class EvalArgs:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     data: str | None = None
-    """Another data source; None: that of the run."""
+    """Another source, whose held-out part is measured with the run's tokenizer; None: the run's."""
 
 
 def evaluate(args: Sequence[str]) -> int:
@@ -214,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args or args[0] in ("-h", "--help"):
             print(_overview(), file=sys.stdout if args else sys.stderr)
             return 0 if args else USAGE_ERROR
+        if args[0] == "--version":
+            print(simvq_moe.__version__)
+            return 0
         if args[0] not in COMMANDS:
             raise ConfigError(
                 f"unknown command {args[0]!r}.{suggestion(args[0], list(COMMANDS))} "

@@ -285,6 +285,11 @@ def _quantizer_problems(q: QuantizerConfig) -> Iterator[str]:
             f"quantizer.init {q.init!r} does not go with quantizer.kind {q.kind!r}: "
             f"drop it, or use kind {' or '.join(STARTS[q.init])}"
         )
+    if q.kind == "fsq" and not q.levels:
+        yield (
+            "quantizer.levels () with quantizer.kind 'fsq': give values of each channel, such as "
+            "--quantizer.levels 8 8 8 --quantizer.width 3 --quantizer.codes 512"
+        )
     if q.kind == "fsq" and (len(q.levels), prod(q.levels)) != (q.width, q.codes):
         yield (
             f"quantizer.levels {q.levels} need quantizer.width {len(q.levels)} and "

@@ -32,7 +32,7 @@ def merge_files(schema: type[T], files: Sequence[Path]) -> T:
     for file in files:
         merged = merge(_writable(merged), _read_yaml(file), origin=str(file))
     if missing := sorted(OmegaConf.missing_keys(merged)):
-        raise ConfigError(f"{files[-1] if files else 'config'}: {missing[0]} is missing: set it")
+        raise ConfigError(f"{files[-1] if files else 'config'}: {', '.join(missing)} missing: set")
     return to_dataclass(merged, schema)
 
 

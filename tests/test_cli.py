@@ -55,6 +55,7 @@ def files(folder: Path) -> dict[str, bytes]:
         ("sweep --config base.yaml", ["unknown key quantizer"]),
         ("report nowhere --out out", ["nowhere"]),
         ("report nothing --out out", ["nothing"]),
+        ("report --out out", ["report needs runs"]),
         ("dashboard nowhere", ["nowhere does not exist"]),
         ("bench quantiser", ["quantiser", "quantizer"]),
         ("trian", ["unknown command 'trian'", "Did you mean train"]),

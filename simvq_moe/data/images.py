@@ -97,7 +97,8 @@ def image_crops(
     if len(train) < crops or len(held_out) < held_out_crops:
         raise ConfigError(
             f"data.source {source!r} holds no image that is readable and large enough for "
-            f"data.image_size {size}: lower it, give a folder of larger images or 'photos'"
+            f"data.image_size {size}: lower it, give larger images, of which few are cut into a "
+            "left and a narrow held-out right part each, or 'photos'"
         )
     if skipped := list(dict.fromkeys(split.skipped + broken + broken_too)):
         some = ", ".join(path.name for path in skipped[:5]) + (", ..." if skipped[5:] else "")

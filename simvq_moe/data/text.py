@@ -102,7 +102,14 @@ class Corpus:
         return Tokenizer.from_file(str(self.tokenizer)).decode(np.asarray(ids).tolist())
 
 
-def token_windows(source: str, *, vocabulary: int, context: int, cache_dir: str) -> Corpus:
+def token_windows(
+    source: str,
+    *,
+    vocabulary: int,
+    context: int,
+    cache_dir: str,
+    tokenizer: Path | None = None,
+) -> Corpus:
     """The windows of `source`, from the cache where an equal corpus was encoded before.
 
     Any number of processes may call this at once: each cache folder appears complete or not at
@@ -113,6 +120,7 @@ def token_windows(source: str, *, vocabulary: int, context: int, cache_dir: str)
         vocabulary: tokens of the vocabulary, exactly.
         context: tokens of a window, less the one that is only a target.
         cache_dir: folder of the cache folders.
+        tokenizer: file of a trained tokenizer; None: one is trained on the training documents.
 
     Raises:
         ConfigError: the source doesn't exist, holds nothing readable, or is too small for the
@@ -124,11 +132,12 @@ def token_windows(source: str, *, vocabulary: int, context: int, cache_dir: str)
             f"need that many: raise it"
         )
     files, digest = _scan(source)
-    key = hashlib.sha256(f"{LAYOUT} {vocabulary} {digest}".encode()).hexdigest()[:16]
+    given = "" if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    key = hashlib.sha256(f"{LAYOUT} {vocabulary} {digest}{given}".encode()).hexdigest()[:16]
     folder = Path(cache_dir) / f"text-{key}"
     if not folder.exists():
         log.info("encoding %s into %s", source, folder)
-        _build(source, files, vocabulary, folder)
+        _build(source, files, vocabulary, folder, tokenizer)
     train, held_out = (
         TokenWindows(np.load(folder / f"{part}.npy", mmap_mode="r"), context)
         for part in ("train", "held_out")
@@ -138,8 +147,8 @@ def token_windows(source: str, *, vocabulary: int, context: int, cache_dir: str)
             f"data.context {context}: data.source {source!r} has only {len(train.tokens)} training "
             f"and {len(held_out.tokens)} held-out tokens: lower it or give more text"
         )
-    tokenizer = folder / "tokenizer.json"
-    return Corpus(train, held_out, tokenizer, _bytes_of_token(tokenizer))
+    used = folder / "tokenizer.json"
+    return Corpus(train, held_out, used, _bytes_of_token(used))
 
 
 def check_source(source: str) -> None:
@@ -224,7 +233,9 @@ def _digest(path: Path) -> str | None:
         return hashlib.sha256(content).hexdigest()
 
 
-def _build(source: str, files: list[_File], vocabulary: int, folder: Path) -> None:
+def _build(
+    source: str, files: list[_File], vocabulary: int, folder: Path, tokenizer: Path | None
+) -> None:
     """Make the cache folder: aside, then renamed into place, so that nobody sees half of it."""
     fresh = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +243,8 @@ def _build(source: str, files: list[_File], vocabulary: int, folder: Path) -> No
         with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent) as aside, _quiet():
             built = Path(aside, "built")
             built.mkdir()
-            _encode(source, files, vocabulary, built, scratch=str(Path(aside, "documents")))
+            scratch = str(Path(aside, "documents"))
+            _encode(source, files, vocabulary, built, tokenizer, scratch=scratch)
             try:
                 built.rename(folder)
             except OSError:
@@ -246,9 +258,17 @@ def _build(source: str, files: list[_File], vocabulary: int, folder: Path) -> No
         raise
 
 
-def _encode(source: str, files: list[_File], vocabulary: int, built: Path, *, scratch: str) -> None:
+def _encode(
+    source: str,
+    files: list[_File],
+    vocabulary: int,
+    built: Path,
+    given: Path | None,
+    *,
+    scratch: str,
+) -> None:
     train, held_out = _split(_read(source, files, scratch))
-    tokenizer = _train_tokenizer(train, vocabulary)
+    tokenizer = _load(given) if given else _train_tokenizer(train, vocabulary)
     tokenizer.save(str(built / "tokenizer.json"))
     manifest: dict[str, Any] = {"source": source, "files": len(files), "vocabulary": vocabulary}
     for part, documents in (("train", train), ("held_out", held_out)):
@@ -317,6 +337,12 @@ def _split(documents: Dataset) -> tuple[Dataset, Dataset]:
         Dataset.from_dict({"text": [t[:end] for t, end in zip(texts, ends, strict=True)]}),
         Dataset.from_dict({"text": [t[end:] for t, end in zip(texts, ends, strict=True)]}),
     )
+
+
+def _load(tokenizer: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(tokenizer))
 
 
 def _train_tokenizer(documents: Dataset, vocabulary: int) -> Tokenizer:

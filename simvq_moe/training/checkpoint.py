@@ -84,9 +84,13 @@ def check_world(folder: Path, step: int, world_size: int) -> None:
     written_by = json.loads((folder / str(step) / MANIFEST).read_text())["world_size"]
     if written_by != world_size:
         raise ConfigError(
-            f"checkpoint {folder / str(step)} was written by {written_by} ranks and this launch "
-            f"has {world_size}: launch {written_by} ranks, or give the run another --name"
+            f"checkpoint {folder / str(step)} was written by {_ranks(written_by)} and this "
+            f"launch has {world_size}: launch {_ranks(written_by)}, or give the run another --name"
         )
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'' if count == 1 else 's'}"
 
 
 def committed_steps(folder: Path) -> list[int]:

@@ -6,11 +6,12 @@ config without maps computes the same.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simvq_moe.config import Config, ConfigError, QuantizerConfig
@@ -23,20 +24,24 @@ from simvq_moe.training.building import build_model
 from simvq_moe.training.engine import World
 from simvq_moe.training.evaluation import evaluate
 from simvq_moe.training.measures import shared_maps
-from simvq_moe.training.tasks import build_task, check_source
+from simvq_moe.training.tasks import TOKENIZER, build_task, check_source
 
+FOLDED = "model.safetensors"
+"""Weights of a folded model."""
 LARGEST_DIFFERENCE = 1e-9
 """Between outputs before and after folding, in float64, relative to the largest output."""
 
 
 def load_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
-    """The config of a run and the weights of its latest checkpoint.
+    """The config of a run and the weights of its latest checkpoint, or of a folded model.
 
     Raises:
-        ConfigError: it is no run, or has no whole checkpoint.
+        ConfigError: it is neither, or the run has no whole checkpoint.
     """
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} holds no config.yaml: give the folder of a run")
+    if (run_dir / FOLDED).is_file():
+        return merge_files(Config, [run_dir / "config.yaml"]), load_file(run_dir / FOLDED)
     step = checkpoint.latest_step(run_dir / "checkpoints")
     if step is None:
         raise ConfigError(f"{run_dir} has no checkpoint: train it first")
@@ -52,7 +57,8 @@ def evaluate_run(run_dir: Path, source: str | None) -> dict[str, float]:
     if source is not None:
         config = replace(config, data=replace(config.data, source=source))
     check_source(config)
-    task = build_task(config)
+    tokenizer = run_dir / TOKENIZER
+    task = build_task(config, tokenizer if tokenizer.is_file() else None)
     task.model.load_state_dict(weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task.model.to(device)
@@ -81,7 +87,9 @@ def fold_run(run_dir: Path, out: Path) -> float:
         raise RuntimeError(f"folding {run_dir} changes its outputs by {difference:.2g}")
     out.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in folded.float().state_dict().items()}
-    save_file(tensors, out / "model.safetensors")
+    save_file(tensors, out / FOLDED)
+    if (run_dir / TOKENIZER).is_file():
+        shutil.copyfile(run_dir / TOKENIZER, out / TOKENIZER)
     (out / "config.yaml").write_text(to_yaml(folded_config))
     return difference
 

@@ -8,6 +8,7 @@ non-finite loss on one of them stops all, and what a bad step did is never saved
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simvq_moe.config import Config
+from simvq_moe.config import Config, ConfigError
 from simvq_moe.core.nearest import NotFiniteError
 from simvq_moe.core.usage import counters
 from simvq_moe.data.order import BatchOrder
@@ -27,7 +28,7 @@ from simvq_moe.training.evaluation import evaluate, take_counts
 from simvq_moe.training.logs import RunLog
 from simvq_moe.training.measures import bank_metrics, layers_of, usage_metrics
 from simvq_moe.training.progress import Progress
-from simvq_moe.training.tasks import SAMPLES, Task, build_task
+from simvq_moe.training.tasks import SAMPLES, TOKENIZER, Task, build_task, source_of
 
 
 class TrainingFailed(RuntimeError):
@@ -68,6 +69,8 @@ class Trainer:
         if restored is not None:
             self.step, state = restored
             self._take_up(state)
+        elif self.task.tokenizer is not None and world.is_main:
+            shutil.copyfile(self.task.tokenizer, config.run_dir / TOKENIZER)
         self.resumed_from = self.step
         self.log = RunLog(config.run_dir, self.layers, self.step) if world.is_main else None
 
@@ -201,6 +204,7 @@ class Trainer:
         if self.log is not None:
             self.log.write_usage()
         state = {
+            "data_digest": self.task.data_digest,
             "train_seconds": self.train_seconds,
             "window": self.window.state(),
             "counts": [counter.counts for counter in self.counters],
@@ -209,6 +213,11 @@ class Trainer:
         checkpoint.save(self.engine, self.checkpoints, self.step, state, self.world, keep)
 
     def _take_up(self, state: Mapping[str, Any]) -> None:
+        if state["data_digest"] != self.task.data_digest:
+            raise ConfigError(
+                f"the data in data.source {source_of(self.config)!r} are not those that "
+                f"{self.config.run_dir} began with: put them back, or give the run another --name"
+            )
         self.train_seconds = state["train_seconds"]
         self.window = Window(**state["window"])
         for counter, counts in zip(self.counters, state["counts"], strict=True):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
     meta = _meta(config, world) | {"started": started}
     _write_meta(config, world, meta | {"status": "running", "error": None})
     status, error, code = "finished", None, FINISHED
+    summary: dict[str, float] = {}
     try:
         trainer = Trainer(config, world, stop_asked)
         meta |= _describe(trainer)
@@ -128,10 +129,18 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
         raise
     _write_meta(config, world, meta | {"status": status, "error": error})
     if world.is_main:
-        print(f"{config.run_dir}: {error or status}", file=sys.stderr)
+        print(f"{config.run_dir}: {error or describe_result(summary)}", file=sys.stderr)
     world.barrier()
     dist.destroy_process_group()
     return code
+
+
+def describe_result(summary: Mapping[str, float]) -> str:
+    """A finished run in one line."""
+    shown = ("val/loss", "val/bits_per_byte", "val/psnr")
+    shown += ("val/codes/used", "val/codes/perplexity", "val/moe/mean/used", "val/moe/mean/entropy")
+    parts = [f"{name} {summary[name]:.4g}" for name in shown if name in summary]
+    return ", ".join(["finished", *parts])
 
 
 def _meta(config: Config, world: World) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +23,8 @@ from simvq_moe.quantizers import AnyQuantizer, Quantizer
 from simvq_moe.training.building import build_model
 
 EMBEDDED = {"image_tokenizer": "photos", "language_model": "python-stdlib"}
+TOKENIZER = "tokenizer.json"
+"""Copy of the text tokenizer in a run's folder."""
 SAMPLES = 8
 """Held-out samples that are shown."""
 
@@ -41,6 +45,8 @@ class Task:
     model: nn.Module
     train: DataSet
     held_out: DataSet
+    data_digest: str
+    """Differs when the data differ: a run goes on with the data that it began with."""
     tokens_per_sample: int
     """Tokens (codes or text tokens) of one sample."""
     evaluate: Callable[[Tensor], dict[str, Tensor]]
@@ -51,6 +57,8 @@ class Task:
     """Start what starts from data from the first training batch, all ranks together."""
     picture: Callable[[Tensor], np.ndarray] | None
     """A held-out batch above what the model makes of it, (height, width, 3) uint8."""
+    tokenizer: Path | None = None
+    """File of the text tokenizer."""
 
 
 def source_of(config: Config) -> str:
@@ -64,9 +72,15 @@ def check_source(config: Config) -> None:
     module.check_source(source_of(config))
 
 
-def build_task(config: Config) -> Task:
-    """Data and model of the config; the seed fixes the model's initial weights."""
-    return _image_task(config) if config.task == "image_tokenizer" else _language_task(config)
+def build_task(config: Config, tokenizer: Path | None = None) -> Task:
+    """Data and model of the config; the seed fixes the model's initial weights.
+
+    Args:
+        tokenizer: file of the text tokenizer; None: the one trained on the source.
+    """
+    if config.task == "image_tokenizer":
+        return _image_task(config)
+    return _language_task(config, tokenizer)
 
 
 def _image_task(config: Config) -> Task:
@@ -108,7 +122,12 @@ def _image_task(config: Config) -> Task:
         return grid.cpu().numpy()
 
     side = data.image_size // 2**config.image_tokenizer.downsamplings
-    return Task(model, train, held_out, side**2, evaluate, summarize, model.initialize, picture)
+    digest = hashlib.blake2b(train.images.numpy().tobytes(), digest_size=16).hexdigest()
+    return Task(
+        *(model, train, held_out, digest, side**2, evaluate, summarize),
+        start=model.initialize,
+        picture=picture,
+    )
 
 
 def _rank_of_used_codes(quantizer: AnyQuantizer) -> dict[str, float]:
@@ -122,13 +141,14 @@ def _rank_of_used_codes(quantizer: AnyQuantizer) -> dict[str, float]:
     return {"val/codes/effective_rank": effective_rank(torch.linalg.svdvals(centred))}
 
 
-def _language_task(config: Config) -> Task:
+def _language_task(config: Config, tokenizer: Path | None) -> Task:
     data = config.data
     corpus = text.token_windows(
         source_of(config),
         vocabulary=data.vocabulary,
         context=data.context,
         cache_dir=data.cache_dir,
+        tokenizer=tokenizer,
     )
     model = build_model(config)
     assert isinstance(model, LanguageModel)
@@ -149,4 +169,11 @@ def _language_task(config: Config) -> Task:
             "val/bits_per_byte": sums["nats"] / math.log(2) / sums["bytes"],
         }
 
-    return Task(model, corpus.train, corpus.held_out, data.context, evaluate, summarize, None, None)
+    # the cache folder is named by the content of documents and tokenizer
+    digest = corpus.tokenizer.parent.name
+    return Task(
+        *(model, corpus.train, corpus.held_out, digest, data.context, evaluate, summarize),
+        start=None,
+        picture=None,
+        tokenizer=corpus.tokenizer,
+    )

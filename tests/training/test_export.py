@@ -45,6 +45,12 @@ def test_the_folded_model_loads_without_maps_and_differs_by_rounding(
     assert not [name for name in weights if name.endswith((".W", ".bias")) and "bank" in name]
     config = merge_files(Config, [tmp_path / "folded" / "config.yaml"])
     build_model(config).load_state_dict(weights)
+    measured = []
+    for folder in (run, tmp_path / "folded"):
+        assert main(["eval", str(folder)]) == 0
+        measured.append(json.loads(capsys.readouterr().out)["val/loss"])
+    # float32 rounds the folded rows
+    assert_close(measured[1], measured[0], rtol=1e-3, atol=1e-4)
 
 
 def test_evaluation_of_a_checkpoint_repeats_the_measures_of_the_run(
@@ -77,3 +83,24 @@ def test_what_can_not_be_loaded_or_folded_is_refused(
     assert main(command.split()) == 2
     assert words in capsys.readouterr().err
     assert not (run.parent / "folded").exists()
+
+
+def test_another_source_is_read_with_the_tokenizer_of_the_run(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("own", "to be or not to be, "), ("other", "not to be, or to be! ")):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            (tmp_path / name / f"{i}.txt").write_text(f"{i} {text}" * 400)
+    flags = ("--data.vocabulary", "270", "--data.context", "16", "--data.source")
+    run, summary = train(tmp_path, world, *FLAGS["text"], *flags, str(tmp_path / "own"))
+    tokenizer = (run / "tokenizer.json").read_bytes()
+    measured = []
+    for name in ("own", "other"):
+        assert main(["eval", str(run), "--data", str(tmp_path / name)]) == 0
+        measured.append(json.loads(capsys.readouterr().out))
+    assert_close(measured[0]["val/bits_per_byte"], summary["val/bits_per_byte"])
+    assert measured[1]["val/bits_per_byte"] != measured[0]["val/bits_per_byte"]
+    encoded = list((tmp_path / "cache").glob("text-*/tokenizer.json"))
+    assert len(encoded) == 3
+    assert all(file.read_bytes() == tokenizer for file in encoded)

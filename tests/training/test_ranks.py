@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -156,3 +157,16 @@ def test_an_error_found_with_the_data_leaves_no_run_behind(folder: Path) -> None
     assert refused.returncode == 2
     assert "data.vocabulary" in refused.stderr.splitlines()[-1]
     assert not (folder / "runs" / "too_large").exists()
+
+
+def test_a_run_does_not_go_on_with_other_data(folder: Path) -> None:
+    source = folder / "changing"
+    shutil.copytree(folder / "corpus", source)
+    flags = (*TEXT, "--data.source", "changing", "--train.steps", "4")
+    run_dir = train(folder, "changed", *flags)
+    (run_dir / "summary.json").unlink()
+    (source / "more.py").write_text("print('more')\n" * 100)
+    refused = run("train", "--name", "changed", *flags, cwd=folder)
+    assert refused.returncode == 2
+    assert "are not those that runs/changed began with" in refused.stderr.splitlines()[-1]
+    assert (run_dir / "checkpoints" / "4").is_dir()
