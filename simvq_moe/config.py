@@ -100,18 +100,33 @@ class MoEConfig:
     """Experts of a token."""
     hidden: int = 16
     """Hidden channels of an expert."""
-    gates: Literal["softmax_topk", "topk_softmax"] = "topk_softmax"
-    """Softmax over all experts before the choice, or over the chosen: gates that sum to 1."""
-    router_map: Literal["none", "diagonal", "linear"] = "none"
+    expert: Literal["gelu", "swiglu"] = "gelu"
+    """Two projections around a GELU, or three around a gated SiLU."""
+    shared_experts: int = 0
+    """Experts of the same size that every token goes through beside its choice."""
+    capacity_factor: float = 0.0
+    """Assignments that an expert takes over its fair share of a rank's batch; 0: dropless."""
+    gates: Literal["softmax_topk", "topk_softmax", "sigmoid"] = "topk_softmax"
+    """Softmax over all experts before the choice, softmax over the chosen, or normalized sigmoids
+    of the chosen; the gates of the last two sum to 1."""
+    router_map: Literal["none", "diagonal", "linear", "low_rank"] = "none"
     """Shared map W of the router's rows: logits = x (Q W)^T."""
     router_base_width: int | None = None
     """Channels of Q; None: those of the model."""
     train_router_base: bool = True
     """Learn Q."""
-    expert_out_map: Literal["none", "diagonal", "linear"] = "none"
-    """Shared map after the gated sum of experts: y = (sum g_i E_i(x)) W."""
-    expert_in_map: Literal["none", "diagonal", "linear"] = "none"
-    """Shared map before the experts: E_i(x A)."""
+    expert_out_map: Literal["none", "diagonal", "linear", "low_rank", "per_expert"] = "none"
+    """Map W after the gated sum of experts: y = (sum g_i E_i(x)) W; per_expert: one for each."""
+    train_expert_out_base: bool = True
+    """Learn the experts' last projections beside the map."""
+    expert_out_bias: bool = False
+    """One learned vector added to the sum."""
+    expert_in_map: Literal["none", "diagonal", "linear", "low_rank", "per_expert"] = "none"
+    """Map A before the experts: E_i(x A); per_expert: one for each."""
+    train_expert_in_base: bool = True
+    """Learn the experts' first projections beside the map."""
+    map_rank: int = 8
+    """Rank of low_rank maps W = I + A B."""
     balance: Literal["none", "aux"] = "none"
     """aux: the load-balance loss N sum f_i P_i of each layer (arXiv:2101.03961)."""
     balance_weight: float = 0.01
@@ -320,6 +335,11 @@ def _below_minimum(config: Config) -> Iterator[str]:
         "moe.experts": 1,
         "moe.top_k": 1,
         "moe.hidden": 1,
+        "moe.shared_experts": 0,
+        "moe.capacity_factor": 0,
+        "moe.map_rank": 1,
+        "moe.z_loss_weight": 0,
+        "moe.balance_weight": 0,
         "language_model.layers": 1,
         "language_model.heads": 1,
         "language_model.width": 2,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Transform = Literal["none", "diagonal", "linear"]
+Transform = Literal["none", "diagonal", "linear", "low_rank", "per_expert"]
 
 
 class Bank(nn.Module):
@@ -22,10 +22,13 @@ class Bank(nn.Module):
         base: start of the base rows, (*rows, base_width); any number of leading axes.
         width: width of the mapped rows; None: that of the base.
         transform: "linear": a full matrix W, from the identity (semi-orthogonal where
-            base_width != width); "diagonal": one factor a channel, from ones; "none": rows = base.
+            base_width != width); "diagonal": one factor a channel, from ones; "low_rank":
+            W = I + A B, from B = 0; "none": rows = base. "per_expert": a full matrix for each slot
+            of the first axis, from the identity: as many parameters without sharing, the control.
         train_base: learn the base rows; otherwise they are a buffer, so that no optimizer and no
             change of the parameters' precision touches them.
         bias: add one learned vector to every row, from zeros.
+        rank: inner width of A B.
 
     Raises:
         ValueError: the transform is unknown, or changes the width without being "linear".
@@ -39,6 +42,7 @@ class Bank(nn.Module):
         transform: Transform = "linear",
         train_base: bool = True,
         bias: bool = False,
+        rank: int = 8,
     ) -> None:
         super().__init__()
         base_width = base.shape[-1]
@@ -57,16 +61,42 @@ class Bank(nn.Module):
             self.base = nn.Parameter(base.detach().clone())
         else:
             self.register_buffer("base", base.detach().clone())
-        self.W: Tensor | None = _start_of_map(transform, base_width, width, base.dtype)
+        self.W: Tensor | None = None
+        self.A: Tensor | None = None
+        self.B: Tensor | None = None
+        if transform == "low_rank":
+            with torch.random.fork_rng(devices=[]):  # numbers drawn later stay the same
+                A = torch.randn(width, rank, dtype=base.dtype) / width**0.5
+            self.A = nn.Parameter(A)
+            self.B = nn.Parameter(torch.zeros(rank, width, dtype=base.dtype))
+        elif transform != "none":
+            self.W = _start_of_map(transform, base, width)
         self.bias = nn.Parameter(torch.zeros(width, dtype=base.dtype)) if bias else None
         self._kept: tuple[list[object], list[Tensor], Tensor] | None = None
 
+    @property
+    def maps(self) -> list[Tensor]:
+        """The parameters of the map, without the bias; empty for transform "none"."""
+        return [p for p in (self.W, self.A, self.B) if p is not None]
+
+    @property
+    def shared(self) -> bool:
+        """Whether one map, or none, serves all rows, so that it may follow a sum over rows."""
+        return self.transform != "per_expert"
+
     def map(self, x: Float[Tensor, "*lead base_width"]) -> Float[Tensor, "*lead width"]:
-        """Apply W. It is linear, so it may follow a weighted sum over rows."""
-        if self.W is None:
+        """Apply W. It is linear, so a shared one may follow a weighted sum over rows.
+
+        With separate maps the first axis of x names the slots.
+        """
+        if not self.maps:
             return x
-        dtype = torch.promote_types(x.dtype, self.W.dtype)
-        x, W = x.to(dtype), self.W.to(dtype)
+        dtype = torch.promote_types(x.dtype, self.maps[0].dtype)
+        x = x.to(dtype)
+        if self.A is not None and self.B is not None:
+            return x + (x @ self.A.to(dtype)) @ self.B.to(dtype)
+        assert self.W is not None
+        W = self.W.to(dtype)
         return x * W if self.transform == "diagonal" else x @ W
 
     def rows(self, dtype: torch.dtype | None = None) -> Float[Tensor, "*rows width"]:
@@ -77,7 +107,11 @@ class Bank(nn.Module):
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "... width"]:
         """The rows named by ids. Gathers first: the cost follows the batch, not the bank."""
-        return self._shift(self.map(self.base[ids].to(dtype or self.base.dtype)))
+        base = self.base[ids].to(dtype or self.base.dtype)
+        if self.shared:
+            return self._shift(self.map(base))
+        assert self.W is not None
+        return self._shift(base @ self.W[ids].to(base.dtype))
 
     def score(self, x: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead rows"]:
         """x @ rows().T of a bank with one row axis, with W moved to the side of x."""
@@ -85,11 +119,22 @@ class Bank(nn.Module):
         return scores if self.bias is None else scores + x @ self.bias.to(x.dtype)[:, None]
 
     def pull(self, x: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead base_width"]:
-        """x @ W.T, the adjoint of `map`: x · map(row) = pull(x) · row."""
+        """x @ W.T, the adjoint of `map`: x · map(row) = pull(x) · row. For a shared map."""
+        if self.A is not None and self.B is not None:
+            return x + (x @ self.B.to(x.dtype).T) @ self.A.to(x.dtype).T
         if self.W is None:
             return x
         W = self.W.to(x.dtype)
-        return x * W if self.transform == "diagonal" else x @ W.T
+        return x * W if self.transform == "diagonal" else x @ W.mT
+
+    def matrix(self) -> Float[Tensor, "*slots base_width width"]:
+        """The map as a dense matrix in float64: one, or one a slot; the identity without a map."""
+        base_width = self.base.shape[-1]
+        eye = torch.eye(base_width, self.width, dtype=torch.float64, device=self.base.device)
+        if self.transform in ("linear", "per_expert"):
+            assert self.W is not None
+            return self.W.double()
+        return self.map(eye)
 
     @torch.no_grad()
     def folded_rows(self, dtype: torch.dtype) -> Float[Tensor, "*rows width"]:
@@ -101,7 +146,7 @@ class Bank(nn.Module):
         if isinstance(self.base, nn.Parameter):
             return self.rows(dtype)
         now = [dtype, self.base.data_ptr(), self.base._version]
-        learned = [p.detach() for p in (self.W, self.bias) if p is not None]
+        learned = [p.detach() for p in (*self.maps, self.bias) if p is not None]
         if self._kept is not None:
             key, values, rows = self._kept
             same = key == now and [v.dtype for v in values] == [p.dtype for p in learned]
@@ -149,23 +194,22 @@ class Bank(nn.Module):
             self.W.copy_(front @ scaled @ axes.T)
 
     @torch.no_grad()
-    def spectrum(self) -> Float[Tensor, " rank"]:
+    def spectrum(self) -> Float[Tensor, "*slots rank"]:
         """Singular values of W in descending order, float64."""
-        if self.W is None:
+        if not self.maps:
             raise ValueError("a bank with transform 'none' has no W and so no spectrum")
-        W = self.W.detach().double()
         if self.transform == "diagonal":
-            return W.abs().sort(descending=True).values
-        return torch.linalg.svdvals(W)
+            return self.maps[0].detach().double().abs().sort(descending=True).values
+        return torch.linalg.svdvals(self.matrix())
 
     @torch.no_grad()
     def identity_distance(self) -> float:
-        """Frobenius distance of W from its start-like identity, over sqrt(width)."""
-        if self.W is None:
+        """Frobenius distance of W from the identity, over sqrt(width); separate maps: the mean."""
+        if not self.maps:
             return 0.0
-        W = self.W.detach().double()
-        eye = torch.ones_like(W) if self.transform == "diagonal" else torch.eye(*W.shape).to(W)
-        return float((W - eye).norm() / self.width**0.5)
+        W = self.matrix()
+        eye = torch.eye(*W.shape[-2:], dtype=W.dtype, device=W.device)
+        return float(((W - eye).norm(dim=(-2, -1)) / self.width**0.5).mean())
 
     def _shift(self, rows: Tensor) -> Tensor:
         return rows if self.bias is None else rows + self.bias.to(rows.dtype)
@@ -175,13 +219,12 @@ class Bank(nn.Module):
         return f"base={tuple(self.base.shape)}, transform={self.transform}, train_base={learned}"
 
 
-def _start_of_map(
-    transform: Transform, base_width: int, width: int, dtype: torch.dtype
-) -> nn.Parameter | None:
-    if transform == "none":
-        return None
+def _start_of_map(transform: Transform, base: Tensor, width: int) -> nn.Parameter:
+    base_width, dtype = base.shape[-1], base.dtype
     if transform == "diagonal":
         return nn.Parameter(torch.ones(width, dtype=dtype))
+    if transform == "per_expert":
+        return nn.Parameter(torch.eye(width, dtype=dtype).repeat(len(base), 1, 1))
     if base_width == width:
         return nn.Parameter(torch.eye(width, dtype=dtype))
     return nn.Parameter(nn.init.orthogonal_(torch.empty(base_width, width, dtype=dtype)))

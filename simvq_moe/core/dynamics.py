@@ -57,7 +57,7 @@ class BankDynamics:
         watched = torch.linspace(0, slots - 1, min(slots, max_rows), dtype=torch.float64)
         self.watched = watched.round().long().to(bank.base.device)
         self.before = self._rows()
-        self.start = None if bank.W is None else bank.W.detach().double().clone()
+        self.start = bank.matrix().detach().clone() if bank.maps else None
         self.stale_for = torch.zeros(slots, dtype=torch.int64, device=bank.base.device)
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class BankDynamics:
 
     def _map(self) -> dict[str, float]:
         """Measures of W; those of the identity for a bank without a map."""
-        if self.bank.W is None or self.start is None:
+        if self.start is None:
             width = float(self.bank.width)
             return {
                 "start_distance": 0.0,
@@ -96,7 +96,7 @@ class BankDynamics:
                 "effective_rank": width,
             }
         spectrum = self.bank.spectrum()
-        moved = (self.bank.W.detach().double() - self.start).norm() / self.start.norm()
+        moved = (self.bank.matrix().detach() - self.start).norm() / self.start.norm()
         return {
             "start_distance": float(moved),
             "condition": float(spectrum[0] / spectrum[-1]),

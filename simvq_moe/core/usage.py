@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 NULL_SAMPLES = 32
 
+Kind = Literal["codes", "experts", "kept"]
+"""What slots are: codes, experts as they were chosen, experts after a capacity."""
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -107,21 +110,21 @@ class UsageCounter(nn.Module):
 
     counts: Tensor
 
-    def __init__(self, slots: int, kind: Literal["codes", "experts"], top_k: int = 1) -> None:
+    def __init__(self, slots: int, kind: Kind, top_k: int = 1) -> None:
         super().__init__()
         self.slots = slots
         self.top_k = top_k
-        self.kind: Literal["codes", "experts"] = kind
+        self.kind: Kind = kind
         self.counting_in_eval = False
         self.register_buffer("counts", torch.zeros(slots, dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def add(self, ids: Int[Tensor, "*draws"]) -> None:
-        """Count ids, each a draw of one slot."""
+        """Count ids, each a draw of one slot; negative ones are none."""
         if (self.training or self.counting_in_eval) and not recomputing():
             ids = ids.reshape(-1)
             # bincount would wait for a GPU, and its shape breaks torch.compile's graph
-            self.counts.scatter_add_(0, ids, torch.ones_like(ids))
+            self.counts.scatter_add_(0, ids.clamp_min(0), (ids >= 0).to(torch.int64))
 
     @torch.no_grad()
     def take(self) -> Int[Tensor, " slots"]:

@@ -66,10 +66,10 @@ class Block(nn.Module):
         self.moe = MoE(width, **moe)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens width"]
+        self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Routing]:
         x = x + self.attention(self.attention_norm(x))
-        y, routing = self.moe.route_and_run(self.moe_norm(x))
+        y, routing = self.moe.route_and_run(self.moe_norm(x), token_ids)
         return x + y, routing
 
 
@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
         context: longest sequence.
         width, layers, heads: of the transformer.
         moe: arguments of every `MoE` layer but its width.
-        balance_weight, z_loss_weight: weights of the mean of the layers' losses of that name.
+        loss_weights: weights of the mean over layers of each loss of `mean_losses`.
     """
 
     def __init__(
@@ -93,15 +93,14 @@ class LanguageModel(nn.Module):
         layers: int,
         heads: int,
         moe: Mapping[str, Any],
-        balance_weight: float = 0.0,
-        z_loss_weight: float = 0.0,
+        loss_weights: Mapping[str, float],
     ) -> None:
         super().__init__()
-        self.balance_weight, self.z_loss_weight = balance_weight, z_loss_weight
+        self.loss_weights = dict(loss_weights)
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads, context, moe) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
-        self._initialize(width, layers)
+        self._initialize(layers)
 
     def forward(
         self, tokens: Int[Tensor, "batch window"]
@@ -109,17 +108,10 @@ class LanguageModel(nn.Module):
         """The loss of windows of context + 1 tokens, and its terms by name."""
         logits, losses = self.logits(tokens[:, :-1])
         cross_entropy = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss = (
-            cross_entropy
-            + self.balance_weight * losses["balance"]
-            + self.z_loss_weight * losses["z"]
-        )
-        terms = {
-            "cross_entropy": cross_entropy,
-            "balance_loss": losses["balance"],
-            "z_loss": losses["z"],
-        }
-        return loss, terms
+        weighted = [self.loss_weights.get(name, 0.0) * term for name, term in losses.items()]
+        terms = {"cross_entropy": cross_entropy}
+        terms |= {f"{name}_loss": term for name, term in losses.items()}
+        return sum(weighted, start=cross_entropy), terms
 
     def logits(
         self, tokens: Int[Tensor, "batch tokens"]
@@ -128,7 +120,7 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         routings = []
         for block in self.blocks:
-            x, routing = block(x)
+            x, routing = block(x, tokens)
             routings.append(routing)
         # ranks evaluate different numbers of batches, so no collective call may run there
         losses = mean_losses(routings, all_ranks=self.training)
@@ -136,7 +128,7 @@ class LanguageModel(nn.Module):
         return scores.to(torch.promote_types(scores.dtype, torch.float32)), losses
 
     @torch.no_grad()
-    def _initialize(self, width: int, layers: int) -> None:
+    def _initialize(self, layers: int) -> None:
         """N(0, 0.02) matrices (GPT-2), those that end a branch smaller, so that depth adds up."""
         ending = INITIAL_STD / (2 * layers) ** 0.5
         self.embedding.weight.normal_(std=INITIAL_STD)
@@ -144,9 +136,4 @@ class LanguageModel(nn.Module):
             assert isinstance(block, Block)
             block.attention.qkv.weight.normal_(std=INITIAL_STD)
             block.attention.out.weight.normal_(std=ending)
-            block.moe.experts.up.base.normal_(std=INITIAL_STD)
-            block.moe.experts.down.base.normal_(std=ending)
-            router = block.moe.router.bank.base
-            with own_stream():
-                # rows of the same length whatever the width of the base
-                router.normal_(std=INITIAL_STD * (width / router.shape[-1]) ** 0.5)
+            block.moe.reset(INITIAL_STD, ending)

@@ -34,18 +34,19 @@ def z_loss(logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, ""]:
 
 
 def mean_losses(routings: Sequence[Routing], *, all_ranks: bool) -> dict[str, Tensor]:
-    """The mean over layers of each layer's "balance" and "z" loss.
+    """The mean over layers of each layer's "balance" and "z" loss and of its router's own losses.
 
     Args:
         all_ranks: count assignments over all ranks, in one all-reduce that every rank must join.
     """
-    experts = routings[0].logits.shape[-1]
-    counts = [torch.bincount(routing.ids.reshape(-1), minlength=experts) for routing in routings]
-    stacked = torch.stack(counts)
+    stacked = torch.stack([routing.counts for routing in routings])
     if all_ranks and dist.is_initialized():
         dist.all_reduce(stacked)
     pairs = zip(routings, stacked, strict=True)
-    return {
-        "balance": torch.stack([load_balance_loss(r.logits, n) for r, n in pairs]).mean(),
-        "z": torch.stack([z_loss(r.logits) for r in routings]).mean(),
+    terms = {
+        "balance": [load_balance_loss(r.logits, n) for r, n in pairs],
+        "z": [z_loss(r.logits) for r in routings],
     }
+    for name in routings[0].losses:
+        terms[name] = [r.losses[name] for r in routings]
+    return {name: torch.stack(values).mean() for name, values in terms.items()}

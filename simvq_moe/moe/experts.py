@@ -1,6 +1,8 @@
-"""The experts of a layer as two banks: stacked up- and down-projections, each with its map."""
+"""The experts of a layer as two banks: stacked first and last projections, each with its map."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,19 +11,26 @@ from torch import Tensor, nn
 
 from simvq_moe.core.bank import Bank, Transform
 
+ExpertKind = Literal["gelu", "swiglu"]
+
 
 class Experts(nn.Module):
-    """MLPs E_i(x) = gelu(x U_i^T) D_i, with U_i and D_i of shape (hidden, width).
+    """MLPs E_i(x) = gelu(x U_i^T) D_i, or (silu(x G_i^T) * x U_i^T) D_i (arXiv:2002.05202).
 
-    A map on the inputs belongs to the rows of U (x A^T: `up.pull`), one on the outputs to the rows
-    of D (`down.map`). Both are linear, so the layer applies them once a token, outside the
-    experts, and `forward` here leaves them out.
+    D_i is (hidden, width); the bank `up` holds U_i (hidden, width), for SwiGLU G_i above U_i. A
+    shared map on the inputs belongs to the rows of `up` (x A^T), one on the outputs to those of
+    `down`. Both are linear, so the layer applies them once a token by `enter` and `leave`, and
+    `forward` leaves them out; separate maps, one an expert, are part of `forward`.
 
     Args:
         width: channels of a token.
         hidden: channels inside an expert.
         experts: number of experts.
-        in_map, out_map: shared map of the up- and of the down-projections.
+        kind: "gelu" or "swiglu".
+        in_map, out_map: map of the first and of the last projections.
+        train_in_base, train_out_base: learn the rows beside their map.
+        out_bias: one learned vector added to every token's sum of outputs.
+        map_rank: rank of low-rank maps.
     """
 
     def __init__(
@@ -30,19 +39,99 @@ class Experts(nn.Module):
         hidden: int,
         experts: int,
         *,
+        kind: ExpertKind = "gelu",
         in_map: Transform = "none",
         out_map: Transform = "none",
+        train_in_base: bool = True,
+        train_out_base: bool = True,
+        out_bias: bool = False,
+        map_rank: int = 8,
     ) -> None:
         super().__init__()
-        self.up = Bank(torch.randn(experts, hidden, width) / width**0.5, transform=in_map)
-        self.down = Bank(torch.randn(experts, hidden, width) / hidden**0.5, transform=out_map)
+        self.kind: ExpertKind = kind
+        up = torch.randn(experts, first_rows(kind, hidden), width) / width**0.5
+        down = torch.randn(experts, hidden, width) / hidden**0.5
+        self.up = Bank(up, transform=in_map, train_base=train_in_base, rank=map_rank)
+        self.down = Bank(down, transform=out_map, train_base=train_out_base, rank=map_rank)
+        self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
+        self.bias: nn.Parameter | None = None
+        """(experts, width): what `fold` makes of `out_bias`."""
+
+    def enter(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """What the experts see of tokens: x A^T under a shared map A."""
+        return self.up.pull(x) if self.up.shared else x
+
+    def leave(self, y: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """What becomes of a gated sum of outputs: y W + b under a shared map W."""
+        y = self.down.map(y) if self.down.shared else y
+        return y if self.out_bias is None else y + self.out_bias.to(y.dtype)
 
     def forward(
         self, x: Float[Tensor, "assignments width"], counts: Int[Tensor, " experts"]
     ) -> Float[Tensor, "assignments width"]:
         """Outputs before the shared map of rows sorted by expert, counts[i] rows for expert i."""
-        hidden = F.gelu(grouped_product(x, self.up.base.mT, counts))
-        return grouped_product(hidden, self.down.base, counts)
+        hidden = activation(self.kind, grouped_product(x, _weights(self.up).mT, counts))
+        y = grouped_product(hidden, _weights(self.down), counts)
+        if self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype).repeat_interleave(counts, 0, output_size=len(y))
+
+    @torch.no_grad()
+    def reset(self, std: float, ending_std: float) -> None:
+        """Start again from N(0, std), the last projections from N(0, ending_std)."""
+        self.up.base.normal_(std=std)
+        self.down.base.normal_(std=ending_std)
+
+    @torch.no_grad()
+    def fold_(self) -> None:
+        """Merge maps and the bias into the experts, in place: for gates that sum to 1."""
+        self.up, self.down = self.up.fold(), self.down.fold()
+        if self.out_bias is not None:
+            self.bias = nn.Parameter(self.out_bias.expand(len(self.down.base), -1).clone())
+            self.out_bias = None
+
+
+class FeedForward(nn.Module):
+    """One network of the same kind as an expert, for every token.
+
+    Args:
+        width: channels of a token.
+        hidden: channels inside.
+        kind: "gelu" or "swiglu", see `Experts`.
+    """
+
+    def __init__(self, width: int, hidden: int, *, kind: ExpertKind = "gelu") -> None:
+        super().__init__()
+        self.kind: ExpertKind = kind
+        self.up = nn.Linear(width, first_rows(kind, hidden), bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.reset(width**-0.5, hidden**-0.5)
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        return self.down(activation(self.kind, self.up(x)))
+
+    @torch.no_grad()
+    def reset(self, std: float, ending_std: float) -> None:
+        """Start again from N(0, std), the last projection from N(0, ending_std)."""
+        self.up.weight.normal_(std=std)
+        self.down.weight.normal_(std=ending_std)
+
+
+def first_rows(kind: ExpertKind, hidden: int) -> int:
+    """Rows of the first projection: SwiGLU has two, stacked."""
+    return hidden if kind == "gelu" else 2 * hidden
+
+
+def activation(kind: ExpertKind, x: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch hidden"]:
+    """What follows the first projection."""
+    if kind == "gelu":
+        return F.gelu(x)
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def _weights(bank: Bank) -> Tensor:
+    return bank.base if bank.shared else bank.rows()
 
 
 def grouped_product(

@@ -1,6 +1,6 @@
-"""A dropless mixture-of-experts layer with one shared map at the router, the inputs, the outputs.
+"""A mixture-of-experts layer with a map at the router, the inputs, the outputs, or none.
 
-y = (sum_i g_i E_i(x A^T)) W: the maps A and W are linear, so each is applied once a token, and
+y = (sum_i g_i E_i(x A^T)) W: shared maps A and W are linear, so each is applied once a token, and
 `fold` merges them, and the router's, into the experts: nothing of them remains at inference.
 """
 
@@ -9,29 +9,37 @@ from __future__ import annotations
 import copy
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.bank import Transform
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import UsageCounter
-from simvq_moe.moe.dispatch import dispatch
-from simvq_moe.moe.experts import Experts
+from simvq_moe.moe.dispatch import dispatch, within_capacity
+from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
 from simvq_moe.moe.router import Gates, Routing, TopKRouter
 
 
 class MoE(nn.Module):
-    """Tokens to their top_k of `experts` MLPs, weighted by gates.
+    """Tokens to their top_k of `experts` networks, weighted by gates.
 
     Args:
         width: channels of a token.
         hidden: channels inside an expert.
         experts: number of experts.
         top_k: experts of a token.
-        gates: convention of the gates, see `TopKRouter`.
+        expert: "gelu" or "swiglu", see `Experts`.
+        shared_experts: experts of the same size that every token goes through beside its choice,
+            outside of the maps (DeepSeekMoE, arXiv:2401.06066, section 3.2).
+        gates: convention of the gates, see `Router`.
         router_map, router_base_width, train_router_base: bank of the router's rows, R = Q W.
-        expert_out_map: map W after the gated sum (the conjecture that this project tests).
-        expert_in_map: map A before the experts.
+        expert_out_map, train_expert_out_base: map W after the gated sum (the conjecture that this
+            project tests) and whether the last projections learn beside it.
+        expert_out_bias: one learned vector added to every token's sum.
+        expert_in_map, train_expert_in_base: map A before the experts, and their first projections.
+        map_rank: rank of maps of kind "low_rank".
+        capacity_factor: an expert takes at most this many times its fair share of this rank's
+            batch, the rest is dropped and counted; 0: dropless.
 
     Raises:
         ValueError: top_k > experts.
@@ -44,17 +52,25 @@ class MoE(nn.Module):
         experts: int,
         top_k: int,
         *,
+        expert: ExpertKind = "gelu",
+        shared_experts: int = 0,
         gates: Gates = "topk_softmax",
         router_map: Transform = "none",
         router_base_width: int | None = None,
         train_router_base: bool = True,
         expert_out_map: Transform = "none",
+        train_expert_out_base: bool = True,
+        expert_out_bias: bool = False,
         expert_in_map: Transform = "none",
+        train_expert_in_base: bool = True,
+        map_rank: int = 8,
+        capacity_factor: float = 0.0,
     ) -> None:
         super().__init__()
         if top_k > experts:
             raise ValueError(f"top_k {top_k} > experts {experts}: lower top_k or raise experts")
         self.width, self.num_experts, self.top_k = width, experts, top_k
+        self.capacity_factor = capacity_factor
         with own_stream():
             self.router = TopKRouter(
                 width,
@@ -64,34 +80,102 @@ class MoE(nn.Module):
                 transform=router_map,
                 base_width=router_base_width,
                 train_base=train_router_base,
+                rank=map_rank,
             )
-        self.experts = Experts(width, hidden, experts, in_map=expert_in_map, out_map=expert_out_map)
+        self.experts = Experts(
+            width,
+            hidden,
+            experts,
+            kind=expert,
+            in_map=expert_in_map,
+            out_map=expert_out_map,
+            train_in_base=train_expert_in_base,
+            train_out_base=train_expert_out_base,
+            out_bias=expert_out_bias,
+            map_rank=map_rank,
+        )
+        self.shared_experts: FeedForward | None = None
+        if shared_experts:
+            with torch.random.fork_rng(devices=[]):  # the same weights elsewhere with and without
+                self.shared_experts = FeedForward(width, shared_experts * hidden, kind=expert)
         self.counter = UsageCounter(experts, kind="experts", top_k=top_k)
+        self.kept: UsageCounter | None = None
+        """Counts after the capacity."""
+        if capacity_factor:
+            self.kept = UsageCounter(experts, kind="kept", top_k=top_k)
 
     @property
     def usage(self) -> Tensor:
-        """int64 (experts,): assignments counted since the window began."""
+        """int64 (experts,): assignments counted since the window began, before any capacity."""
         return self.counter.counts
 
-    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        return self.route_and_run(x)[0]
+    def forward(
+        self,
+        x: Float[Tensor, "*batch width"],
+        token_ids: Int[Tensor, "*batch"] | None = None,
+    ) -> Float[Tensor, "*batch width"]:
+        return self.route_and_run(x, token_ids)[0]
 
     def route_and_run(
-        self, x: Float[Tensor, "*batch width"]
+        self,
+        x: Float[Tensor, "*batch width"],
+        token_ids: Int[Tensor, "*batch"] | None = None,
     ) -> tuple[Float[Tensor, "*batch width"], Routing]:
-        """Outputs, and how the tokens, flattened, were routed."""
+        """Outputs, and how the tokens, flattened, were routed.
+
+        Args:
+            token_ids: vocabulary ids of the tokens, for routers that go by them.
+        """
         flat = x.reshape(-1, self.width)
-        routing = self.router(flat)
+        routing = self.router(flat, None if token_ids is None else token_ids.reshape(-1))
         self.counter.add(routing.ids)
-        inputs = self.experts.up.pull(flat)
-        summed = dispatch(inputs, routing.ids, routing.gates, self.experts, self.num_experts)
-        return self.experts.down.map(summed).view(x.shape), routing
+        ids = routing.ids
+        if self.kept is not None:
+            ids = within_capacity(ids, self.num_experts, self.capacity_factor)
+            self.kept.add(ids)
+        summed = dispatch(
+            self.experts.enter(flat),
+            ids,
+            routing.gates,
+            self.experts,
+            self.num_experts,
+            open_choices=self.kept is not None,
+        )
+        y = self.experts.leave(summed)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(flat)
+        return y.view(x.shape), routing
+
+    @torch.no_grad()
+    def reset(self, std: float, ending_std: float) -> None:
+        """Start again from N(0, std): the router's rows of that scale, and the first projections;
+        the last projections from N(0, ending_std)."""
+        self.experts.reset(std, ending_std)
+        with own_stream():
+            self.router.reset(std)
+        if self.shared_experts is not None:
+            with torch.random.fork_rng(devices=[]):
+                self.shared_experts.reset(std, ending_std)
 
     @torch.no_grad()
     def fold(self) -> MoE:
-        """The same layer without maps: each is merged into the rows that it maps."""
+        """The same layer without maps: each is merged into the rows that it maps.
+
+        Raises:
+            ValueError: a bias after experts whose gates do not sum to 1, or with a capacity.
+        """
+        if self.experts.out_bias is not None:
+            if not self.router.gates_sum_to_one:
+                raise ValueError(
+                    f"expert_out_bias with gates {self.router.gates!r} can't be folded: b becomes "
+                    "each expert's own only where a token's gates sum to 1: use 'topk_softmax'"
+                )
+            if self.kept is not None:
+                raise ValueError(
+                    f"expert_out_bias with capacity_factor {self.capacity_factor} can't be "
+                    "folded: dropped assignments would drop their part of b: use 0"
+                )
         folded = copy.deepcopy(self)
-        folded.router.bank = self.router.bank.fold()
-        folded.experts.up = self.experts.up.fold()
-        folded.experts.down = self.experts.down.fold()
+        folded.router.fold_()
+        folded.experts.fold_()
         return folded

@@ -1,5 +1,6 @@
 """Routers: which experts a token goes to, and with which weights.
 
+A router scores tokens (`score`), chooses experts and forms gates. The plain one scores by
 logits = x R^T, R the rows of a bank: plain rows, or Q W with one map shared by all experts, the
 key-side counterpart of SimVQ's codebook (arXiv:2411.02038, eq. 4).
 """
@@ -9,35 +10,120 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.bank import Bank, Transform
 
-Gates = Literal["softmax_topk", "topk_softmax"]
+Gates = Literal["softmax_topk", "topk_softmax", "sigmoid"]
+
+NOBODY = -1
+"""Expert id of a choice that is left open."""
 
 
 class Routing(NamedTuple):
     """The choice of experts for each token."""
 
     ids: Tensor
-    """int64 (tokens, top_k): the chosen experts, best first."""
+    """int64 (tokens, choices): the chosen experts, best first; `NOBODY`: none."""
     gates: Tensor
-    """float (tokens, top_k): their weights in the sum of outputs."""
+    """float (tokens, choices): their weights in the sum of outputs."""
     logits: Tensor
     """float (tokens, experts): the scores that were compared, float32 at least."""
+    losses: dict[str, Tensor]
+    """The router's own losses by name, unweighted."""
+
+    @property
+    def counts(self) -> Int[Tensor, " experts"]:
+        """int64: assignments of each expert in this batch, before any capacity."""
+        return count(self.ids, self.logits.shape[-1])
 
 
-class TopKRouter(nn.Module):
-    """Top-k of the softmax of x R^T (Shazeer et al., arXiv:1701.06538, without noise).
+class Router(nn.Module):
+    """Top-k of what `score` gives; subclasses give `score`, or change `choose` and `own_losses`.
+
+    Everything is computed in float32 at least, also under autocast.
 
     Args:
-        width: channels of a token.
         experts: number of experts.
         top_k: experts of a token.
         gates: "softmax_topk": softmax over all experts, then the choice; "topk_softmax": softmax
-            over the chosen, so that the gates sum to 1.
-        transform, base_width, train_base: of the bank of rows R = Q W; rows start from
+            over the chosen, so that the gates sum to 1 (both in arXiv:1701.06538 and its heirs);
+            "sigmoid": sigmoids of the chosen over their sum (DeepSeek-V3, arXiv:2412.19437,
+            eq. 13 to 15).
+    """
+
+    def __init__(self, experts: int, top_k: int, *, gates: Gates = "topk_softmax") -> None:
+        super().__init__()
+        self.num_experts, self.top_k = experts, top_k
+        self.gates: Gates = gates
+
+    @property
+    def gates_sum_to_one(self) -> bool:
+        return self.gates != "softmax_topk"
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens width"],
+        token_ids: Int[Tensor, " tokens"] | None = None,
+    ) -> Routing:
+        """Route tokens; `token_ids` are their vocabulary ids, for routers that go by them."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            logits = self.score(x, token_ids)
+            ids, gates = self.choose(logits)
+            return Routing(ids, gates, logits, self.own_losses(x, ids, logits))
+
+    def score(
+        self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
+    ) -> Float[Tensor, "tokens experts"]:
+        """Logits of every expert for every token."""
+        raise NotImplementedError
+
+    def choose(
+        self, logits: Float[Tensor, "tokens experts"]
+    ) -> tuple[Int[Tensor, "tokens choices"], Float[Tensor, "tokens choices"]]:
+        """Ids and gates of the chosen experts, best first."""
+        ids = logits.topk(self.top_k, dim=-1).indices
+        return ids, self.gates_of(logits, ids)
+
+    def gates_of(
+        self, logits: Float[Tensor, "tokens experts"], ids: Int[Tensor, "tokens choices"]
+    ) -> Float[Tensor, "tokens choices"]:
+        """Gates of chosen experts by the router's convention."""
+        if self.gates == "softmax_topk":
+            return logits.softmax(-1).gather(-1, ids)
+        chosen = logits.gather(-1, ids)
+        if self.gates == "topk_softmax":
+            return chosen.softmax(-1)
+        scores = chosen.sigmoid()
+        return scores / scores.sum(-1, keepdim=True)
+
+    def reset(self, std: float) -> None:
+        """Start again with rows of length std * sqrt(width)."""
+        raise NotImplementedError
+
+    def fold_(self) -> None:
+        """Merge the map into the rows, in place."""
+
+    def own_losses(
+        self,
+        x: Float[Tensor, "tokens width"],
+        ids: Int[Tensor, "tokens choices"],
+        logits: Float[Tensor, "tokens experts"],
+    ) -> dict[str, Tensor]:
+        """Losses that only this router has, by name, unweighted."""
+        del x, ids, logits
+        return {}
+
+
+class TopKRouter(Router):
+    """Logits x R^T (Shazeer et al., arXiv:1701.06538, without noise).
+
+    Args:
+        width: channels of a token.
+        experts, top_k, gates: see `Router`.
+        transform, base_width, train_base, rank: of the bank of rows R = Q W; rows start from
             N(0, 1/base_width).
     """
 
@@ -51,24 +137,39 @@ class TopKRouter(nn.Module):
         transform: Transform = "none",
         base_width: int | None = None,
         train_base: bool = True,
+        rank: int = 8,
     ) -> None:
-        super().__init__()
+        super().__init__(experts, top_k, gates=gates)
         base_width = base_width or width
-        self.top_k = top_k
-        self.renormalize = gates == "topk_softmax"
         self.bank = Bank(
             torch.randn(experts, base_width) / base_width**0.5,
             width=width,
             transform=transform,
             train_base=train_base,
+            rank=rank,
         )
 
-    def forward(self, x: Float[Tensor, "tokens width"]) -> Routing:
-        with torch.autocast(x.device.type, enabled=False):
-            logits = self.bank.score(x.to(torch.promote_types(x.dtype, torch.float32)))
-            top = logits.topk(self.top_k, dim=-1)
-            if self.renormalize:
-                gates = top.values.softmax(-1)
-            else:
-                gates = logits.softmax(-1).gather(-1, top.indices)
-        return Routing(top.indices, gates, logits)
+    def score(
+        self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
+    ) -> Float[Tensor, "tokens experts"]:
+        del token_ids
+        return self.bank.score(x)
+
+    @torch.no_grad()
+    def reset(self, std: float) -> None:
+        # rows of the same length whatever the width of the base
+        base_width = self.bank.base.shape[-1]
+        self.bank.base.normal_(std=std * (self.bank.width / base_width) ** 0.5)
+
+    @torch.no_grad()
+    def fold_(self) -> None:
+        self.bank = self.bank.fold()
+
+
+def count(ids: Int[Tensor, "*choices"], experts: int) -> Int[Tensor, " experts"]:
+    """How often each expert was chosen; open choices count for nobody."""
+    flat = ids.reshape(-1)
+    chosen = (flat >= 0).to(torch.int64)
+    return torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(
+        0, flat.clamp_min(0), chosen
+    )

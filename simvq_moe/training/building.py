@@ -35,13 +35,15 @@ def build_model(config: Config) -> ImageTokenizer | LanguageModel:
             quantizer = build_quantizer(config.quantizer)
         return ImageTokenizer(quantizer, **asdict(config.image_tokenizer))
     moe = asdict(config.moe)
-    balance, balance_weight = moe.pop("balance"), moe.pop("balance_weight")
+    weights = {
+        "balance": moe.pop("balance_weight") if moe.pop("balance") == "aux" else 0.0,
+        "z": moe.pop("z_loss_weight"),
+    }
     return LanguageModel(
         config.data.vocabulary,
         config.data.context,
         **asdict(config.language_model),
-        balance_weight=balance_weight if balance == "aux" else 0.0,
-        z_loss_weight=moe.pop("z_loss_weight"),
+        loss_weights=weights,
         moe=moe,
     )
 

@@ -125,8 +125,8 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     for module in model.modules():
         if isinstance(module, TopKRouter):
             role[id(module.bank.base)] = "router"
-        if isinstance(module, Bank) and module.W is not None:
-            role[id(module.W)] = "map"
+        if isinstance(module, Bank):
+            role |= {id(p): "map" for p in module.maps}
     settings = {
         "matrix": (1.0, optimizer.weight_decay),
         "vector": (1.0, 0.0),

@@ -72,7 +72,7 @@ def shared_maps(model: nn.Module) -> dict[str, Bank]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Bank) and module.W is not None
+        if isinstance(module, Bank) and module.maps
     }
 
 
@@ -80,12 +80,13 @@ def bank_metrics(model: nn.Module) -> dict[str, float]:
     """Condition number, ranks and distance from the identity of every shared map."""
     metrics: dict[str, float] = {}
     for i, bank in enumerate(shared_maps(model).values()):
-        spectrum = bank.spectrum()
-        metrics |= {
-            f"bank/{i:02d}/condition": float(spectrum[0] / spectrum[-1]),
-            f"bank/{i:02d}/effective_rank": effective_rank(spectrum),
-            f"bank/{i:02d}/stable_rank": stable_rank(spectrum),
-        }
+        if bank.shared:
+            spectrum = bank.spectrum()
+            metrics |= {
+                f"bank/{i:02d}/condition": float(spectrum[0] / spectrum[-1]),
+                f"bank/{i:02d}/effective_rank": effective_rank(spectrum),
+                f"bank/{i:02d}/stable_rank": stable_rank(spectrum),
+            }
         if bank.base.shape[-1] == bank.width:
             metrics[f"bank/{i:02d}/identity_distance"] = bank.identity_distance()
     return metrics

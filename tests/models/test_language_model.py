@@ -14,7 +14,9 @@ from simvq_moe.models.language_model import Attention, LanguageModel
 def model(**moe: Any) -> LanguageModel:
     torch.manual_seed(0)
     settings = {"experts": 6, "top_k": 2, "hidden": 8} | moe
-    return LanguageModel(50, 12, width=16, layers=2, heads=2, moe=settings, balance_weight=0.5)
+    return LanguageModel(
+        50, 12, width=16, layers=2, heads=2, moe=settings, loss_weights={"balance": 0.5}
+    )
 
 
 def test_a_later_token_changes_no_earlier_score() -> None:

@@ -41,7 +41,7 @@ def test_z_loss_is_the_mean_squared_logsumexp() -> None:
 
 def test_the_losses_of_a_model_are_the_means_over_its_layers() -> None:
     logits = torch.randn(2, 6, 4, dtype=torch.float64)
-    routings = [Routing(x.topk(2).indices, x.topk(2).values.softmax(-1), x) for x in logits]
+    routings = [Routing(x.topk(2).indices, x.topk(2).values.softmax(-1), x, {}) for x in logits]
     losses = mean_losses(routings, all_ranks=False)
     balance = [load_balance_loss(r.logits, counts(r.ids, 4)) for r in routings]
     assert_close(losses["balance"], (balance[0] + balance[1]) / 2)

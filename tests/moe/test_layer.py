@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 
 from simvq_moe import MoE
 from simvq_moe.core.bank import Transform
+from simvq_moe.moe.dispatch import within_capacity
 from simvq_moe.moe.experts import grouped_product
 
 WIDTH, HIDDEN, EXPERTS, TOP_K = 8, 6, 5, 2
@@ -25,7 +27,13 @@ MAPS: list[dict[str, Any]] = [
     {"router_map": "linear", "router_base_width": 3, "train_router_base": False},
     {"expert_out_map": "linear", "expert_in_map": "diagonal", "router_map": "linear"},
     {"expert_out_map": "linear", "gates": "softmax_topk"},
+    {"expert_out_map": "low_rank", "expert_in_map": "per_expert", "map_rank": 2},
+    {"expert_out_map": "per_expert", "router_map": "low_rank", "gates": "sigmoid"},
+    {"expert": "swiglu", "expert_in_map": "linear", "expert_out_map": "diagonal"},
+    {"expert": "swiglu", "expert_in_map": "per_expert", "shared_experts": 2},
+    {"expert_out_bias": True, "expert_out_map": "linear", "train_expert_out_base": False},
 ]
+MAP_PARAMETERS = {"W", "A", "B", "out_bias"}
 
 
 def layer(**options: Any) -> MoE:
@@ -34,7 +42,7 @@ def layer(**options: Any) -> MoE:
     moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, **options).double()
     with torch.no_grad():
         for name, p in moe.named_parameters():
-            if name.endswith("W"):
+            if name.split(".")[-1] in MAP_PARAMETERS:
                 p += 0.3 * torch.randn_like(p)
     return moe
 
@@ -43,17 +51,33 @@ def by_hand(moe: MoE, x: Tensor) -> Tensor:
     """Each token's chosen experts, each with its folded rows, one after the other."""
     rows = moe.router.bank.rows()
     up, down = moe.experts.up.rows(), moe.experts.down.rows()
+    bias = 0 if moe.experts.out_bias is None else moe.experts.out_bias
     out = []
     for token in x:
         scores = rows @ token
         chosen = scores.argsort(descending=True)[:TOP_K]
-        gates = scores.softmax(0)[chosen]
-        if moe.router.renormalize:
-            gates = gates / gates.sum()
-        out.append(
-            sum(g * (F.gelu(up[e] @ token) @ down[e]) for g, e in zip(gates, chosen, strict=True))
-        )
-    return torch.stack(out)  # pyright: ignore[reportArgumentType]
+        y = torch.zeros_like(token)
+        for g, e in zip(gates_by_hand(moe, scores, chosen), chosen, strict=True):
+            y = y + g * (activated(moe.experts.kind, up[e] @ token) @ down[e])
+        if moe.shared_experts is not None:
+            first, last = moe.shared_experts.up.weight, moe.shared_experts.down.weight
+            y = y + last @ activated(moe.experts.kind, first @ token)
+        out.append(y + bias)
+    return torch.stack(out)
+
+
+def gates_by_hand(moe: MoE, scores: Tensor, chosen: Tensor) -> Tensor:
+    if moe.router.gates == "sigmoid":
+        return scores[chosen].sigmoid() / scores[chosen].sigmoid().sum()
+    gates = scores.softmax(0)[chosen]
+    return gates / gates.sum() if moe.router.gates == "topk_softmax" else gates
+
+
+def activated(kind: str, x: Tensor) -> Tensor:
+    if kind == "gelu":
+        return F.gelu(x)
+    half = len(x) // 2
+    return x[:half] * x[:half].sigmoid() * x[half:]
 
 
 @pytest.mark.parametrize("options", MAPS, ids=str)
@@ -73,7 +97,22 @@ def test_the_folded_layer_is_the_same_without_maps(options: dict[str, Any]) -> N
     x = torch.randn(2, 7, WIDTH, dtype=torch.float64)
     folded = moe.fold()
     assert_close(folded(x), moe(x))
-    assert not any(name.endswith("W") for name, _ in folded.named_parameters())
+    names = {name.split(".")[-1] for name, _ in folded.named_parameters()}
+    assert not names & MAP_PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"gates": "softmax_topk"}, "only where a token's gates sum to 1: use 'topk_softmax'"),
+        ({"capacity_factor": 1.0}, "dropped assignments would drop their part of b: use 0"),
+    ],
+)
+def test_a_bias_that_no_expert_can_carry_is_not_folded(
+    options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        layer(expert_out_bias=True, **options).fold()
 
 
 def test_map_after_the_sum_equals_sum_of_mapped_experts() -> None:
@@ -88,8 +127,15 @@ def test_map_after_the_sum_equals_sum_of_mapped_experts() -> None:
     assert_close(moe(x), after_each)
 
 
-@pytest.mark.parametrize("site", ["expert_out_map", "expert_in_map", "router_map"])
-@pytest.mark.parametrize("kind", ["linear", "diagonal"])
+@pytest.mark.parametrize(
+    ("site", "kind"),
+    [
+        (site, kind)
+        for site in ("expert_out_map", "expert_in_map", "router_map")
+        for kind in ("linear", "diagonal", "low_rank", "per_expert")
+        if (site, kind) != ("router_map", "per_expert")
+    ],
+)
 def test_a_map_starts_as_the_identity_so_that_step_0_equals_the_baseline(
     site: str, kind: Transform
 ) -> None:
@@ -119,7 +165,7 @@ def _same_stream() -> torch.Generator:
 
 
 def test_one_step_moves_every_expert_under_a_shared_map_and_only_the_chosen_without() -> None:
-    for kind, moved in (("none", 1), ("linear", EXPERTS)):
+    for kind, moved in (("none", 1), ("per_expert", 1), ("linear", EXPERTS)):
         moe = layer(expert_out_map=kind)
         x = torch.randn(1, WIDTH, dtype=torch.float64)
         with torch.no_grad():
@@ -190,3 +236,48 @@ def test_grouped_products_are_the_products_of_each_group(width: int, dtype: torc
     direction = torch.randn_like(expected)
     gradients = [torch.autograd.grad(y, (x, weights), direction) for y in (got, expected)]
     assert_close(*gradients)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    tokens=st.integers(0, 30),
+    experts=st.integers(1, 6),
+    top_k=st.integers(1, 6),
+    factor=st.floats(0.1, 2),
+    seed=st.integers(0, 100),
+)
+def test_a_capacity_drops_what_an_expert_has_no_room_for_in_order(
+    tokens: int, experts: int, top_k: int, factor: float, seed: int
+) -> None:
+    top_k = min(top_k, experts)
+    torch.manual_seed(seed)
+    ids = (torch.randn(tokens, experts) + torch.arange(experts)).topk(top_k).indices
+    got = within_capacity(ids, experts, factor)
+    room = dict.fromkeys(range(experts), ceil(factor * tokens * top_k / experts))
+    for j in range(top_k):
+        for t in range(tokens):
+            e = int(ids[t, j])
+            assert int(got[t, j]) == (e if room[e] > 0 else -1)
+            room[e] -= 1
+
+
+def test_dropped_assignments_add_nothing_and_are_counted() -> None:
+    moe = layer(capacity_factor=0.5, expert_out_map="linear")
+    x = torch.randn(20, WIDTH, dtype=torch.float64, requires_grad=True)
+    routing = moe.router(x)
+    kept = within_capacity(routing.ids, EXPERTS, 0.5)
+    rows = moe.experts.up.rows(), moe.experts.down.rows()
+    expected = torch.zeros_like(x)
+    for t in range(len(x)):
+        for gate, e in zip(routing.gates[t], kept[t], strict=True):
+            if e >= 0:
+                expected[t] += gate * (F.gelu(rows[0][e] @ x[t]) @ rows[1][e])
+    assert_close(moe(x), expected)
+    parameters = [x, *moe.parameters()]
+    assert_close(
+        torch.autograd.grad(moe(x).square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
+    )
+    assert moe.kept is not None
+    assert_close(moe.usage, 2 * routing.counts)
+    assert_close(moe.kept.counts, 2 * torch.bincount(kept[kept >= 0], minlength=EXPERTS))
