@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -127,6 +127,12 @@ class MoEConfig:
     """Learn the experts' first projections beside the map."""
     map_rank: int = 8
     """Rank of low_rank maps W = I + A B."""
+    dispatch: Literal["sorted", "deepspeed_capacity"] = "sorted"
+    """Ours, without padding, or DeepSpeed's own layer as a baseline: padded to the capacity, or
+    without one to the fullest expert."""
+    expert_parallel: int = 1
+    """Ranks that share the experts of a layer, which are exchanged by all-to-all; 1: every rank
+    has all of them."""
     balance: Literal["none", "aux"] = "none"
     """aux: the load-balance loss N sum f_i P_i of each layer (arXiv:2101.03961)."""
     balance_weight: float = 0.01
@@ -229,7 +235,12 @@ def check(config: Config) -> None:
 
 
 def check_ranks(config: Config, world_size: int) -> None:
-    """Raise `ConfigError` where the global batch does not divide over the ranks."""
+    """Raise `ConfigError` where the global batch or the experts do not divide over the ranks."""
+    if world_size % config.moe.expert_parallel:
+        raise ConfigError(
+            f"moe.expert_parallel {config.moe.expert_parallel} does not divide {world_size} "
+            f"rank{'' if world_size == 1 else 's'}: launch a multiple of it, or lower it"
+        )
     parts = world_size * config.train.accumulation
     if config.train.batch_size % parts:
         raise ConfigError(
@@ -239,6 +250,11 @@ def check_ranks(config: Config, world_size: int) -> None:
         )
 
 
+def on_one_rank(config: Config) -> Config:
+    """The same model for a process of its own."""
+    return replace(config, moe=replace(config.moe, expert_parallel=1))
+
+
 def _problems(config: Config) -> Iterator[str]:
     yield from _below_minimum(config)
     moe, lm, q = config.moe, config.language_model, config.quantizer
@@ -246,6 +262,13 @@ def _problems(config: Config) -> Iterator[str]:
         yield (
             f"moe.top_k {moe.top_k} > moe.experts {moe.experts}: "
             "lower moe.top_k or raise moe.experts"
+        )
+    if moe.dispatch == "deepspeed_capacity":
+        yield from _baseline_problems(moe)
+    if moe.experts % moe.expert_parallel:
+        yield (
+            f"moe.experts {moe.experts} does not divide by moe.expert_parallel "
+            f"{moe.expert_parallel}: change one of them"
         )
     if lm.width % lm.heads or (lm.width // lm.heads) % 2:
         yield (
@@ -270,6 +293,34 @@ def _problems(config: Config) -> Iterator[str]:
         )
     if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", config.name) or ".." in config.name.split("/"):
         yield f"name {config.name!r}: use letters, digits and . _ + = -, with / between folders"
+
+
+OF_DEEPSPEED = {
+    *("experts", "top_k", "hidden", "expert", "capacity_factor", "gates", "dispatch", "balance"),
+    *("balance_weight", "z_loss_weight"),
+}
+"""Options that DeepSpeed's own layer has as well."""
+
+
+def _baseline_problems(moe: MoEConfig) -> Iterator[str]:
+    for name, default in asdict(MoEConfig()).items():
+        value = getattr(moe, name)
+        if name not in OF_DEEPSPEED and value != default:
+            yield (
+                f"moe.{name} {value} with moe.dispatch 'deepspeed_capacity': DeepSpeed's layer has "
+                "no such option: drop it, or use moe.dispatch 'sorted'"
+            )
+    if moe.balance not in ("none", "aux"):
+        yield (
+            f"moe.balance {moe.balance!r} with moe.dispatch 'deepspeed_capacity': use 'none' or "
+            "'aux', or moe.dispatch 'sorted'"
+        )
+    convention = "topk_softmax" if moe.top_k > 1 else "softmax_topk"
+    if moe.gates != convention:
+        yield (
+            f"moe.gates {moe.gates!r} with moe.dispatch 'deepspeed_capacity' and moe.top_k "
+            f"{moe.top_k}: DeepSpeed's gates are {convention!r}: set that"
+        )
 
 
 BELONGS_TO = {
@@ -338,6 +389,7 @@ def _below_minimum(config: Config) -> Iterator[str]:
         "moe.shared_experts": 0,
         "moe.capacity_factor": 0,
         "moe.map_rank": 1,
+        "moe.expert_parallel": 1,
         "moe.z_loss_weight": 0,
         "moe.balance_weight": 0,
         "language_model.layers": 1,

@@ -65,10 +65,12 @@ class Run:
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     def layer_counts(self) -> Iterator[np.ndarray]:
-        """Held-out counts of each layer, without the padding of layers with fewer slots."""
+        """Held-out counts of each layer, before any capacity, without the padding of layers with
+        fewer slots."""
         counts = () if self.held_out_counts is None else self.held_out_counts
         for layer, row in zip(self.layers, counts, strict=False):
-            yield row[: layer["slots"]]
+            if layer["kind"] != "kept":
+                yield row[: layer["slots"]]
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one metric where it is logged and finite."""

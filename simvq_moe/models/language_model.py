@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.streams import own_stream
-from simvq_moe.moe import MoE
+from simvq_moe.moe.layer import build_moe
 from simvq_moe.moe.balance import mean_losses
 from simvq_moe.moe.router import Routing
 
@@ -63,7 +63,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(width)
         self.attention = Attention(width, heads, context)
         self.moe_norm = nn.RMSNorm(width)
-        self.moe = MoE(width, **moe)
+        self.moe = build_moe(width, **moe)
 
     def forward(
         self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]

@@ -31,6 +31,7 @@ class Experts(nn.Module):
         train_in_base, train_out_base: learn the rows beside their map.
         out_bias: one learned vector added to every token's sum of outputs.
         map_rank: rank of low-rank maps.
+        part: (i, n): hold only the i-th of n equal parts, started as if all were here.
     """
 
     def __init__(
@@ -46,13 +47,17 @@ class Experts(nn.Module):
         train_out_base: bool = True,
         out_bias: bool = False,
         map_rank: int = 8,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a subclass has a second parent, which is not to be set up
+        self.num_experts = experts
+        size = experts // part[1]
+        self.mine = slice(part[0] * size, (part[0] + 1) * size)
         self.kind: ExpertKind = kind
         up = torch.randn(experts, first_rows(kind, hidden), width) / width**0.5
         down = torch.randn(experts, hidden, width) / hidden**0.5
-        self.up = Bank(up, transform=in_map, train_base=train_in_base, rank=map_rank)
-        self.down = Bank(down, transform=out_map, train_base=train_out_base, rank=map_rank)
+        self.up = Bank(up[self.mine], transform=in_map, train_base=train_in_base, rank=map_rank)
+        self.down = Bank(down[self.mine], transform=out_map, train_base=train_out_base, rank=map_rank)
         self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
         self.bias: nn.Parameter | None = None
         """(experts, width): what `fold` makes of `out_bias`."""
@@ -79,8 +84,9 @@ class Experts(nn.Module):
     @torch.no_grad()
     def reset(self, std: float, ending_std: float) -> None:
         """Start again from N(0, std), the last projections from N(0, ending_std)."""
-        self.up.base.normal_(std=std)
-        self.down.base.normal_(std=ending_std)
+        for bank, scale in ((self.up, std), (self.down, ending_std)):
+            everyone = torch.empty(self.num_experts, *bank.base.shape[1:])
+            bank.base.copy_(everyone.normal_(std=scale)[self.mine])
 
     @torch.no_grad()
     def fold_(self) -> None:

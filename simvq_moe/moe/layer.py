@@ -7,6 +7,7 @@ y = (sum_i g_i E_i(x A^T)) W: shared maps A and W are linear, so each is applied
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,9 @@ from simvq_moe.core.usage import UsageCounter
 from simvq_moe.moe.dispatch import dispatch, within_capacity
 from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
 from simvq_moe.moe.router import Gates, Routing, TopKRouter
+
+if TYPE_CHECKING:
+    from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
 
 
 class MoE(nn.Module):
@@ -40,9 +44,10 @@ class MoE(nn.Module):
         map_rank: rank of maps of kind "low_rank".
         capacity_factor: an expert takes at most this many times its fair share of this rank's
             batch, the rest is dropped and counted; 0: dropless.
+        expert_parallel: ranks that share the experts, see `ParallelExperts`; 1: every rank has all.
 
     Raises:
-        ValueError: top_k > experts.
+        ValueError: top_k > experts, or experts that do not divide over ranks.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class MoE(nn.Module):
         train_expert_in_base: bool = True,
         map_rank: int = 8,
         capacity_factor: float = 0.0,
+        expert_parallel: int = 1,
     ) -> None:
         super().__init__()
         if top_k > experts:
@@ -82,7 +88,7 @@ class MoE(nn.Module):
                 train_base=train_router_base,
                 rank=map_rank,
             )
-        self.experts = Experts(
+        self.experts = _experts(
             width,
             hidden,
             experts,
@@ -93,6 +99,7 @@ class MoE(nn.Module):
             train_out_base=train_expert_out_base,
             out_bias=expert_out_bias,
             map_rank=map_rank,
+            expert_parallel=expert_parallel,
         )
         self.shared_experts: FeedForward | None = None
         if shared_experts:
@@ -179,3 +186,26 @@ class MoE(nn.Module):
         folded.router.fold_()
         folded.experts.fold_()
         return folded
+
+
+def _experts(
+    width: int, hidden: int, experts: int, *, expert_parallel: int, **options: Any
+) -> Experts:
+    if expert_parallel == 1:
+        return Experts(width, hidden, experts, **options)
+    # imported here, for it takes DeepSpeed and a process group
+    from simvq_moe.moe.expert_parallel import parallel_experts
+
+    return parallel_experts(width, hidden, experts, expert_parallel=expert_parallel, **options)
+
+
+def build_moe(
+    width: int, *, dispatch: Literal["sorted", "deepspeed_capacity"] = "sorted", **options: Any
+) -> MoE | DeepSpeedCapacityMoE:
+    """A layer from its options: ours, or DeepSpeed's own as a baseline."""
+    if dispatch == "sorted":
+        return MoE(width, **options)
+    from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
+
+    names = ("hidden", "experts", "top_k", "expert", "capacity_factor")
+    return DeepSpeedCapacityMoE(width, **{name: options[name] for name in names})

@@ -97,8 +97,13 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     """A DeepSpeed engine over model: `engine(batch)`, `engine.backward(loss)`, `engine.step()`."""
     deepspeed = import_deepspeed()
     train = config.train
+    groups = parameter_groups(model, config.optimizer)
+    moe = deepspeed.moe.utils
+    if any(moe.is_moe_param(p) for p in model.parameters()):
+        split = moe.split_params_into_different_moe_groups_for_optimizer(groups)
+        groups = [group for group in split if group["params"]]
     optimizer = AdamW(
-        parameter_groups(model, config.optimizer),
+        groups,
         lr=config.optimizer.lr,
         betas=config.optimizer.betas,
         fused=world.device.type == "cuda" or None,

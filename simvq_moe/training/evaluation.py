@@ -20,10 +20,12 @@ def evaluate(
 ) -> tuple[dict[str, float], list[np.ndarray]]:
     """Measures of the held-out set, and each layer's counts on it, over all ranks."""
     task.model.eval()
-    mine = np.array_split(np.arange(len(task.held_out)), world.size)[world.rank]
+    shares = np.array_split(np.arange(len(task.held_out)), world.size)
+    mine, largest = shares[world.rank], len(shares[0])
     with counting(task.model) as found:
         sums: dict[str, Tensor] = {}
-        for start in range(0, max(len(mine), 1), batch_size):
+        # as many batches on every rank, maybe empty ones, for experts of other ranks wait for them
+        for start in range(0, max(largest, 1), batch_size):
             batch = task.held_out.batch(mine[start : start + batch_size]).to(world.device)
             of_batch = task.evaluate(batch)
             sums = {k: v.to(world.device).double() + sums.get(k, 0.0) for k, v in of_batch.items()}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simvq_moe.config import Config, ConfigError, QuantizerConfig
+from simvq_moe.config import Config, ConfigError, QuantizerConfig, on_one_rank
 from simvq_moe.core.bank import Bank
 from simvq_moe.merging import merge_files, to_yaml
 from simvq_moe.models.image_tokenizer import ImageTokenizer
@@ -40,15 +40,16 @@ def load_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
     """
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} holds no config.yaml: give the folder of a run")
+    config = on_one_rank(merge_files(Config, [run_dir / "config.yaml"]))
     if (run_dir / FOLDED).is_file():
-        return merge_files(Config, [run_dir / "config.yaml"]), load_file(run_dir / FOLDED)
+        return config, load_file(run_dir / FOLDED)
     step = checkpoint.latest_step(run_dir / "checkpoints")
     if step is None:
         raise ConfigError(f"{run_dir} has no checkpoint: train it first")
     file = run_dir / "checkpoints" / str(step) / "mp_rank_00_model_states.pt"
     # DeepSpeed's file holds objects of its own beside the weights
     weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
-    return merge_files(Config, [run_dir / "config.yaml"]), weights
+    return config, weights
 
 
 def evaluate_run(run_dir: Path, source: str | None) -> dict[str, float]:

@@ -272,6 +272,11 @@ class Window:
 
 def _build_in_turn(config: Config, world: World) -> Task:
     """Rank 0 first: what is derived from the data once is then there for the others."""
+    if config.moe.expert_parallel > 1:
+        # all ranks at once, not in turn
+        from simvq_moe.moe.expert_parallel import make_groups
+
+        make_groups(config.moe.expert_parallel)
     if not world.is_main:
         world.barrier()
     task = build_task(config)

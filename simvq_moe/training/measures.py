@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from torch import nn
 
 from simvq_moe.core.bank import Bank, effective_rank, stable_rank
-from simvq_moe.core.usage import UsageCounter, usage
+from simvq_moe.core.usage import Kind, UsageCounter, usage
 from simvq_moe.moe import MoE
 
-ROOT = {"codes": "codes", "experts": "moe"}
+ROOT: dict[Kind, str] = {"codes": "codes", "experts": "moe", "kept": "moe_kept"}
 """Metric prefix of each kind of layer."""
 
 
@@ -21,7 +20,7 @@ ROOT = {"codes": "codes", "experts": "moe"}
 class Layer:
     """One counted layer of a model."""
 
-    kind: Literal["codes", "experts"]
+    kind: Kind
     slots: int
     top_k: int
     """Draws of a token."""
@@ -34,7 +33,7 @@ def layers_of(counters: Sequence[UsageCounter]) -> list[Layer]:
 
 def layer_names(layers: Sequence[Layer]) -> list[str]:
     """Metric prefix of each layer, numbered within its kind; a single codebook has no number."""
-    seen = dict.fromkeys(ROOT, 0)
+    seen: dict[Kind, int] = dict.fromkeys(ROOT, 0)
     alone = sum(layer.kind == "codes" for layer in layers) == 1
     names = []
     for layer in layers:
@@ -64,7 +63,24 @@ def usage_metrics(
                 metrics[f"{prefix}{root}/mean/{m}"] = float(
                     np.mean([measured[i][m] for i in of_kind])
                 )
-    return metrics
+    return metrics | _dropped(layers, counts, prefix)
+
+
+def _dropped(
+    layers: Sequence[Layer], counts: Sequence[np.ndarray], prefix: str
+) -> dict[str, float]:
+    """Share of assignments that the capacity dropped, in each layer and overall (GShard)."""
+    chosen, kept = (
+        [float(n.sum()) for layer, n in zip(layers, counts, strict=True) if layer.kind == kind]
+        for kind in ("experts", "kept")
+    )
+    if not kept:
+        return {}
+    shares = {
+        f"{prefix}moe/{i:02d}/dropped": 1 - after / before
+        for i, (before, after) in enumerate(zip(chosen, kept, strict=True))
+    }
+    return shares | {f"{prefix}moe/mean/dropped": 1 - sum(kept) / sum(chosen)}
 
 
 def shared_maps(model: nn.Module) -> dict[str, Bank]:

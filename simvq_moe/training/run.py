@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from simvq_moe.config import Config, ConfigError, check, check_ranks
+from simvq_moe.config import Config, ConfigError, check, check_ranks, on_one_rank
 from simvq_moe.merging import first_difference, merge_files, to_yaml
 from simvq_moe.training import checkpoint
 from simvq_moe.training.building import build_model
@@ -93,7 +93,7 @@ def dry_run(config: Config) -> int:
     """Print the resolved config, and on standard output the parameter counts; write nothing."""
     check_launch(config, launched_ranks())
     print(to_yaml(config), file=sys.stderr)
-    print(json.dumps({"parameters": parameter_counts(build_model(config))}))
+    print(json.dumps({"parameters": parameter_counts(build_model(on_one_rank(config)))}))
     return FINISHED
 
 

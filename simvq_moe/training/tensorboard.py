@@ -65,7 +65,11 @@ class TensorBoard:
             load = loads(n)
             scalars |= {f"{root}/load_min": float(load.min()), f"{root}/load_mean": 1.0}
             scalars[f"{root}/load_max"] = float(load.max())
-        measured = [usage(n).as_dict() for n in counts]
+        measured = [
+            usage(n).as_dict()
+            for layer, n in zip(self.layers, counts, strict=True)
+            if layer.kind != "kept"
+        ]
         if len(measured) > 1:
             for m in MARGIN_MEASURES:
                 values = [one[m] for one in measured]
