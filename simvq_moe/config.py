@@ -65,7 +65,8 @@ class QuantizerConfig:
     levels: tuple[int, ...] = ()
     """fsq: values of each channel; width is their number and codes their product."""
     init: Literal["default", "data", "kmeans"] = "default"
-    """From the first batch: data sets W and a bias (simvq), kmeans codes (vq, ema, cosine_vq)."""
+    """From the first batch: data sets W and a bias (simvq, group_vq), kmeans the codes (vq, ema,
+    cosine_vq)."""
     gradient: Literal["straight_through", "rotation", "diveq"] = "straight_through"
     """How the decoder's gradient reaches the encoder."""
     codebook_weight: float = 1.0
@@ -75,7 +76,8 @@ class QuantizerConfig:
     decay: float = 0.99
     """ema: weight of the past."""
     restart: float = 0.0
-    """ema: a code drawn less often a step than this restarts at a latent; 0: never."""
+    """vq, ema, cosine_vq: a code drawn less often a step than this, on average, restarts at a
+    latent of the batch; less than 1, and 0: never."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,14 @@ class MoEConfig:
     """Channels of Q; None: those of the model."""
     train_router_base: bool = True
     """Learn Q."""
-    expert_out_map: Literal["none", "diagonal", "linear", "low_rank", "per_expert"] = "none"
-    """Map W after the gated sum of experts: y = (sum g_i E_i(x)) W; per_expert: one for each."""
+    expert_out_map: Literal["none", "diagonal", "linear", "low_rank", "separate"] = "none"
+    """Map W after the gated sum of experts: y = (sum g_i E_i(x)) W; separate: one for each."""
     train_expert_out_base: bool = True
     """Learn the experts' last projections beside the map."""
     expert_out_bias: bool = False
     """One learned vector added to the sum."""
-    expert_in_map: Literal["none", "diagonal", "linear", "low_rank", "per_expert"] = "none"
-    """Map A before the experts: E_i(x A); per_expert: one for each."""
+    expert_in_map: Literal["none", "diagonal", "linear", "low_rank", "separate"] = "none"
+    """Map A before the experts: E_i(x A); separate: one for each."""
     train_expert_in_base: bool = True
     """Learn the experts' first projections beside the map."""
     map_rank: int = 8
@@ -332,10 +334,12 @@ BELONGS_TO = {
     "levels": ("fsq",),
     "gradient": ("vq", "ema", "simvq", "cosine_vq", "group_vq", "mlp_vq"),
     "decay": ("ema",),
-    "restart": ("ema",),
+    "restart": ("vq", "ema", "cosine_vq"),
 }
 """Kinds of quantizers that have the option; for others only its default is accepted."""
-STARTS = {"data": ("simvq",), "kmeans": ("vq", "ema", "cosine_vq")}
+WHY_NOT = {"restart": ", whose codes have no free rows: under a map or on a grid none moves alone"}
+"""Why an option means nothing to the others, where the name does not say."""
+STARTS = {"data": ("simvq", "group_vq"), "kmeans": ("vq", "ema", "cosine_vq")}
 
 
 def _quantizer_problems(q: QuantizerConfig) -> Iterator[str]:
@@ -343,9 +347,16 @@ def _quantizer_problems(q: QuantizerConfig) -> Iterator[str]:
         value = getattr(q, name)
         if q.kind not in kinds and value != getattr(QuantizerConfig(), name):
             yield (
-                f"quantizer.{name} {value} means nothing to quantizer.kind {q.kind!r}: "
-                f"drop it, or use kind {' or '.join(kinds)}"
+                f"quantizer.{name} {value} means nothing to quantizer.kind {q.kind!r}"
+                f"{WHY_NOT.get(name, '')}: drop it, or use kind {' or '.join(kinds)}"
             )
+    if not q.restart < 1:
+        yield (
+            f"quantizer.restart {q.restart} is not below 1, the draws a step that a restarted code "
+            "is given: use less, such as 0.1"
+        )
+    if not q.decay < 1:
+        yield f"quantizer.decay {q.decay} is not below 1: use less, or the codes never move"
     if q.init != "default" and q.kind not in STARTS[q.init]:
         yield (
             f"quantizer.init {q.init!r} does not go with quantizer.kind {q.kind!r}: "
@@ -383,6 +394,8 @@ def _below_minimum(config: Config) -> Iterator[str]:
         "quantizer.codes": 2,
         "quantizer.width": 1,
         "quantizer.residual_levels": 1,
+        "quantizer.restart": 0,
+        "quantizer.decay": 0,
         "moe.experts": 1,
         "moe.top_k": 1,
         "moe.hidden": 1,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Transform = Literal["none", "diagonal", "linear", "low_rank", "per_expert"]
+Transform = Literal["none", "diagonal", "linear", "low_rank", "separate"]
 
 
 class Bank(nn.Module):
@@ -23,7 +23,7 @@ class Bank(nn.Module):
         width: width of the mapped rows; None: that of the base.
         transform: "linear": a full matrix W, from the identity (semi-orthogonal where
             base_width != width); "diagonal": one factor a channel, from ones; "low_rank":
-            W = I + A B, from B = 0; "none": rows = base. "per_expert": a full matrix for each slot
+            W = I + A B, from B = 0; "none": rows = base. "separate": a full matrix for each slot
             of the first axis, from the identity: as many parameters without sharing, the control.
         train_base: learn the base rows; otherwise they are a buffer, so that no optimizer and no
             change of the parameters' precision touches them.
@@ -82,7 +82,7 @@ class Bank(nn.Module):
     @property
     def shared(self) -> bool:
         """Whether one map, or none, serves all rows, so that it may follow a sum over rows."""
-        return self.transform != "per_expert"
+        return self.transform != "separate"
 
     def map(self, x: Float[Tensor, "*lead base_width"]) -> Float[Tensor, "*lead width"]:
         """Apply W. It is linear, so a shared one may follow a weighted sum over rows.
@@ -131,7 +131,7 @@ class Bank(nn.Module):
         """The map as a dense matrix in float64: one, or one a slot; the identity without a map."""
         base_width = self.base.shape[-1]
         eye = torch.eye(base_width, self.width, dtype=torch.float64, device=self.base.device)
-        if self.transform in ("linear", "per_expert"):
+        if self.transform in ("linear", "separate"):
             assert self.W is not None
             return self.W.double()
         return self.map(eye)
@@ -223,7 +223,7 @@ def _start_of_map(transform: Transform, base: Tensor, width: int) -> nn.Paramete
     base_width, dtype = base.shape[-1], base.dtype
     if transform == "diagonal":
         return nn.Parameter(torch.ones(width, dtype=dtype))
-    if transform == "per_expert":
+    if transform == "separate":
         return nn.Parameter(torch.eye(width, dtype=dtype).repeat(len(base), 1, 1))
     if base_width == width:
         return nn.Parameter(torch.eye(width, dtype=dtype))

@@ -34,15 +34,16 @@ def nearest(
     base: Float[Tensor, "codes base_width"],
     *,
     W: Tensor | None = None,
-    bias: Float[Tensor, " width"] | None = None,
+    bias: Float[Tensor, "... width"] | None = None,
 ) -> Int[Tensor, " tokens"]:
     """Id of the code nearest to each z in Euclidean distance; ties go to the lowest id.
 
     Args:
         z: the latents; their dtype, float32 or float64, is that of the search.
         base: the codes, or the rows that W and bias turn into codes.
-        W: (base_width, width), or (width,) for a diagonal map; None: the identity.
-        bias: added to every mapped row.
+        W: (base_width, width), or (width,) for a diagonal map, or (groups, base_width, width) for
+            one map each of as many equal blocks of codes; None: the identity.
+        bias: added to every mapped row; (groups, width) for separate maps.
 
     Raises:
         NotFiniteError: z or codes hold NaN or infinite values, for which no code is nearest.
@@ -67,18 +68,60 @@ def _nearest(z: Tensor, base: Tensor, W: Tensor | None, bias: Tensor | None) -> 
         for first in range(0, len(z), TOKEN_BLOCK):
             block = slice(first, first + TOKEN_BLOCK)
             _search(z[block], codes, ids[block], best[block])
+    _check_finite(z, best, codes)
+    return ids
+
+
+def _check_finite(z: Tensor, best: Tensor, codes: Codes) -> None:
     if not bool(best.isfinite().all() & codes.finite):
         bad = int((~z.isfinite()).any(1).sum())
         whose = f"{bad} of {len(z)} latents are" if bad else "the codebook is"
         raise NotFiniteError(
             f"nearest: {whose} not finite, so no code is nearest: lower the learning rate or clip"
         )
-    return ids
 
 
 @_nearest.register_fake
 def _(z: Tensor, base: Tensor, W: Tensor | None, bias: Tensor | None) -> Tensor:  # noqa: ARG001
     return z.new_empty(len(z), dtype=torch.int64)
+
+
+@torch.no_grad()
+def nearest_few(
+    z: Float[Tensor, "tokens width"], codes: Float[Tensor, "codes width"], few: int
+) -> tuple[Int[Tensor, "tokens few"], Float[Tensor, "tokens few"]]:
+    """Ids of the `few` codes nearest to each z, the nearest first, and their squared distances.
+
+    The distances are those of differences, so that they are exact at a code and far from the
+    origin. Of equally near codes the lowest id is first, but which of them are last is left open.
+    Memory is O(tokens few + tile).
+
+    Raises:
+        ValueError: there are fewer codes than that.
+        NotFiniteError: z or codes hold NaN or infinite values.
+    """
+    if not 1 <= few <= len(codes):
+        raise ValueError(f"{few} neighbours of {len(codes)} codes: ask for 1 to {len(codes)}")
+    book = Codes(codes, None, None, z.dtype)
+    ids = torch.zeros(len(z), few, dtype=torch.int64, device=z.device)
+    best = torch.full((len(z), few), -torch.inf, dtype=z.dtype, device=z.device)
+    with _full_precision():
+        for start, tile in book.tiles():
+            half_norms = book.half_norms(tile)
+            for first in range(0, len(z), TOKEN_TILE):
+                rows = slice(first, first + TOKEN_TILE)
+                score = torch.addmm(half_norms, z[rows], tile.T, beta=-1)
+                value, local = score.topk(min(few, len(tile)))
+                best[rows], kept = torch.cat([best[rows], value], 1).topk(few)
+                ids[rows] = torch.cat([ids[rows], local + start], 1).gather(1, kept)
+    _check_finite(z, best, book)
+    square = torch.empty_like(best)
+    for first in range(0, len(z), TOKEN_TILE):
+        rows = slice(first, first + TOKEN_TILE)
+        square[rows] = (z[rows, None] - book.base[ids[rows]].to(z.dtype)).square().sum(-1)
+    order = ids.argsort(dim=1)
+    order = order.gather(1, square.gather(1, order).argsort(dim=1, stable=True))
+    return ids.gather(1, order), square.gather(1, order)
 
 
 def numbered(
@@ -127,9 +170,21 @@ class Codes:
     def rows(self, start: int, stop: int) -> Float[Tensor, "rows width"]:
         """The codes of these ids."""
         rows = self.base[start:stop].to(self.dtype)
+        if self.W is not None and self.W.ndim == 3:
+            return self._rows_of_groups(rows, start, self.W)
         if self.W is not None:
             rows = rows * self.W if self.W.ndim == 1 else rows @ self.W
         return rows if self.bias is None else rows + self.bias
+
+    def _rows_of_groups(self, rows: Tensor, start: int, maps: Tensor) -> Tensor:
+        size = len(self) // len(maps)
+        parts: list[Tensor] = []
+        while len(rows):
+            group, passed = divmod(start, size)
+            part = rows[: size - passed] @ maps[group]
+            parts.append(part if self.bias is None else part + self.bias[group])
+            rows, start = rows[len(part) :], start + len(part)
+        return torch.cat(parts)
 
     def tiles(self) -> Iterator[tuple[int, Float[Tensor, "rows width"]]]:
         """First id and rows of each tile."""

@@ -117,4 +117,4 @@ def _rounding_bound(
     sums = (2 * width + 16) * V * (lengths * b + b * b / 2 + plain * e + e * e / 2)
     underflow = 4 * width * TINY * (1 + lengths + b)
     # 1 % covers the rounding of the lengths and of this bound itself
-    return 1.01 * (factors + halves + U * score.abs() + sums + underflow)
+    return 0.9 * 1.01 * (factors + halves + U * score.abs() + sums + underflow)

@@ -72,7 +72,8 @@ class DeepSpeedCapacityMoE(nn.Module):
     @property
     def router_rows(self) -> Tensor:
         """(experts, width): rows of the gate."""
-        return self.inner.deepspeed_moe.gate.wg.weight
+        gate: Any = self.inner.deepspeed_moe.gate
+        return gate.wg.weight
 
     def route_and_run(
         self,
@@ -97,7 +98,8 @@ class DeepSpeedCapacityMoE(nn.Module):
     def reset(self, std: float, ending_std: float) -> None:
         """Start again: rows of the gate and first projections from N(0, std), last ones from
         N(0, ending_std); the same numbers as `MoE` draws."""
-        inner = list(self.inner.deepspeed_moe.experts.deepspeed_experts)
+        experts: Any = self.inner.deepspeed_moe.experts
+        inner = list(experts.deepspeed_experts)
         up = torch.stack([expert.up.weight for expert in inner]).normal_(std=std)
         # ours are stored as (hidden, width)
         down = torch.stack([expert.down.weight.T for expert in inner]).contiguous()

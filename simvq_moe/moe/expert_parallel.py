@@ -75,7 +75,7 @@ class ParallelExperts(Experts):
         return exchange(y, received, sent, self.group)
 
 
-class DeepSpeedExperts(ParallelExperts, DeepSpeedMoE):
+class DeepSpeedExperts(ParallelExperts, DeepSpeedMoE):  # pyright: ignore[reportIncompatibleMethodOverride]
     """`ParallelExperts` that DeepSpeed takes for its own layer: only so does it average them right.
 
     Its engine refuses a model with such layers and no learned expert.
@@ -100,7 +100,7 @@ def parallel_experts(
 ) -> ParallelExperts:
     """The class that fits: DeepSpeed's needs something learned in each expert."""
     learned = options["train_in_base"] or options["train_out_base"]
-    learned = learned or "per_expert" in (options["in_map"], options["out_map"])
+    learned = learned or "separate" in (options["in_map"], options["out_map"])
     family = DeepSpeedExperts if learned else ParallelExperts
     return family(width, hidden, experts, expert_parallel=expert_parallel, **options)
 

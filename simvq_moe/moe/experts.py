@@ -57,7 +57,9 @@ class Experts(nn.Module):
         up = torch.randn(experts, first_rows(kind, hidden), width) / width**0.5
         down = torch.randn(experts, hidden, width) / hidden**0.5
         self.up = Bank(up[self.mine], transform=in_map, train_base=train_in_base, rank=map_rank)
-        self.down = Bank(down[self.mine], transform=out_map, train_base=train_out_base, rank=map_rank)
+        self.down = Bank(
+            down[self.mine], transform=out_map, train_base=train_out_base, rank=map_rank
+        )
         self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
         self.bias: nn.Parameter | None = None
         """(experts, width): what `fold` makes of `out_bias`."""

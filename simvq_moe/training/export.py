@@ -23,7 +23,6 @@ from simvq_moe.training import checkpoint
 from simvq_moe.training.building import build_model
 from simvq_moe.training.engine import World
 from simvq_moe.training.evaluation import evaluate
-from simvq_moe.training.measures import shared_maps
 from simvq_moe.training.tasks import TOKENIZER, build_task, check_source
 
 FOLDED = "model.safetensors"
@@ -78,7 +77,7 @@ def fold_run(run_dir: Path, out: Path) -> float:
     config, weights = load_run(run_dir)
     model = build_model(config).eval()
     model.load_state_dict(weights)
-    if not shared_maps(model):
+    if not any(isinstance(module, Bank) and module.maps for module in model.modules()):
         raise ConfigError(f"{run_dir} has no shared map: there is nothing to fold")
     folded_config = without_maps(config)
     folded = build_model(folded_config).double().eval()

@@ -23,10 +23,11 @@ from simvq_moe.core.nearest import NotFiniteError
 from simvq_moe.core.usage import counters
 from simvq_moe.data.order import BatchOrder
 from simvq_moe.training import checkpoint
+from simvq_moe.training.banks import Banks
 from simvq_moe.training.engine import World, make_engine
 from simvq_moe.training.evaluation import evaluate, take_counts
 from simvq_moe.training.logs import RunLog
-from simvq_moe.training.measures import bank_metrics, layers_of, usage_metrics
+from simvq_moe.training.measures import layers_of, usage_metrics
 from simvq_moe.training.progress import Progress
 from simvq_moe.training.tasks import SAMPLES, TOKENIZER, Task, build_task, source_of
 
@@ -59,8 +60,9 @@ class Trainer:
         if self.task.start is not None:
             # before the engine, which copies the parameters
             self.task.start(self._batch(self._shares().flatten()))
-        self.engine = make_engine(self.task.model, config, world)
         self.counters = counters(self.task.model)
+        self.banks = Banks(self.task.model, self.counters)
+        self.engine = make_engine(self.task.model, config, world)
         self.layers = layers_of(self.counters)
         self.checkpoints = config.run_dir / "checkpoints"
         self.train_seconds = 0.0
@@ -90,7 +92,7 @@ class Trainer:
             evaluated = None
             if last or self.step % train.eval_every == 0:
                 evaluated = held_out, _ = self._evaluate()
-            if last or self.step % train.log_every == 0 or evaluated:
+            if self._is_logged(self.step):
                 metrics = self._write_log(evaluated)
                 if self.world.is_main:
                     progress.show(self.step, metrics)
@@ -110,8 +112,14 @@ class Trainer:
         if self.log is not None:
             self.log.close()
 
+    def _is_logged(self, step: int) -> bool:
+        train = self.config.train
+        return step == train.steps or step % train.log_every == 0 or step % train.eval_every == 0
+
     def _update(self) -> bool:
         """One optimizer step over this rank's share of the global batch; whether to stop after."""
+        if self._is_logged(self.step + 1):
+            self.banks.mark()
         started = time.monotonic()
         self.engine.train()
         parts = self.config.train.accumulation
@@ -180,7 +188,8 @@ class Trainer:
         metrics = {"time": self.train_seconds}
         metrics |= {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
         metrics["train/lr"] = self.engine.get_lr()[0]
-        metrics |= usage_metrics(self.layers, counts) | bank_metrics(self.task.model)
+        metrics |= usage_metrics(self.layers, counts)
+        metrics |= self.banks.measure(counts, self.window.steps, self.world)
         metrics["speed/tokens_per_s"] = self._tokens(self.window.steps) / self.window.seconds
         self.window = Window()
         held_out, held_out_counts = evaluated or ({}, None)
@@ -207,6 +216,7 @@ class Trainer:
             "data_digest": self.task.data_digest,
             "train_seconds": self.train_seconds,
             "window": self.window.state(),
+            "stale": self.banks.state(),
             "counts": [counter.counts for counter in self.counters],
         }
         keep = self.config.train.keep_checkpoints
@@ -220,6 +230,7 @@ class Trainer:
             )
         self.train_seconds = state["train_seconds"]
         self.window = Window(**state["window"])
+        self.banks.take_up(state["stale"])
         for counter, counts in zip(self.counters, state["counts"], strict=True):
             counter.counts.copy_(counts)
 

@@ -1,4 +1,4 @@
-"""Metrics by name: usage of every counted layer, and the state of every shared map."""
+"""Metrics by name: usage of every counted layer; how large the model is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from simvq_moe.core.bank import Bank, effective_rank, stable_rank
 from simvq_moe.core.usage import Kind, UsageCounter, usage
 from simvq_moe.moe import MoE
 
@@ -81,31 +80,6 @@ def _dropped(
         for i, (before, after) in enumerate(zip(chosen, kept, strict=True))
     }
     return shares | {f"{prefix}moe/mean/dropped": 1 - sum(kept) / sum(chosen)}
-
-
-def shared_maps(model: nn.Module) -> dict[str, Bank]:
-    """Every bank with a map, by its name in the model; their order numbers `bank/00`, `bank/01`."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Bank) and module.maps
-    }
-
-
-def bank_metrics(model: nn.Module) -> dict[str, float]:
-    """Condition number, ranks and distance from the identity of every shared map."""
-    metrics: dict[str, float] = {}
-    for i, bank in enumerate(shared_maps(model).values()):
-        if bank.shared:
-            spectrum = bank.spectrum()
-            metrics |= {
-                f"bank/{i:02d}/condition": float(spectrum[0] / spectrum[-1]),
-                f"bank/{i:02d}/effective_rank": effective_rank(spectrum),
-                f"bank/{i:02d}/stable_rank": stable_rank(spectrum),
-            }
-        if bank.base.shape[-1] == bank.width:
-            metrics[f"bank/{i:02d}/identity_distance"] = bank.identity_distance()
-    return metrics
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -35,7 +35,7 @@ from simvq_moe.training.engine import (
 )
 from simvq_moe.training.logs import write_json, write_text
 from simvq_moe.training.loop import Interrupted, Trainer, TrainingFailed
-from simvq_moe.training.measures import parameter_counts, shared_maps
+from simvq_moe.training.measures import parameter_counts
 from simvq_moe.training.tasks import check_source
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 130
@@ -162,7 +162,7 @@ def _meta(config: Config, world: World) -> dict[str, Any]:
 def _describe(trainer: Trainer) -> dict[str, Any]:
     return {
         "layers": [vars(layer) for layer in trainer.layers],
-        "banks": list(shared_maps(trainer.task.model)),
+        "banks": trainer.banks.names,
         "parameters": parameter_counts(trainer.task.model),
         "samples": {"train": len(trainer.task.train), "held_out": len(trainer.task.held_out)},
         "tokens_per_sample": trainer.task.tokens_per_sample,

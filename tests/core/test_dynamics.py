@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,8 +26,33 @@ def test_free_rows_move_only_when_selected_and_mapped_rows_move_all() -> None:
     assert plain.selected_movement > 0
     assert plain.unselected_movement == 0
     assert plain.indirect_movement == 0
+    assert mapped.unselected_movement is not None
+    assert mapped.indirect_movement is not None
     assert 0.1 < mapped.indirect_movement < 1.5
-    assert mapped.indirect_movement == mapped.unselected_movement / mapped.selected_movement
+    # nothing but the map moves frozen rows
+    expected = mapped.unselected_movement / mapped.selected_movement
+    assert mapped.indirect_movement == pytest.approx(expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("transform", ["none", "diagonal", "linear", "low_rank", "separate"])
+def test_indirect_movement_is_what_the_shared_map_does_to_idle_rows(transform: Any) -> None:
+    torch.manual_seed(0)
+    bank = Bank(torch.randn(4, 3, 2, dtype=torch.float64), transform=transform, rank=1)
+    dynamics = BankDynamics(bank)
+    before = bank.rows().detach().clone()
+    for p in (bank.base, *bank.maps):
+        p += torch.randn_like(p)
+    by_map = bank.rows() - torch.einsum("shm,...mw->shw", bank.base, dynamics.map_before[0])
+    if transform == "separate":
+        by_map = torch.zeros_like(by_map)
+    step = dynamics.step(torch.tensor([0, 2, 0, 0]))
+    moved = (bank.rows() - before).flatten(1).norm(dim=1)
+    idle = [0, 2, 3]
+    assert step.selected_movement == pytest.approx(float(moved[1]))
+    assert step.unselected_movement == pytest.approx(float(moved[idle].mean()))
+    expected = by_map[idle].flatten(1).norm(dim=1).mean() / moved[1]
+    assert step.indirect_movement == pytest.approx(float(expected))
 
 
 def test_movement_is_the_mean_distance_that_rows_went() -> None:
@@ -36,7 +63,7 @@ def test_movement_is_the_mean_distance_that_rows_went() -> None:
     step = dynamics.step(torch.tensor([2, 0, 0, 0]))
     assert step.selected_movement == 5
     assert step.unselected_movement == pytest.approx(4 / 3)
-    assert dynamics.step(torch.tensor([1, 1, 1, 1])).unselected_movement == 0
+    assert dynamics.step(torch.tensor([1, 1, 1, 1])).unselected_movement is None
 
 
 def test_staleness_counts_steps_since_the_last_draw() -> None:
@@ -44,6 +71,7 @@ def test_staleness_counts_steps_since_the_last_draw() -> None:
     dynamics.step(torch.tensor([1, 0, 0]))
     dynamics.step(torch.tensor([0, 2, 0]))
     step = dynamics.step(torch.tensor([0, 1, 0]))
+    assert dynamics.stale_for is not None
     assert dynamics.stale_for.tolist() == [2, 0, 3]
     assert step.staleness == pytest.approx(5 / 3)
     assert step.max_staleness == 3
@@ -69,9 +97,12 @@ def test_the_map_is_described_by_its_spectrum(transform: str) -> None:
     assert step.start_distance == pytest.approx((11 / 3) ** 0.5)
 
 
-def test_a_large_bank_is_followed_in_a_spread_of_its_rows() -> None:
+def test_a_large_bank_is_followed_in_a_spread_of_its_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bank = Bank(torch.randn(1000, 2))
-    dynamics = BankDynamics(bank, max_rows=10)
+    monkeypatch.setattr("simvq_moe.core.dynamics.LARGEST_COPY", 20)
+    dynamics = BankDynamics(bank)
     assert dynamics.watched.tolist() == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
     assert len(dynamics.before) == 10
 
@@ -84,3 +115,32 @@ def test_rows_of_experts_count_as_one_slot_each() -> None:
     step = dynamics.step(torch.tensor([0, 5, 0, 0]))
     assert step.selected_movement == pytest.approx(6**0.5, rel=1e-6)
     assert step.unselected_movement == 0
+
+
+def test_parts_of_a_bank_give_the_movement_of_the_whole() -> None:
+    torch.manual_seed(0)
+    whole = Bank(torch.randn(6, 3, 2))
+    parts = [Bank(whole.base[i : i + 3].detach()) for i in (0, 3)]
+    followed = [BankDynamics(whole), *(BankDynamics(p, first=3 * i) for i, p in enumerate(parts))]
+    moves, change = torch.randn(6, 3, 2), torch.randn(2, 2)
+    with torch.no_grad():
+        whole.base += moves
+        for i, part in enumerate(parts):
+            part.base += moves[3 * i : 3 * i + 3]
+        for bank in (whole, *parts):
+            assert bank.W is not None
+            bank.W += change
+    counts = torch.tensor([1, 0, 0, 4, 2, 0])
+    sums = followed[1]._moved(counts[:3] > 0) + followed[2]._moved(counts[3:] > 0)
+    assert followed[1].step(counts, total=lambda _: sums) == followed[0].step(counts)
+
+
+def test_codes_in_groups_with_maps_of_their_own_are_slots_each() -> None:
+    bank = Bank(torch.zeros(2, 3, 4), transform="separate")
+    dynamics = BankDynamics(bank, slot_axes=2)
+    with torch.no_grad():
+        bank.base[1, 0] += 1
+    step = dynamics.step(torch.tensor([0, 0, 0, 7, 0, 0]), steps=5)
+    assert step.selected_movement == pytest.approx(2)
+    assert step.unselected_movement == 0
+    assert step.staleness == pytest.approx(25 / 6)

@@ -21,7 +21,7 @@ RANKS, WIDTH, EXPERTS = 2, 8, 6
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "maps": {"expert_out_map": "linear", "expert_in_map": "low_rank", "router_map": "linear"},
-    "per expert": {"expert_out_map": "per_expert", "expert_in_map": "per_expert"},
+    "per expert": {"expert_out_map": "separate", "expert_in_map": "separate"},
     "swiglu": {"expert": "swiglu", "shared_experts": 1, "expert_in_map": "diagonal"},
     "frozen experts": {
         "train_expert_in_base": False,

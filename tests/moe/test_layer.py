@@ -27,10 +27,10 @@ MAPS: list[dict[str, Any]] = [
     {"router_map": "linear", "router_base_width": 3, "train_router_base": False},
     {"expert_out_map": "linear", "expert_in_map": "diagonal", "router_map": "linear"},
     {"expert_out_map": "linear", "gates": "softmax_topk"},
-    {"expert_out_map": "low_rank", "expert_in_map": "per_expert", "map_rank": 2},
-    {"expert_out_map": "per_expert", "router_map": "low_rank", "gates": "sigmoid"},
+    {"expert_out_map": "low_rank", "expert_in_map": "separate", "map_rank": 2},
+    {"expert_out_map": "separate", "router_map": "low_rank", "gates": "sigmoid"},
     {"expert": "swiglu", "expert_in_map": "linear", "expert_out_map": "diagonal"},
-    {"expert": "swiglu", "expert_in_map": "per_expert", "shared_experts": 2},
+    {"expert": "swiglu", "expert_in_map": "separate", "shared_experts": 2},
     {"expert_out_bias": True, "expert_out_map": "linear", "train_expert_out_base": False},
 ]
 MAP_PARAMETERS = {"W", "A", "B", "out_bias"}
@@ -132,8 +132,8 @@ def test_map_after_the_sum_equals_sum_of_mapped_experts() -> None:
     [
         (site, kind)
         for site in ("expert_out_map", "expert_in_map", "router_map")
-        for kind in ("linear", "diagonal", "low_rank", "per_expert")
-        if (site, kind) != ("router_map", "per_expert")
+        for kind in ("linear", "diagonal", "low_rank", "separate")
+        if (site, kind) != ("router_map", "separate")
     ],
 )
 def test_a_map_starts_as_the_identity_so_that_step_0_equals_the_baseline(
@@ -165,7 +165,7 @@ def _same_stream() -> torch.Generator:
 
 
 def test_one_step_moves_every_expert_under_a_shared_map_and_only_the_chosen_without() -> None:
-    for kind, moved in (("none", 1), ("per_expert", 1), ("linear", EXPERTS)):
+    for kind, moved in (("none", 1), ("separate", 1), ("linear", EXPERTS)):
         moe = layer(expert_out_map=kind)
         x = torch.randn(1, WIDTH, dtype=torch.float64)
         with torch.no_grad():
