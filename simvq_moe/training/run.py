@@ -7,6 +7,7 @@ import fcntl
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import shlex
 import shutil
@@ -36,6 +37,7 @@ from simvq_moe.training.engine import (
 from simvq_moe.training.logs import write_json, write_text
 from simvq_moe.training.loop import Interrupted, Trainer, TrainingFailed
 from simvq_moe.training.measures import parameter_counts
+from simvq_moe.training.slurm import adopt_slurm
 from simvq_moe.training.tasks import check_source
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 130
@@ -49,6 +51,7 @@ def train(config: Config) -> int:
     Raises:
         ConfigError: the config can't run here; nothing was written.
     """
+    adopt_slurm(os.environ)
     main = launched_rank() == 0
     check_launch(config, launched_ranks())
     if is_finished(config):
