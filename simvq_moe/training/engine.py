@@ -8,7 +8,6 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simvq_moe.config import Config, OptimizerConfig
 from simvq_moe.core.bank import Bank
-from simvq_moe.moe.router import TopKRouter
-
-NEVER = 1_000_000_000
-"""Steps between DeepSpeed's own log lines."""
+from simvq_moe.moe.router import Router
+from simvq_moe.training.engine_settings import engine_settings, import_deepspeed
 
 
 @dataclass(frozen=True)
@@ -59,19 +56,6 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def import_deepspeed() -> ModuleType:
-    """The deepspeed package, told beforehand what it would otherwise guess aloud."""
-    cuda = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    import deepspeed
-
-    if not cuda:
-        # inference only, compiles C++ at start-up and hangs on a stale lock if that was killed
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
 def start_distributed() -> World:
     """Join the ranks that the launcher started, or be the only one."""
     deepspeed = import_deepspeed()
@@ -96,7 +80,6 @@ def start_distributed() -> World:
 def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     """A DeepSpeed engine over model: `engine(batch)`, `engine.backward(loss)`, `engine.step()`."""
     deepspeed = import_deepspeed()
-    train = config.train
     groups = parameter_groups(model, config.optimizer)
     moe = deepspeed.moe.utils
     if any(moe.is_moe_param(p) for p in model.parameters()):
@@ -112,30 +95,26 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
         model=model,
         optimizer=optimizer,
         lr_scheduler=partial(_schedule, config=config),
-        config={
-            "train_batch_size": train.batch_size,
-            "gradient_accumulation_steps": train.accumulation,
-            "gradient_clipping": train.clip,
-            "zero_optimization": {"stage": train.zero_stage},
-            "bf16": {"enabled": train.dtype == "bf16"},
-            "steps_per_print": NEVER,
-        },
+        config=engine_settings(config),
     )
     return engine
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameters by role: shared maps, router rows, matrices, and vectors, which never decay."""
+    """Parameters by role: shared maps, routers, matrices, and vectors, which never decay."""
     role = {id(p): "vector" if p.ndim < 2 else "matrix" for p in model.parameters()}
     for module in model.modules():
-        if isinstance(module, TopKRouter):
-            role[id(module.bank.base)] = "router"
+        if isinstance(module, Router):
+            role |= {
+                id(p): "router_vector" if p.ndim < 2 else "router" for p in module.parameters()
+            }
         if isinstance(module, Bank):
             role |= {id(p): "map" for p in module.maps}
     settings = {
         "matrix": (1.0, optimizer.weight_decay),
         "vector": (1.0, 0.0),
         "router": (optimizer.router_lr_multiplier, optimizer.weight_decay),
+        "router_vector": (optimizer.router_lr_multiplier, 0.0),
         "map": (optimizer.map_lr_multiplier, 0.0),
     }
     groups: dict[tuple[float, float], dict[str, Any]] = {}

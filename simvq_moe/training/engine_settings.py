@@ -1,0 +1,120 @@
+"""DeepSpeed, imported quietly, and its settings: those of the config, and a user's own on top.
+
+DeepSpeed takes an unknown key without a word, so the keys of the file are checked here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from simvq_moe.config import Config, ConfigError
+from simvq_moe.merging import suggestion
+
+NEVER = 1_000_000_000
+"""Steps between DeepSpeed's own log lines."""
+
+NEVER = 1_000_000_000
+"""Steps between DeepSpeed's own log lines."""
+
+DECIDED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "train.clip",
+    "zero_optimization.stage": "train.zero_stage",
+    "bf16": "train.dtype",
+    "fp16": "train.dtype",
+    "torch_autocast": "train.dtype",
+    "optimizer": "the section optimizer",
+    "scheduler": "the section optimizer",
+    "steps_per_print": "train.log_every",
+    "expert_parallel": "moe.expert_parallel",
+    "use_data_before_expert_parallelism": "moe.expert_parallel",
+}
+"""Keys of DeepSpeed that follow from the config, and from what in it."""
+
+FREE = (
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *("gradient_allreduce_op", "disable_allgather", "data_types", "aio", "compile"),
+    *("comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "log_level"),
+    *("dump_state", "disable_python_gc", "tensorboard", "wandb", "comet", "csv_monitor"),
+)
+"""Keys that a user's file may set."""
+
+
+def import_deepspeed() -> ModuleType:
+    """The deepspeed package, told beforehand what it would otherwise guess aloud."""
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+
+    if not cuda:
+        # inference only, compiles C++ at start-up and hangs on a stale lock if that was killed
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def engine_settings(config: Config) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    Raises:
+        ConfigError: train.deepspeed_config is no JSON object, or sets what it may not.
+    """
+    train = config.train
+    ours: dict[str, Any] = {
+        "train_batch_size": train.batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip,
+        "zero_optimization": {"stage": train.zero_stage},
+        "bf16": {"enabled": train.dtype == "bf16"},
+        "steps_per_print": NEVER,
+    }
+    if train.deepspeed_config is None:
+        return ours
+    theirs = _read(Path(train.deepspeed_config))
+    zero = ours["zero_optimization"] | theirs.get("zero_optimization", {})
+    return ours | theirs | {"zero_optimization": zero}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    key = f"train.deepspeed_config {str(path)!r}"
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{key}: {error.strerror}: give a JSON file") from error
+    except ValueError as error:
+        raise ConfigError(f"{key} is no JSON: {error}") from error
+    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or not isinstance(zero, dict):
+        raise ConfigError(
+            f"{key}: DeepSpeed's settings, and zero_optimization in them, are objects"
+        )
+    for name in [*settings, *(f"zero_optimization.{name}" for name in zero)]:
+        if name in DECIDED:
+            raise ConfigError(f"{key} sets {name!r}, which {DECIDED[name]} decides: drop it there")
+        if "." not in name and name not in FREE:
+            near = suggestion(name, FREE)
+            raise ConfigError(f"{key}: DeepSpeed has no setting {name!r}{near}: drop it")
+    _check_zero(key, zero)
+    return settings
+
+
+def _check_zero(key: str, zero: Mapping[str, Any]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(("zero_optimization", *map(str, first["loc"])))
+        raise ConfigError(f"{key}: {where}: {first['msg']}") from error
