@@ -1,18 +1,14 @@
 """Forward and backward of quantizers side by side, in one process, against the bare product.
 
-Everyone gets the same latents and the same codes; rounds are interleaved, so that a busy machine
-slows all alike, and the best round counts. Time is CPU seconds of the process (wall time on a
-GPU), memory the largest sum of live tensor allocations during one step.
+Everyone gets the same latents, the same codes and the same gradient of the output. Rounds are
+interleaved, so that a busy machine slows all alike, and the best round counts. Time is CPU seconds
+of the process (wall time on a GPU), memory the largest sum of live tensor allocations in a step.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simvq_moe.quantizers import SimVQ
+from simvq_moe.timing import Step, best_of_rounds, installed, megabytes
 
 CASES = [(4096, 1024, 64), (4096, 8192, 128), (4096, 65536, 128), (1024, 262144, 128)]
 """Tokens, codes, width."""
 
 PRODUCT = "fp32 product"
 TILE = 1024
-
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -61,12 +56,9 @@ def bench_quantizer(
         z = torch.randn(tokens, width, device=device) / width**0.5
         q = torch.randn(codes, width, device=device) / width**0.5
         steps = {PRODUCT: _product(z, q), **_contestants(z, q)}
-        best = dict.fromkeys(steps, float("inf"))
-        for _ in range(rounds + 1):  # the first round warms up caches and thread pools too
-            for name, step in steps.items():
-                best[name] = min(best[name], _seconds(step, device))
+        best = best_of_rounds(steps, rounds, device)
         for name, step in steps.items():
-            memory = None if "search" in name or device != "cpu" else _megabytes(step)
+            memory = None if "search" in name or device != "cpu" else megabytes(step)
             relative = best[name] / best[PRODUCT]
             results.append(Measured(tokens, codes, width, name, best[name], relative, memory))
     return results
@@ -103,14 +95,14 @@ def _contestants(z: Tensor, q: Tensor) -> dict[str, Step]:
         "simvq-moe SimVQ": _training_step(lambda x: ours(x)[:3:2], z),
         "plain published formula": _training_step(_PublishedFormula(q), z),
     }
-    if peer := _installed("vector_quantize_pytorch"):
+    if peer := installed("vector_quantize_pytorch"):
         theirs = peer.SimVQ(dim=q.shape[1], codebook_size=len(q), rotation_trick=False)
         theirs.frozen_codebook.copy_(q)
         classic = peer.VectorQuantize(dim=q.shape[1], codebook_size=len(q))
         for name, module in [("SimVQ", theirs), ("VectorQuantize", classic)]:
             call = _peer_call(module.to(z.device))
             steps[f"vector-quantize-pytorch {name}"] = _training_step(call, z)
-    if (faiss := _installed("faiss")) and z.device.type == "cpu":
+    if (faiss := installed("faiss")) and z.device.type == "cpu":
         index = faiss.IndexFlatL2(q.shape[1])
         index.add(q.numpy())
         steps["FAISS, search alone"] = lambda: index.search(z.numpy(), 1)
@@ -142,54 +134,11 @@ def _peer_call(module: torch.nn.Module) -> Callable[[Tensor], tuple[Tensor, Tens
 
 
 def _training_step(call: Callable[[Tensor], tuple[Any, ...]], z: Tensor) -> Step:
+    from_decoder = torch.ones_like(z)
+
     def step() -> None:
         x = z.clone().requires_grad_()
         z_q, loss = call(x)
-        (z_q.square().mean() + loss.sum()).backward()
+        torch.autograd.backward([z_q, loss.sum()], [from_decoder.view_as(z_q), None])
 
     return step
-
-
-def _installed(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
-def _seconds(step: Step, device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-    start = time.process_time()
-    step()
-    return time.process_time() - start
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """The profiler's own C++ code writes to standard error; Python's redirection can't catch it."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _megabytes(step: Step) -> float:
-    with _quiet_stderr(), torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    results: Any = profile.profiler
-    alive = peak = 0
-    for event in results.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak / 1e6

@@ -106,7 +106,7 @@ def nearest_few(
     ids = torch.zeros(len(z), few, dtype=torch.int64, device=z.device)
     best = torch.full((len(z), few), -torch.inf, dtype=z.dtype, device=z.device)
     with _full_precision():
-        for start, tile in book.tiles():
+        for start, tile in book.tiles(book.tile):
             half_norms = book.half_norms(tile)
             for first in range(0, len(z), TOKEN_TILE):
                 rows = slice(first, first + TOKEN_TILE)
@@ -161,7 +161,7 @@ class Codes:
         self.base, self.dtype = base, dtype
         self.W = None if W is None else W.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        self.tile = 8192 if base.is_cuda else 1024
+        self.tile = 8192 if base.is_cuda else 1024  # rows a step of a search in one pass
         self.finite = torch.ones((), dtype=torch.bool, device=base.device)
 
     def __len__(self) -> int:
@@ -186,10 +186,10 @@ class Codes:
             rows, start = rows[len(part) :], start + len(part)
         return torch.cat(parts)
 
-    def tiles(self) -> Iterator[tuple[int, Float[Tensor, "rows width"]]]:
-        """First id and rows of each tile."""
-        for start in range(0, len(self), self.tile):
-            yield start, self.rows(start, start + self.tile)
+    def tiles(self, size: int) -> Iterator[tuple[int, Float[Tensor, "rows width"]]]:
+        """First id and rows of each tile of that many codes."""
+        for start in range(0, len(self), size):
+            yield start, self.rows(start, start + size)
 
     def half_norms(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, " rows"]:
         """|e|^2 / 2 of each row."""
@@ -201,17 +201,19 @@ class Codes:
 def _search(z: Tensor, codes: Codes, ids: Tensor, best: Tensor) -> None:
     """Write the ids and scores of a block of tokens."""
     if not is_worth_screening(z, len(codes)):
-        for start, tile in codes.tiles():
+        for start, tile in codes.tiles(codes.tile):
             _improve(z, tile, codes.half_norms(tile), start, ids, best)
         return
-    for number, may_win in enumerate(groups_that_may_win(z, codes)):
-        rows = may_win.nonzero().squeeze(1)
-        if len(rows):
-            start = number * GROUP
-            group = codes.rows(start, start + GROUP)
-            some_ids, some_best = ids[rows], best[rows]
-            _improve(z[rows], group, codes.half_norms(group), start, some_ids, some_best)
-            ids[rows], best[rows] = some_ids, some_best
+    may_win = groups_that_may_win(z, codes)
+    for start, tile in codes.tiles(codes.tile):
+        half_norms = codes.half_norms(tile)
+        for first in range(0, len(tile), GROUP):
+            tokens = may_win[(start + first) // GROUP].nonzero().squeeze(1)
+            if len(tokens):
+                group = slice(first, first + GROUP)
+                mine, score = ids[tokens], best[tokens]
+                _improve(z[tokens], tile[group], half_norms[group], start + first, mine, score)
+                ids[tokens], best[tokens] = mine, score
 
 
 def _improve(

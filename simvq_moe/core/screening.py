@@ -11,6 +11,7 @@ search, always. Row-wise maxima without an index are cheap; that is why groups a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -24,7 +25,8 @@ SCREEN_FROM_TOKENS = 256
 SCREEN_FROM_CODES = 4096
 """A smaller search costs less in one float32 pass than in two."""
 
-TOKEN_TILE = 1024
+TOKEN_TILE, CODE_TILE = 512, 2048
+"""Sizes of a product: its scores stay in the cache until their maxima are taken."""
 
 U = 2.0**-8
 """Unit roundoff of bfloat16."""
@@ -36,10 +38,10 @@ TINY = torch.finfo(torch.float32).tiny
 
 @runtime_checkable
 class TiledCodes(Protocol):
-    """Codes that come in tiles, whose size is a multiple of `GROUP` but for the last."""
+    """Codes that come in tiles of any number of rows; only the last may be shorter."""
 
     def __len__(self) -> int: ...
-    def tiles(self) -> Iterator[tuple[int, Float[Tensor, "rows width"]]]: ...
+    def tiles(self, size: int) -> Iterator[tuple[int, Float[Tensor, "rows width"]]]: ...
     def half_norms(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, " rows"]: ...
 
 
@@ -60,44 +62,55 @@ def groups_that_may_win(
 ) -> Bool[Tensor, "groups tokens"]:
     """True where a group of `GROUP` codes may hold the token's nearest code in float32."""
     centre = z.mean(0)
-    a = z - centre
-    a16 = a.bfloat16()
+    a16 = (z - centre).bfloat16()
     # (a, -1, -1) · (b, high, low) = a · b - |b|^2 / 2: the half norm in two parts, one rounding
-    factor = torch.cat([a16, a16.new_full((len(a), 2), -1)], 1).T
+    factors = [
+        torch.cat([part, part.new_full((len(part), 2), -1)], 1).T.contiguous()
+        for part in a16.split(TOKEN_TILE)
+    ]
     groups = -(-len(codes) // GROUP)
     top = torch.empty(groups, len(z), dtype=torch.bfloat16)
     length, error = z.new_empty(groups), z.new_empty(groups)
-    for start, tile in codes.tiles():
-        b = tile - centre
+    # one buffer for all products: memory that was never touched costs as much as the writing
+    buffer = top.new_empty((CODE_TILE + GROUP) * TOKEN_TILE)
+    for start, tile in codes.tiles(CODE_TILE):
+        b = _whole_groups(tile) - centre
         half, b16 = codes.half_norms(b), b.bfloat16()
         high = half.bfloat16()
-        here = slice(start // GROUP, (start + len(b) - 1) // GROUP + 1)
+        here = slice(start // GROUP, (start + len(b)) // GROUP)
         length[here] = _group_max((2 * half).sqrt())
         error[here] = _group_max((b - b16).norm(dim=1))
         tile16 = torch.cat([b16, high[:, None], (half - high).bfloat16()[:, None]], 1)
-        for first in range(0, len(z), TOKEN_TILE):
-            rows = slice(first, first + TOKEN_TILE)
-            top[here, rows] = _group_max(tile16 @ factor[:, rows])
+        for first, part in zip(range(0, len(z), TOKEN_TILE), factors, strict=True):
+            shape = (len(b), part.shape[1])
+            score = buffer[: prod(shape)].view(shape)
+            torch.mm(tile16, part, out=score)
+            top[here, first : first + TOKEN_TILE] = _group_max(score)
     keep = torch.empty(groups, len(z), dtype=torch.bool)
     for first in range(0, len(z), TOKEN_TILE):
         rows = slice(first, first + TOKEN_TILE)
         score = top[:, rows].float()
-        slack = _rounding_bound(score, a[rows], a16[rows], z[rows], centre, length, error)
+        slack = _rounding_bound(score, z[rows], a16[rows], centre, length, error)
         # NaN compares false: a token whose bound overflows keeps every group
         keep[:, rows] = ~(score + slack < (score - slack).amax(0))
     return keep
 
 
+def _whole_groups(tile: Float[Tensor, "rows width"]) -> Float[Tensor, "more width"]:
+    """The last code repeated until groups are full, which changes no maximum."""
+    missing = -len(tile) % GROUP
+    return torch.cat([tile, tile[-1:].expand(missing, -1)]) if missing else tile
+
+
 def _group_max(scores: Float[Tensor, "codes ..."]) -> Float[Tensor, "groups ..."]:
     # down the columns, which vectorizes over tokens: twice as fast as along rows
-    return torch.stack([group.amax(0) for group in scores.split(GROUP)])
+    return scores.unflatten(0, (-1, GROUP)).amax(1)
 
 
 def _rounding_bound(
     score: Float[Tensor, "groups tokens"],
-    a: Float[Tensor, "tokens width"],
-    a16: Float[Tensor, "tokens width"],
     z: Float[Tensor, "tokens width"],
+    a16: Float[Tensor, "tokens width"],
     centre: Float[Tensor, " width"],
     length: Float[Tensor, " groups"],
     error: Float[Tensor, " groups"],
@@ -107,14 +120,23 @@ def _rounding_bound(
     `length` bounds |b| in each group and `error` |b - bfloat16(b)|. The terms, in order: both
     factors rounded to bfloat16 (Cauchy-Schwarz), the lower part of the half norm, the largest
     score rounded once (rounding keeps the order, so only its own error counts), float32 sums of
-    `width` terms and the centring in either pass, and underflow.
+    `width` terms and the centring in either pass, and underflow. All but the third are products of
+    a number of the group and one of the token, so that one small matrix product adds them up.
     """
-    b, width = length[:, None], z.shape[1]
-    e = b + centre.norm()
+    width, b, e = z.shape[1], length, length + centre.norm()
+    a = z - centre
     lengths, plain = a.norm(dim=1), z.norm(dim=1)
-    factors = (a - a16).norm(dim=1) * b + a16.float().norm(dim=1) * error[:, None]
-    halves = U * U * b * b / 2
-    sums = (2 * width + 16) * V * (lengths * b + b * b / 2 + plain * e + e * e / 2)
-    underflow = 4 * width * TINY * (1 + lengths + b)
+    sums, least = (2 * width + 16) * V, 4 * width * TINY
+    own = U * U * b * b / 2 + sums * (b * b + e * e) / 2 + least * (1 + b)
+    of_groups = torch.stack([b, error, sums * e, torch.full_like(b, least), own], 1)
+    of_tokens = torch.stack(
+        [
+            (a - a16).norm(dim=1) + sums * lengths,
+            a16.float().norm(dim=1),
+            plain,
+            lengths,
+            torch.ones_like(plain),
+        ]
+    )
     # 1 % covers the rounding of the lengths and of this bound itself
-    return 0.9 * 1.01 * (factors + halves + U * score.abs() + sums + underflow)
+    return (of_groups @ of_tokens).add_(score.abs(), alpha=U).mul_(1.01)

@@ -1,6 +1,12 @@
 """Quantizers: one file a family, all with the contract of `AnyQuantizer` and `Quantized`."""
 
-from simvq_moe.quantizers.base import PADDING, AnyQuantizer, Quantized, Quantizer
+from simvq_moe.quantizers.base import (
+    PADDING,
+    AnyQuantizer,
+    Quantized,
+    Quantizer,
+    SoftAssignment,
+)
 from simvq_moe.quantizers.composed import GroupedQuantizer, Projected, ResidualQuantizer
 from simvq_moe.quantizers.mapped import IBQ, MLPVQ, GroupVQ
 from simvq_moe.quantizers.scalar import BSQ, FSQ, LFQ
@@ -25,4 +31,5 @@ __all__ = [
     "Quantizer",
     "ResidualQuantizer",
     "SimVQ",
+    "SoftAssignment",
 ]

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.gradient import ESTIMATORS, Gradient
-from simvq_moe.core.nearest import nearest
+from simvq_moe.core.nearest import nearest, nearest_few
 from simvq_moe.core.usage import UsageCounter, recomputing
 from simvq_moe.hub import Pretrained
-from simvq_moe.quantizers.ranks import total
+from simvq_moe.quantizers.ranks import share_of_tokens, total
 
 PADDING = -1
 """Id of a masked token; it decodes to zeros."""
@@ -35,6 +35,15 @@ class Quantized(NamedTuple):
     """Weighted sum of `losses`."""
     losses: dict[str, Tensor]
     """Each term by name, unweighted: mean squared error over elements."""
+
+
+class SoftAssignment(NamedTuple):
+    """The codes nearest to each latent, the nearest first, and how it divides between them."""
+
+    ids: Tensor
+    """int64, the leading shape of z and an axis of neighbours; `PADDING` where masked."""
+    weights: Tensor
+    """Positive, a latent's sum to 1; 0 where masked."""
 
 
 class AnyQuantizer(Pretrained):
@@ -81,12 +90,22 @@ class AnyQuantizer(Pretrained):
     def forward(
         self, z: Float[Tensor, "*latents"], mask: Bool[Tensor, "*batch"] | None = None
     ) -> Quantized:
-        """Quantize latents; where `mask` is False the output is 0 and the id is `PADDING`."""
+        """Quantize latents; where `mask` is False the output is 0 and the id is `PADDING`.
+
+        Losses are means over this rank's latents. With a mask, ranks differ in how many they have:
+        in training the losses are then weighted by this rank's share, so that gradients averaged
+        over ranks are those of one rank on the joined batch, and losses averaged over ranks its
+        losses. A loss of z_q needs the same: divide its sum by the mean number of valid latents.
+        That takes a collective, so pass a mask on every rank, even if all or nothing is valid, or
+        on none.
+        """
         rows = self._rows(z, mask)
         with torch.autocast(z.device.type, enabled=False):
             if self.training and self.waits_for_data:
                 self._fit(rows)
             out = self.quantize(rows)
+            if self.training and mask is not None:
+                out = _weighted(out, share_of_tokens(len(rows), out.loss))
         z_q = self._unpacked(out.z_q.to(z.dtype), z, mask, fill=0)
         ids = self._unpacked(out.ids, z, mask, fill=PADDING)
         return out._replace(z_q=z_q.movedim(-1, 1) if self.channels_first else z_q, ids=ids)
@@ -116,7 +135,8 @@ class AnyQuantizer(Pretrained):
         """Start from these latents, of all ranks together, if the start needs data and had none.
 
         The first forward pass in training does so by itself. Call this before a training engine
-        copies the parameters (DeepSpeed, FSDP): it would not see the change.
+        copies the parameters (DeepSpeed, FSDP), for it would not see the change, and before
+        `torch.compile` with fullgraph=True, for whether there are latents at all depends on data.
         """
         if self.waits_for_data:
             self._fit(self._rows(z, mask))
@@ -237,6 +257,37 @@ class Quantizer(AnyQuantizer):
     def update(self, z: Float[Tensor, "tokens width"], ids: Int[Tensor, " tokens"]) -> None:
         """Called with prepared latents and their ids at the end of a training forward pass."""
 
+    @torch.no_grad()
+    def soft_assign(
+        self,
+        z: Float[Tensor, "*latents"],
+        neighbours: int,
+        mask: Bool[Tensor, "*batch"] | None = None,
+    ) -> SoftAssignment:
+        """The `neighbours` nearest codes with weights 1/d^2 over their sum, d the distance.
+
+        This is the membership of the fuzzy nearest-neighbour rule (Keller et al., IEEE Trans. SMC
+        15(4), 1985) and of fuzzy c-means (Bezdek, 1981), both at m = 2. Only ratios of
+        distances enter, so there is no temperature to choose: scaling latents and codes together,
+        rotating or shifting them changes nothing. A latent on a code is that code's alone, or
+        equally of all codes at that very point. Weights flatten with the width, as distances do,
+        and with `neighbours`: compare them at equal `neighbours`.
+
+        Raises:
+            ValueError: there are fewer codes than neighbours.
+        """
+        rows = self._rows(z, mask)
+        with torch.autocast(z.device.type, enabled=False):
+            rows = self.prepare(rows)
+            ids, square = nearest_few(rows, self.codebook(rows.dtype), neighbours)
+        ratio = square[:, :1] / square
+        # 0/0 stands for a latent on a code
+        ratio = torch.where(square[:, :1] > 0, ratio, (square == 0).to(ratio.dtype))
+        weights = ratio / ratio.sum(1, keepdim=True)
+        return SoftAssignment(
+            self._unpacked(ids, z, mask, fill=PADDING), self._unpacked(weights, z, mask, fill=0)
+        )
+
     def _wait_for_data(self) -> None:
         """Start at `initialize`; the checkpoint remembers that it happened."""
         del self.initialized
@@ -251,6 +302,11 @@ class Quantizer(AnyQuantizer):
 
     def extra_repr(self) -> str:
         return f"codes={self.codes}, width={self.width}"
+
+
+def _weighted(out: Quantized, weight: Tensor) -> Quantized:
+    terms = {name: weight * term for name, term in out.losses.items()}
+    return out._replace(loss=weight * out.loss, losses=terms)
 
 
 def _note_initialized(module: nn.Module, _: Any) -> None:

@@ -3,16 +3,24 @@ and IBQ (arXiv:2412.02692), where every code gets a gradient through the softmax
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.bank import Bank
-from simvq_moe.core.nearest import numbered
-from simvq_moe.quantizers.base import Quantized, Quantizer, mean_squared_error, random_codebook
+from simvq_moe.core.nearest import nearest, numbered
+from simvq_moe.quantizers.base import (
+    Quantized,
+    Quantizer,
+    SoftAssignment,
+    mean_squared_error,
+    random_codebook,
+)
+from simvq_moe.quantizers.ranks import copy_from_rank_0
+from simvq_moe.quantizers.simvq import moments
 from simvq_moe.quantizers.vq import VQ, Init
 
 
@@ -23,27 +31,84 @@ class GroupVQ(Quantizer):
         codes: number of codes, a multiple of `groups`.
         width: channels of a code.
         groups: number of maps.
+        init: "identity": every W_g starts as the identity; "data": every group starts with the
+            covariance and mean of the first batch over all ranks, as SimVQ does, so that both
+            start from the same codes. Groups then differ by their base rows alone, independent
+            draws, and part as each map learns from the latents that its own codes win.
         options: those of `Quantizer`.
     """
 
-    def __init__(self, codes: int, width: int, *, groups: int, **options: Any) -> None:
+    def __init__(
+        self,
+        codes: int,
+        width: int,
+        *,
+        groups: int,
+        init: Literal["identity", "data"] = "identity",
+        **options: Any,
+    ) -> None:
         super().__init__(codes, width, **options)
         if codes % groups:
             raise ValueError(f"codes {codes} is no multiple of groups {groups}: change either")
-        bases = random_codebook(codes, width).chunk(groups)
-        self.banks = nn.ModuleList(Bank(base, train_base=False, bias=True) for base in bases)
+        base = random_codebook(codes, width).unflatten(0, (groups, -1))
+        self.bank = Bank(base, transform="separate", train_base=False)
+        self.bias = nn.Parameter(torch.zeros(groups, width))
+        if init == "data":
+            self._wait_for_data()
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
-        rows: list[Tensor] = []
-        for bank in self.banks:
-            assert isinstance(bank, Bank)
-            rows.append(bank.rows(dtype))
-        return torch.cat(rows)
+        rows = self.bank.rows(dtype)
+        return (rows + self.bias.to(rows.dtype)[:, None]).flatten(0, 1)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
-        return self.codebook(dtype)[ids]
+        assert self.bank.W is not None
+        flat = ids.reshape(-1)
+        group = flat // self.bank.base.shape[1]
+        rows = self.bank.base.flatten(0, 1)[flat].to(dtype or self.bank.base.dtype)
+        rows = map_by_group(rows, group, self.bank.W) + self.bias.to(rows.dtype)[group]
+        return rows.reshape((*ids.shape, self.width))
+
+    def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
+        return nearest(z, self.bank.base.flatten(0, 1), W=self.bank.W, bias=self.bias)
+
+    def fit(self, z: Float[Tensor, "tokens width"]) -> None:
+        assert self.bank.W is not None
+        single = Bank(self.bank.base[0], train_base=False, bias=True)
+        single.match(*moments(z))
+        assert single.W is not None
+        assert single.bias is not None
+        self.bank.W.copy_(single.W)
+        self.bias.copy_(single.bias)
+        for parameter in self.parameters():
+            copy_from_rank_0(parameter)
+        self._started()
+
+
+def map_by_group(
+    x: Float[Tensor, "tokens width"],
+    group: Int[Tensor, " tokens"],
+    maps: Float[Tensor, "groups width width"],
+) -> Float[Tensor, "tokens width"]:
+    """x_t @ maps[group_t], in (tokens + groups width) width^2 operations.
+
+    Tokens are sorted into tiles of one group each, as many tiles as any grouping may need: shapes
+    never depend on the data, and a tile of `width` tokens makes its map as large as itself.
+    """
+    groups, tile = len(maps), x.shape[1]
+    number = torch.arange(len(x) // tile + groups, device=x.device)
+    sizes = group.new_zeros(groups).index_add(0, group, torch.ones_like(group))
+    needed = (sizes + tile - 1) // tile
+    first_tile, first = needed.cumsum(0) - needed, sizes.cumsum(0) - sizes
+    order = group.argsort(stable=True)
+    by_group = group[order]
+    within = torch.arange(len(x), device=x.device) - first[by_group]
+    place = torch.empty_like(order).scatter(0, order, first_tile[by_group] * tile + within)
+    packed = x.new_zeros(len(number) * tile, tile).index_copy(0, place, x)
+    owner = torch.searchsorted(needed.cumsum(0), number, right=True).clamp_max(groups - 1)
+    mapped = packed.unflatten(0, (-1, tile)) @ maps.to(x.dtype)[owner]
+    return mapped.flatten(0, 1)[place]
 
 
 class MLPVQ(Quantizer):
@@ -130,3 +195,13 @@ class IBQ(VQ):
         losses = self.losses(z, e) | {"index": mean_squared_error(z_q, z)}
         loss = torch.stack([self.weights[name] * term for name, term in losses.items()]).sum()
         return Quantized(z_q, ids, loss, losses)
+
+    def soft_assign(
+        self,
+        z: Float[Tensor, "*latents"],
+        neighbours: int,
+        mask: Bool[Tensor, "*batch"] | None = None,
+    ) -> SoftAssignment:
+        """Not defined: codes are chosen by z · e and not by distance."""
+        del z, neighbours, mask
+        raise ValueError("IBQ has no nearest codes: its own soft assignment is softmax(z E^T)")

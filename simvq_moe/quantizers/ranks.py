@@ -18,25 +18,32 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-class _Mean(torch.autograd.Function):
-    """Mean over ranks; its backward sums, so that gradients averaged over ranks come out right."""
+class _Total(torch.autograd.Function):
+    """`total`; its backward adds too, so that gradients averaged over ranks come out right."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
-        return total(x) / dist.get_world_size()
+        return total(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
-        return total(gradients[0]) / dist.get_world_size()
+        return total(gradients[0])
 
 
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """The differentiable mean of x over all ranks."""
+def differentiable_total(x: Tensor) -> Tensor:
+    """The sum of x over all ranks, where every rank's loss has the sum in it."""
     if not dist.is_initialized():
         return x
-    mean = _Mean.apply(x)
-    assert isinstance(mean, Tensor)
-    return mean
+    added = _Total.apply(x)
+    assert isinstance(added, Tensor)
+    return added
+
+
+def share_of_tokens(tokens: int, like: Tensor) -> Float[Tensor, ""]:
+    """This rank's tokens over their mean over ranks; 0 where no rank has any."""
+    mine = torch.tensor(float(tokens), dtype=like.dtype, device=like.device)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return ranks * mine / total(mine).clamp_min(1)
 
 
 def copy_from_rank_0(x: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from simvq_moe.core.gradient import straight_through
 from simvq_moe.core.nearest import numbered
 from simvq_moe.quantizers.base import Quantizer, mean_squared_error
-from simvq_moe.quantizers.ranks import mean_over_ranks
+from simvq_moe.quantizers.ranks import differentiable_total, total
 from simvq_moe.quantizers.vq import to_sphere
 
 
@@ -161,9 +161,11 @@ class LFQ(_Grid):
     def _mean_assignment_entropy(self, logits: Tensor) -> Tensor:
         upper, lower = logits.tensor_split([self.width // 2], dim=1)
         # p(c | z) is a product of its halves' probabilities, so its mean is a matrix product
-        mean = _patterns(upper).T @ _patterns(lower) / max(len(logits), 1)
+        summed, tokens = _patterns(upper).T @ _patterns(lower), logits.new_tensor(len(logits))
+        if self.training:  # in evaluation ranks may have different numbers of batches
+            summed, tokens = differentiable_total(summed), total(tokens)
         # the slope of -p log p at 0 is infinite, and the probability of a far code underflows to 0
-        mean = mean_over_ranks(mean).clamp_min(torch.finfo(mean.dtype).tiny)
+        mean = (summed / tokens.clamp_min(1)).clamp_min(torch.finfo(summed.dtype).tiny)
         return torch.special.entr(mean).sum()
 
 

@@ -45,7 +45,7 @@ class SimVQ(Quantizer):
         **options: Any,
     ) -> None:
         super().__init__(codes, width, **options)
-        if transform in ("low_rank", "per_expert"):
+        if transform in ("low_rank", "separate"):
             raise ValueError(f"transform {transform!r} is for experts: use 'linear' or 'diagonal'")
         if init == "data" and transform == "none":
             raise ValueError("init 'data' sets W, but transform 'none' has none: use 'linear'")

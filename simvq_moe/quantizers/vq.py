@@ -14,10 +14,14 @@ from simvq_moe.core.bank import Bank
 from simvq_moe.core.nearest import nearest
 from simvq_moe.quantizers.base import Quantizer, mean_squared_error, random_codebook
 from simvq_moe.quantizers.ranks import copy_from_rank_0, sample, total
+from simvq_moe.quantizers.restart import check_restart, restart_codes
 
 Init = Literal["random", "kmeans"]
 
 KMEANS_ROUNDS = 10
+
+DRAWS_DECAY = 0.99
+"""Weight of the past in the moving average of a learned code's draws."""
 
 
 class VQ(Quantizer):
@@ -27,22 +31,66 @@ class VQ(Quantizer):
         codes: number of codes.
         width: channels of a code.
         init: "random": rows from N(0, 1/width), as SimVQ's; "kmeans": centres of the first batch.
+        restart: a code that is drawn less often a step than this, by a moving average over all
+            ranks, restarts at a random latent of the batch; 0: never.
         options: those of `Quantizer`.
     """
 
-    def __init__(self, codes: int, width: int, *, init: Init = "random", **options: Any) -> None:
+    draws: Tensor
+    step: Tensor
+
+    def __init__(
+        self,
+        codes: int,
+        width: int,
+        *,
+        init: Init = "random",
+        restart: float = 0.0,
+        **options: Any,
+    ) -> None:
         super().__init__(codes, width, **options)
+        check_restart(restart)
+        self.restart = restart
         self.bank = Bank(random_codebook(codes, width), transform="none")
+        # restarts move a buffer that is added to the learned rows, because an optimizer with
+        # weights of its own (DeepSpeed, FSDP) would undo a change of the parameter
+        self.moved: Tensor | None = None
+        if restart:
+            del self.moved
+            self.register_buffer("moved", torch.zeros(codes, width))
+            self.register_buffer("draws", torch.ones(codes))
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         if init == "kmeans":
             self._wait_for_data()
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
-        return self.bank.rows(dtype)
+        rows = self.bank.rows(dtype)
+        return rows if self.moved is None else rows + self.moved.to(rows.dtype)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
-        return self.bank.lookup(ids, dtype)
+        rows = self.bank.lookup(ids, dtype)
+        return rows if self.moved is None else rows + self.moved[ids].to(rows.dtype)
+
+    @torch.no_grad()
+    def update(self, z: Float[Tensor, "tokens width"], ids: Int[Tensor, " tokens"]) -> None:
+        """Restart the codes that are no longer drawn."""
+        if self.moved is None:
+            return
+        ones = self.draws.new_ones(len(ids))
+        drawn = total(self.draws.new_zeros(self.codes).index_add_(0, ids, ones))
+        self.draws.lerp_(drawn, 1 - DRAWS_DECAY)
+        restart_codes(
+            self.moved,
+            self.draws,
+            z,
+            idle=drawn == 0,
+            below=self.restart,
+            step=self.step,
+            origin=self.bank.base,
+        )
+        self.step += 1
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         self.bank.base.copy_(kmeans(self.prepare(z), self.codebook(z.dtype)))
@@ -80,8 +128,8 @@ class EMAVQ(Quantizer):
         width: channels of a code.
         decay: weight of the past in the averages.
         epsilon: Laplace smoothing, in draws.
-        restart: a code whose count falls below this many draws a step becomes a random latent of
-            the batch, with a count of one; 0: never.
+        restart: a code whose count falls below this many draws a step restarts at a random latent
+            of the batch, with a count of one; 0: never.
         init: "random": rows from N(0, 1/width); "kmeans": centres of the first batch.
         options: those of `Quantizer`, without a codebook loss.
     """
@@ -103,8 +151,7 @@ class EMAVQ(Quantizer):
         **options: Any,
     ) -> None:
         super().__init__(codes, width, **options)
-        if not 0 <= restart < 1:
-            raise ValueError(f"restart {restart}: choose 0 (never) or less than 1, the first count")
+        check_restart(restart)
         self.decay = decay
         self.epsilon = epsilon
         self.restart = restart
@@ -137,22 +184,18 @@ class EMAVQ(Quantizer):
     @torch.no_grad()
     def update(self, z: Float[Tensor, "tokens width"], ids: Int[Tensor, " tokens"]) -> None:
         """Move the averages by the batch of all ranks."""
-        sums, counts = assigned(z.to(self.sums.dtype), ids, self.codes)
+        sums, drawn = assigned(z.to(self.sums.dtype), ids, self.codes)
         self.sums.lerp_(sums, 1 - self.decay)
-        self.counts.lerp_(counts, 1 - self.decay)
+        self.counts.lerp_(drawn, 1 - self.decay)
         if self.restart:
-            self._restart(z)
+            # sums and counts, or the next average would undo the restart
+            restart_codes(
+                self.sums, self.counts, z, idle=drawn == 0, below=self.restart, step=self.step
+            )
         all_counts = self.counts.sum()
         smoothed = (self.counts + self.epsilon) / (all_counts + self.codes * self.epsilon)
         self.codes_now.copy_(self.sums / (smoothed * all_counts)[:, None])
         self.step += 1
-
-    def _restart(self, z: Tensor) -> None:
-        starved = (self.counts < self.restart).nonzero().squeeze(1)
-        latents = sample(z, len(starved), seed=int(self.step)).to(self.sums.dtype)
-        # with sums and count reset, or the next average would undo the restart
-        self.sums[starved[: len(latents)]] = latents
-        self.counts[starved[: len(latents)]] = 1
 
 
 def to_sphere(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:

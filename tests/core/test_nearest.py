@@ -38,6 +38,14 @@ def test_ties_go_to_the_lowest_id_across_tiles() -> None:
     assert torch.equal(nearest(z, many), brute_force(z, book))
 
 
+@pytest.mark.parametrize("groups", [1, 3, 5])
+def test_a_map_for_each_block_of_codes_is_searched_as_its_rows(groups: int) -> None:
+    torch.manual_seed(0)
+    q, W, b = torch.randn(groups, 700, 4), torch.randn(groups, 4, 6), torch.randn(groups, 6)
+    z, rows = torch.randn(50, 6), (q @ W + b[:, None]).flatten(0, 1)
+    assert torch.equal(nearest(z, q.flatten(0, 1), W=W, bias=b), brute_force(z, rows))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["latents", "codebook"])
 def test_input_that_is_not_finite_is_an_error_and_never_a_silent_id(

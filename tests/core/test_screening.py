@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,6 +69,76 @@ def test_the_group_of_the_nearest_code_is_kept(
     single = (z @ e.T - e.square().sum(1) / 2).argmax(1)
     for ids in (exact, single):
         assert bool(keep[ids // GROUP, torch.arange(tokens)].all())
+
+
+def aligned(near: float, width: int, gap: float = 2.0**-12) -> tuple[Tensor, Tensor]:
+    """Latents +-x s and two groups of equal codes, -near s and a slightly better one beyond x s.
+
+    s is a vector of signs, so that every channel of a latent and of a code is rounded by the same
+    amount and Cauchy-Schwarz holds with equality. x lies halfway between two bfloat16 numbers and
+    rounds down as the better code does, whose score therefore loses all that the bound allows.
+    """
+    s = torch.randint(2, (width,), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
+    x = 1 + 2.0**-8
+    far = (2 * x + near) * (1 - gap)
+    z = torch.stack([x * s, -x * s]).repeat(20, 1)
+    return z, torch.cat([(-near * s).repeat(GROUP, 1), (far * s).repeat(GROUP, 1)])
+
+
+def shifted(width: int) -> tuple[Tensor, Tensor]:
+    """Far from the origin float32 rounds scores by more than codes differ."""
+    g = torch.Generator().manual_seed(0)
+    z, e = torch.randn(40, width, generator=g), torch.randn(600, width, generator=g)
+    return z + 1000, e + 1000
+
+
+def loses(z: Tensor, e: Tensor) -> bool:
+    """Whether a token misses the group of its nearest code, the exact one or the float32 one."""
+    keep = groups_that_may_win(z, Codes(e, None, None, torch.float32))
+    exact = z.double() @ e.double().T - e.double().square().sum(1) / 2
+    single = z @ e.T - e.square().sum(1) / 2
+    tokens = torch.arange(len(z))
+    return not all(bool(keep[x.argmax(1) // GROUP, tokens].all()) for x in (exact, single))
+
+
+NEAR = [0.0, 2.0**-6, 0.25, 0.26, 0.5]
+
+
+@pytest.mark.parametrize("near", NEAR)
+@pytest.mark.parametrize("width", [4, 16, 64, 256])
+def test_no_code_is_lost_where_all_rounding_errors_align(near: float, width: int) -> None:
+    z, e = aligned(near, width)
+    assert not loses(z, e)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "is_worth_screening", lambda *_: True)
+        assert torch.equal(nearest(z, e), torch.tensor([GROUP, 0]).repeat(20))
+
+
+@pytest.mark.parametrize(("factor", "cases"), [(0.9, NEAR[:2]), (0.7, NEAR)])
+def test_a_smaller_bound_would_lose_codes(
+    factor: float, cases: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the test before this one notices a bound that is too small."""
+    whole = screening._rounding_bound
+    monkeypatch.setattr(screening, "_rounding_bound", lambda *terms: factor * whole(*terms))
+    assert all(loses(*aligned(near, width)) for near in cases for width in (16, 64))
+
+
+@pytest.mark.parametrize(
+    ("unit", "build"),
+    [
+        ("U", lambda: aligned(near=0.078125, width=2, gap=2.0**-20)),
+        ("V", lambda: shifted(32)),
+        ("TINY", lambda: data("tiny", 40, 600, 8, seed=0)),
+    ],
+)
+def test_no_unit_of_rounding_can_be_left_out(
+    unit: str, build: Callable[[], tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z, e = build()
+    assert not loses(z, e)
+    monkeypatch.setattr(screening, unit, 0.0)
+    assert loses(z, e)
 
 
 @settings(deadline=None)

@@ -32,9 +32,11 @@ from simvq_moe.quantizers import (
 FAMILIES: dict[str, Callable[..., AnyQuantizer]] = {
     "vq": lambda **o: VQ(12, 4, **o),
     "vq kmeans": lambda **o: VQ(12, 4, init="kmeans", **o),
+    "vq restart": lambda **o: VQ(12, 4, restart=0.99, **o),
     "ema": lambda **o: EMAVQ(12, 4, **o),
     "ema restart": lambda **o: EMAVQ(12, 4, restart=0.9, **o),
     "cosine": lambda **o: CosineVQ(12, 4, **o),
+    "cosine restart": lambda **o: CosineVQ(12, 4, restart=0.99, **o),
     "simvq": lambda **o: SimVQ(12, 4, **o),
     "simvq diagonal": lambda **o: SimVQ(12, 4, transform="diagonal", bias=True, **o),
     "simvq both": lambda **o: SimVQ(12, 4, train_base=True, **o),
@@ -43,6 +45,7 @@ FAMILIES: dict[str, Callable[..., AnyQuantizer]] = {
     "simvq rotation": lambda **o: SimVQ(12, 4, gradient="rotation", **o),
     "simvq diveq": lambda **o: SimVQ(12, 4, gradient="diveq", **o),
     "group": lambda **o: GroupVQ(12, 4, groups=3, **o),
+    "group data": lambda **o: GroupVQ(12, 4, groups=3, init="data", **o),
     "mlp": lambda **o: MLPVQ(12, 4, **o),
     "ibq": lambda **o: IBQ(12, 4, **o),
     "fsq": lambda **o: FSQ([4, 5, 3], **o),
@@ -219,29 +222,49 @@ def test_loading_as_another_class_names_the_right_one(tmp_path: Path) -> None:
         Pretrained.from_pretrained(tmp_path)
 
 
-# a restart draws as many latents as codes starve, a shape that depends on data
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "ema restart"])
-def test_forward_compiles_without_a_graph_break(name: str) -> None:
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_forward_compiles_without_a_graph_break(name: str, training: bool) -> None:
+    assert_compiled_equals_eager(FAMILIES[name], training, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("training", [True, False])
+def test_simvq_compiles_to_kernels_that_give_the_same(training: bool) -> None:
+    assert_compiled_equals_eager(FAMILIES["simvq"], training, backend="inductor")
+
+
+def assert_compiled_equals_eager(
+    build: Callable[..., AnyQuantizer], training: bool, backend: str
+) -> None:
+    """Two passes, the second on what the first has changed."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    quantizer = FAMILIES[name]()
+    quantizer = build()
     train_one_step(quantizer)
-    z = torch.randn(8, quantizer.width, requires_grad=True)
-    twin = copy.deepcopy(quantizer)
-    torch.manual_seed(1)
-    a = quantizer(z)
-    torch.manual_seed(1)
-    compiled: Any = torch.compile(twin, backend="aot_eager", fullgraph=True)
-    b = compiled(z)
-    assert torch.equal(a.ids, b.ids)
-    assert_close(a.z_q, b.z_q)
-    assert_close(a.loss, b.loss)
-    for x, y in zip(counters(quantizer), counters(twin), strict=True):
-        assert torch.equal(x.counts, y.counts)
-    gradients = [torch.autograd.grad((out.z_q.sin().sum() + out.loss), z)[0] for out in (a, b)]
-    if "diveq" not in str(quantizer.__dict__["arguments"]):  # its noise is drawn by other kernels
-        assert_close(*gradients)
+    twin = copy.deepcopy(quantizer.train(training))
+    compiled: Any = torch.compile(twin, backend=backend, fullgraph=True)
+    for _ in range(2):
+        z = torch.randn(8, quantizer.width, requires_grad=True)
+        torch.manual_seed(1)
+        a = quantizer(z)
+        torch.manual_seed(1)
+        b = compiled(z)
+        assert torch.equal(a.ids, b.ids)
+        assert_close(a.z_q, b.z_q)
+        assert_close(a.loss, b.loss)
+        assert_close(a.losses, b.losses)
+        found: list[Any] = []
+        for quantized, module in ((a, quantizer), (b, twin)):
+            inputs = [z, *module.parameters()]
+            loss = quantized.z_q.sin().sum() + quantized.loss
+            found.append(torch.autograd.grad(loss, inputs, allow_unused=True))
+        assert_close(*found)
+        assert_close(twin.state_dict(), quantizer.state_dict())
+        for x, y in zip(counters(quantizer), counters(twin), strict=True):
+            assert torch.equal(x.counts, y.counts)
 
 
 def test_a_wrong_width_names_the_shape() -> None:

@@ -1,21 +1,24 @@
-"""Two ranks give the codebook of one rank on the joined batch, for every quantizer."""
+"""Ranks give the codebook of one rank on the joined batch, for every quantizer and any masks."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
 from simvq_moe.core.usage import counters
-from simvq_moe.quantizers import IBQ, MLPVQ, AnyQuantizer, CosineVQ, GroupVQ, Projected
+from simvq_moe.quantizers import BSQ, IBQ, MLPVQ, AnyQuantizer, CosineVQ, GroupVQ, Projected
 
-STEPS, TOKENS, WIDTH = 4, 32, 4
+RANKS, STEPS, TOKENS, WIDTH = 3, 4, 33, 4
 
 
 def quantizers() -> dict[str, AnyQuantizer]:
@@ -23,70 +26,129 @@ def quantizers() -> dict[str, AnyQuantizer]:
     return {
         "vq": VQ(12, WIDTH),
         "vq kmeans": VQ(12, WIDTH, init="kmeans"),
+        "vq restart": VQ(12, WIDTH, restart=0.99),
         "ema": EMAVQ(12, WIDTH, decay=0.9),
         "ema kmeans": EMAVQ(12, WIDTH, decay=0.9, init="kmeans"),
         "ema restart": EMAVQ(12, WIDTH, decay=0.5, restart=0.9),
         "cosine": CosineVQ(12, WIDTH),
+        "cosine restart": CosineVQ(12, WIDTH, restart=0.99),
         "simvq": SimVQ(12, WIDTH),
         "simvq data": SimVQ(12, WIDTH, init="data"),
         "simvq both": SimVQ(12, WIDTH, train_base=True, bias=True),
         "group": GroupVQ(12, WIDTH, groups=2),
+        "group data": GroupVQ(12, WIDTH, groups=2, init="data"),
         "mlp": MLPVQ(12, WIDTH),
         "ibq": IBQ(12, WIDTH),
         "projected lfq": Projected(LFQ(3, temperature=1.0), WIDTH),
+        "projected bsq": Projected(BSQ(3, temperature=1.0), WIDTH),
         "residual": ResidualQuantizer([EMAVQ(6, WIDTH), SimVQ(6, WIDTH, init="data")]),
         "fsq": Projected(FSQ([4, 3]), WIDTH),
     }
 
 
-def trained(rank: int, ranks: int) -> dict[str, Any]:
-    """State and usage of each quantizer after a few data-parallel steps on this rank's share."""
+def valid(step: int) -> Tensor:
+    """Where latents are valid: nearly all of one rank's, one of the next, none of the third."""
+    mask = torch.zeros(RANKS, TOKENS // RANKS, dtype=torch.bool)
+    mask[step % RANKS, 2:] = mask[(step + 1) % RANKS, 5] = True
+    return mask.flatten()
+
+
+def trained(rank: int, ranks: int, *, masked: bool) -> dict[str, Any]:
+    """State, usage and mean loss of each quantizer after steps on this rank's share."""
     found: dict[str, Any] = {}
     for name, quantizer in quantizers().items():
-        parameters = list(quantizer.parameters())
+        parameters, losses = list(quantizer.parameters()), []
         generator = torch.Generator().manual_seed(1)
         for step in range(STEPS):
             batch = torch.randn(TOKENS, WIDTH, generator=generator) + 2
-            if name.startswith("ema") and step == STEPS - 1:
+            if "restart" in name and step == STEPS - 1:
                 batch = batch[:1].repeat(TOKENS, 1)  # most codes starve
-            out = quantizer(batch.chunk(ranks)[rank])
-            if not parameters:
-                continue
+            mask = valid(step) if masked else torch.ones(TOKENS, dtype=torch.bool)
+            mine = mask.chunk(ranks)[rank]
+            out = quantizer(batch.chunk(ranks)[rank], mine if masked else None)
+            losses.append(mean(out.loss.detach(), ranks))
             quantizer.zero_grad()
-            (out.loss + out.z_q.sin().mean()).backward()
+            if parameters:
+                task = out.z_q[mine].sin().sum() / (int(mask.sum()) / ranks)
+                (out.loss + task).backward()
             for parameter in parameters:
                 if parameter.grad is not None:
-                    if ranks > 1:
-                        dist.all_reduce(parameter.grad)
-                    parameter.data -= 0.1 * parameter.grad / ranks
+                    parameter.data -= 0.1 * mean(parameter.grad, ranks)
         counts = [counter.counts for counter in counters(quantizer)]
-        found[name] = ({k: v.clone() for k, v in quantizer.state_dict().items()}, counts)
+        state = {k: v.clone() for k, v in quantizer.state_dict().items()}
+        found[name] = {"state": state, "counts": counts, "losses": losses}
     return found
 
 
-def worker(rank: int, ranks: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=ranks
-    )
-    torch.save(trained(rank, ranks), f"{directory}/{rank}.pt")
-    # a rank without a valid token still enters every collective
-    torch.manual_seed(0)
-    ema = EMAVQ(4, 2, restart=0.5)
-    ema(torch.randn(5 * rank, 2))
-    torch.save(ema.codebook(), f"{directory}/empty{rank}.pt")
+def mean(x: Tensor, ranks: int) -> Tensor:
+    x = x.clone()
+    if ranks > 1:
+        dist.all_reduce(x)
+    return x / ranks
+
+
+def compiled_equals_eager(rank: int) -> None:
+    """Collectives are part of the graph."""
+    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks cannot be traced
+    for name in ("ema restart", "projected lfq"):
+        quantizer = quantizers()[name]
+        twin = copy.deepcopy(quantizer)
+        compiled: Any = torch.compile(twin, backend="aot_eager", fullgraph=True)
+        z = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(rank))
+        a, b = quantizer(z), compiled(z)
+        assert_close(b, a)
+        assert_close(twin.state_dict(), quantizer.state_dict())
+
+
+def train(rank: int, directory: str) -> None:
+    join(rank, directory)
+    for masked in (False, True):
+        torch.save(trained(rank, RANKS, masked=masked), f"{directory}/{rank}{masked}.pt")
+    if rank == 0:  # a batch more than the others have: evaluation must not wait for them
+        for quantizer in quantizers().values():
+            quantizer.eval()(torch.randn(5, WIDTH), torch.arange(5) < 3)
     dist.destroy_process_group()
 
 
+def compile_(rank: int, directory: str) -> None:
+    join(rank, directory)
+    compiled_equals_eager(rank)
+    dist.destroy_process_group()
+
+
+def join(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=RANKS
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each rank has found."""
+    path = tmp_path_factory.mktemp("ranks")
+    spawn(train, args=(str(path),), nprocs=RANKS)
+    return path
+
+
 @pytest.mark.distributed
-def test_two_ranks_give_the_codebook_of_one_rank_on_the_joined_batch(tmp_path: Path) -> None:
-    spawn(worker, args=(2, str(tmp_path)), nprocs=2)
-    single = trained(0, 1)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name, (state, counts) in single.items():
-        for rank in (first, second):
-            assert_close(rank[name][0], state, msg=lambda m, name=name: f"{name}: {m}")
-        both = [a + b for a, b in zip(first[name][1], second[name][1], strict=True)]
-        assert_close(both, counts, msg=lambda m, name=name: f"{name}: {m}")
-    empty = [torch.load(tmp_path / f"empty{rank}.pt") for rank in range(2)]
-    assert_close(*empty)
+@pytest.mark.parametrize("masked", [False, True])
+def test_ranks_give_the_codebook_of_one_rank_on_the_joined_batch(
+    folder: Path, masked: bool
+) -> None:
+    single = trained(0, 1, masked=masked)
+    ranks = [torch.load(folder / f"{rank}{masked}.pt") for rank in range(RANKS)]
+    for name, expected in single.items():
+        for rank in ranks:
+            assert_close(rank[name]["state"], expected["state"], msg=lambda m, n=name: f"{n}: {m}")
+            assert_close(
+                rank[name]["losses"], expected["losses"], msg=lambda m, n=name: f"{n}: {m}"
+            )
+        added = [sum(each) for each in zip(*(rank[name]["counts"] for rank in ranks), strict=True)]
+        assert_close(added, expected["counts"], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_collectives_are_part_of_the_compiled_graph(tmp_path: Path) -> None:
+    spawn(compile_, args=(str(tmp_path),), nprocs=RANKS)

@@ -7,7 +7,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from simvq_moe import FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
 from simvq_moe.core.usage import counters
@@ -21,6 +24,7 @@ from simvq_moe.quantizers import (
     Projected,
     Quantizer,
 )
+from simvq_moe.quantizers.mapped import map_by_group
 
 
 def test_fsq_rounds_the_bounded_latent_and_counts_in_mixed_radix() -> None:
@@ -141,13 +145,11 @@ def test_group_codes_have_the_map_of_their_group() -> None:
         for parameter in quantizer.parameters():
             parameter.add_(torch.randn_like(parameter))
     state = quantizer.state_dict()
-    naive = torch.cat(
-        [
-            state[f"banks.{g}.base"] @ state[f"banks.{g}.W"] + state[f"banks.{g}.bias"]
-            for g in (0, 1)
-        ]
-    )
+    q, W, b = state["bank.base"], state["bank.W"], state["bias"]
+    naive = torch.stack([q[i // 3, i % 3] @ W[i // 3] + b[i // 3] for i in range(6)])
     assert_close(quantizer.codebook().detach(), naive)
+    ids = torch.tensor([[5, 0], [3, 3]])
+    assert_close(quantizer.decode(ids).detach(), naive[ids])
     before = quantizer.codebook().detach().clone()
     quantizer(before[4:5] + 0.01).loss.backward()
     torch.optim.SGD(quantizer.parameters(), lr=0.1).step()
@@ -155,6 +157,35 @@ def test_group_codes_have_the_map_of_their_group() -> None:
     assert moved.tolist() == [False] * 3 + [True] * 3
     with pytest.raises(ValueError, match="codes 7 is no multiple of groups 2"):
         GroupVQ(7, 3, groups=2)
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.integers(0, 40),
+    width=st.integers(1, 6),
+    groups=st.integers(1, 5),
+    seed=st.integers(0, 2**16),
+)
+def test_each_row_meets_the_map_of_its_group(
+    tokens: int, width: int, groups: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=g, dtype=torch.float64)
+    maps = torch.randn(groups, width, width, generator=g, dtype=torch.float64, requires_grad=True)
+    group = torch.randint(groups, (tokens,), generator=g)
+    found = map_by_group(x, group, maps)
+    naive = (x[:, :, None] * maps[group]).sum(1)
+    assert_close(found, naive)
+    gradients = [torch.autograd.grad(y.sin().sum(), maps)[0] for y in (found, naive)]
+    assert_close(*gradients)
+
+
+def test_the_lookup_of_groups_costs_what_its_tokens_cost() -> None:
+    quantizer, ids = GroupVQ(1024, 8, groups=4), torch.arange(0, 1024, 16)
+    with FlopCounterMode(display=False) as counted:
+        quantizer.lookup(ids)
+    # a product and a sum for each of 8 x 8 entries; four tiles of 8 tokens may be padding
+    assert counted.get_total_flops() <= 2 * (len(ids) + 4 * 8) * 8 * 8
 
 
 def test_one_group_is_simvq_with_a_bias() -> None:

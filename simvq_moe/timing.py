@@ -1,0 +1,76 @@
+"""Time and memory of steps side by side, in one process.
+
+Rounds are interleaved, so that a busy machine slows all alike, and the best round counts. Time is
+CPU seconds of the process (wall time on a GPU), memory the largest sum of live tensor allocations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+Step = Callable[[], object]
+
+
+def best_of_rounds(steps: Mapping[str, Step], rounds: int, device: str) -> dict[str, float]:
+    """Seconds of each step in its best round; one more round first warms up caches and pools."""
+    best = dict.fromkeys(steps, float("inf"))
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            best[name] = min(best[name], seconds(step, device))
+    return best
+
+
+def seconds(step: Step, device: str) -> float:
+    """CPU seconds of the process, on a GPU wall time until it has finished."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def megabytes(step: Step) -> float:
+    """Largest sum of live tensor allocations within the step, on the CPU."""
+    with _quiet_stderr(), torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    results: Any = profile.profiler
+    alive = peak = 0
+    for event in results.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak / 1e6
+
+
+def installed(name: str) -> Any:
+    """The module, or None."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's own C++ code writes to standard error; Python's redirection can't catch it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
