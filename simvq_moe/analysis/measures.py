@@ -7,7 +7,7 @@ is the last part of the name, so codes and experts share one row of the table be
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 MISSING = "–"
@@ -46,6 +46,10 @@ MEASURES: dict[str, Measure] = {
     "mse": Measure("MSE", better="lower"),
     "psnr": Measure("PSNR (dB)", 2, better="higher"),
     "ssim": Measure("SSIM", 4, better="higher"),
+    "mel_distance": Measure("mel distance", 4, better="lower"),
+    "si_sdr": Measure("SI-SDR (dB)", 2, better="higher"),
+    "stoi": Measure("STOI", 3, better="higher"),
+    "pesq": Measure("PESQ", 2, better="higher"),
     "loss": Measure("loss", 4, better="lower"),
     "bits_per_byte": Measure("bits/byte", 4, better="lower"),
     "used": Measure("used", 1, "share", "higher"),
@@ -67,12 +71,27 @@ MEASURES: dict[str, Measure] = {
     "effective_rank": Measure("effective rank of W", 1),
     "condition": Measure("condition number of W", 1, log=True),
     "identity_distance": Measure("distance of W from the identity", 3),
+    "router_entropy": Measure("router entropy", 3),
+    "confidence": Measure("router confidence p₁ − p₂", 3),
+    "boundary_margin": Measure("boundary margin of the logits", 3),
+    "importance_cv2": Measure("importance CV²", 3, better="lower"),
+    "fluctuation": Measure("first choices changed since the last evaluation", 1, "share"),
+    "saturation_at": Measure("router saturation", 1, "share"),
+    "co_activation": Measure("co-activation with the most frequent partner", 1, "share"),
+    "co_activation_null": Measure("co-activation by chance", 1, "share"),
+    "domain_information": Measure("bits that an expert tells about the domain", 3),
+    "token_information": Measure("bits that an expert tells about the token", 3),
+    "output_similarity": Measure("cosine of two experts' outputs", 3),
+    "output_similarity_before_map": Measure("cosine of two experts' outputs before the map", 3),
 }
 
 
 def measure(name: str) -> Measure:
     """The measure that a metric is of; an unknown one is printed with four digits."""
     leaf = name.rsplit("/", 1)[-1]
+    if leaf.isdigit():  # a step, as in "val/moe/mean/saturation_at/150"
+        at = measure(name.rsplit("/", 1)[0])
+        return replace(at, label=f"{at.label} at step {leaf}")
     return MEASURES.get(leaf, Measure(leaf.replace("_", " ")))
 
 

@@ -17,7 +17,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -27,6 +27,7 @@ from jaxtyping import Int64, Integer, UInt
 from torch import Tensor
 
 from simvq_moe.config import ConfigError
+from simvq_moe.data.domains import Domains, domain_of, load_domains, number_domains
 from simvq_moe.data.order import Indices, held_out_by_name
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ STDLIB_WITHOUT = NO_LIBRARY | TESTS | GENERATED_TABLES
 """Folders of the standard library that "python-stdlib" leaves out."""
 SMALLEST_VOCABULARY = 257
 """Every byte and the end of text."""
-LAYOUT = "1"
+DOMAINS = "held_out_domains.npz"
+LAYOUT = "2"
 """Names the way in which token files are made; a new one makes old caches unused."""
 WAY_OUT = (
     "give a folder or file of text (.txt, .md, .py, ...), .jsonl or .parquet (field 'text'), or "
@@ -74,6 +76,8 @@ class TokenWindows:
 
     tokens: UInt[np.ndarray, " tokens"]
     context: int
+    domains: Domains | None = None
+    """Of the documents; None: not known."""
 
     def __len__(self) -> int:
         return max(len(self.tokens) - 1, 0) // self.context
@@ -82,6 +86,13 @@ class TokenWindows:
         """The windows named by indices, each of context + 1 tokens."""
         starts = np.asarray(indices)[:, None] * self.context
         return torch.from_numpy(self.tokens[starts + np.arange(self.context + 1)].astype(np.int64))
+
+    def domains_of(self, indices: Indices) -> Int64[np.ndarray, "batch context"] | None:
+        """Domains of the windows' inputs, numbers of `domains.names`."""
+        if self.domains is None:
+            return None
+        starts = np.asarray(indices)[:, None] * self.context
+        return self.domains.of_tokens(self.tokens, starts + np.arange(self.context))
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,7 @@ def token_windows(
         TokenWindows(np.load(folder / f"{part}.npy", mmap_mode="r"), context)
         for part in ("train", "held_out")
     )
+    held_out = replace(held_out, domains=load_domains(folder / DOMAINS))
     if not (len(train) and len(held_out)):
         raise ConfigError(
             f"data.context {context}: data.source {source!r} has only {len(train.tokens)} training "
@@ -274,18 +286,20 @@ def _encode(
     for part, documents in (("train", train), ("held_out", held_out)):
         tokens = _write_tokens(documents, tokenizer, built / f"{part}.npy")
         manifest[part] = {"documents": len(documents), "tokens": tokens}
+    number_domains(list(held_out["domain"])).save(built / DOMAINS)
     (built / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def _read(source: str, files: list[_File], scratch: str) -> Dataset:
-    """Every document, with the name that decides its side: the file's, or the row's content."""
+    """Every document, with its domain and the name that decides its side: the file's, or the row's
+    content."""
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError
 
     try:
         return Dataset.from_generator(
             _documents,
-            features=Features({"name": Value("string"), "text": Value("string")}),
+            features=Features({name: Value("string") for name in ("name", "domain", "text")}),
             cache_dir=scratch,
             gen_kwargs={"files": files, "scratch": scratch},
         )
@@ -297,13 +311,16 @@ def _read(source: str, files: list[_File], scratch: str) -> Dataset:
 def _documents(files: list[_File], scratch: str) -> Iterator[dict[str, str]]:
     found = False
     for path, name in files:
-        if path.suffix.lower() not in ROW_SUFFIXES:
+        rows = path.suffix.lower() in ROW_SUFFIXES
+        domain = domain_of(name, rows=rows)
+        if not rows:
             found = True
-            yield {"name": name, "text": path.read_bytes().decode()}
+            yield {"name": name, "domain": domain, "text": path.read_bytes().decode()}
             continue
         for text in _rows(path, scratch):
             found = True
-            yield {"name": hashlib.sha256(text.encode()).hexdigest(), "text": text}
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            yield {"name": digest, "domain": domain, "text": text}
     if not found:
         raise ValueError("no row has a text")
 
@@ -331,11 +348,13 @@ def _split(documents: Dataset) -> tuple[Dataset, Dataset]:
         is_held_out = np.array(held_out_by_name(names, HELD_OUT_SHARE))
         train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
         return documents.select(train), documents.select(held_out)
-    texts = list(documents["text"])
+    texts, of = list(documents["text"]), list(documents["domain"])
     ends = [round((1 - HELD_OUT_SHARE) * len(text)) for text in texts]
+    parts = zip(texts, ends, strict=True)
+    train, held_out = zip(*((text[:end], text[end:]) for text, end in parts), strict=True)
     return (
-        Dataset.from_dict({"text": [t[:end] for t, end in zip(texts, ends, strict=True)]}),
-        Dataset.from_dict({"text": [t[end:] for t, end in zip(texts, ends, strict=True)]}),
+        Dataset.from_dict({"domain": of, "text": list(train)}),
+        Dataset.from_dict({"domain": of, "text": list(held_out)}),
     )
 
 

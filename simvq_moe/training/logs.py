@@ -7,11 +7,13 @@ interrupted run leaves the same records as an uninterrupted one.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 from PIL import Image
 
 from simvq_moe.training.measures import Layer
@@ -58,12 +60,41 @@ class RunLog:
         Image.fromarray(pixels).save(folder / f"val_{step:06d}.png")
         self.tensorboard.image("samples", pixels, step)
 
+    def write_sounds(self, step: int, sounds: Mapping[str, np.ndarray], sample_rate: int) -> None:
+        """samples/val_<step>/<number>_<name>.wav and the same in TensorBoard.
+
+        Args:
+            sounds: by name, each (samples, time) in [-1, 1].
+            sample_rate: Hz.
+        """
+        folder = self.run_dir / "samples" / f"val_{step:06d}"
+        folder.mkdir(exist_ok=True, parents=True)
+        for name, clips in sounds.items():
+            for i, clip in enumerate(clips):
+                soundfile.write(folder / f"{i}_{name}.wav", clip, sample_rate)
+                self.tensorboard.sound(f"samples/{i}_{name}", clip, step, sample_rate)
+
+    def write_text(self, step: int, text: str) -> None:
+        """samples/val_<step>.txt and the same text in TensorBoard."""
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        (folder / f"val_{step:06d}.txt").write_text(text)
+        # indented, so that Markdown leaves it as it is
+        self.tensorboard.text("samples", textwrap.indent(text, "    "), step)
+
+    def write_pictures(self, step: int, pictures: Mapping[str, np.ndarray], rows: str) -> None:
+        """Heat maps in TensorBoard, (height, width, 3) uint8 by name, and what their rows are."""
+        for name, pixels in pictures.items():
+            self.tensorboard.image(name, pixels, step)
+        if pictures:
+            self.tensorboard.text("val/moe/rows_of_pictures", rows, step)
+
     def write_usage(self) -> None:
         """usage.npz: int64 counts [log step, layer, slot], and of the held-out set; zero-padded."""
         arrays = {}
         for which in ("", "val_"):
             arrays[f"{which}steps"] = np.array(self.steps[which], dtype=np.int64)
-            slots = max(layer.slots for layer in self.layers)
+            slots = max((layer.slots for layer in self.layers), default=0)
             shape = (len(self.steps[which]), len(self.layers), slots)
             arrays[f"{which}counts"] = np.array(self.counts[which], dtype=np.int64).reshape(shape)
         aside = self.run_dir / "usage.tmp.npz"
@@ -76,9 +107,10 @@ class RunLog:
         self.tensorboard.close()
 
     def _keep(self, which: str, step: int, counts: Sequence[np.ndarray]) -> None:
-        slots = max(layer.slots for layer in self.layers)
+        slots = max((layer.slots for layer in self.layers), default=0)
+        rows = [np.pad(n, (0, slots - len(n))) for n in counts]
         self.steps[which].append(step)
-        self.counts[which].append(np.stack([np.pad(n, (0, slots - len(n))) for n in counts]))
+        self.counts[which].append(np.array(rows, dtype=np.int64).reshape(len(rows), slots))
 
     def _go_on_from(self, step: int) -> None:
         """Drop records after `step`: they are written again, the same."""

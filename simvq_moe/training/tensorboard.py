@@ -17,6 +17,11 @@ TOP_LOAD = 4.0
 CELL = 8
 """Pixels a side of a slot in a heat map."""
 MARGIN_MEASURES = ("used", "perplexity", "entropy", "gini", "max_vio")
+PROBE_MEASURES = (
+    *("fluctuation", "router_entropy", "confidence", "boundary_margin", "importance_cv2"),
+    *("co_activation", "domain_information", "token_information", "output_similarity"),
+)
+"""Router measures on the probe that have a chart."""
 
 
 class TensorBoard:
@@ -55,6 +60,13 @@ class TensorBoard:
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
         """A picture, (height, width, 3) uint8."""
         self.writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def sound(self, name: str, clip: np.ndarray, step: int, sample_rate: int) -> None:
+        """A recording, (time,) in [-1, 1]; the rate is in Hz."""
+        self.writer.add_audio(name, clip[None], step, sample_rate=sample_rate)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        self.writer.add_text(name, text, step)
 
     def close(self) -> None:
         self.writer.close()
@@ -118,11 +130,15 @@ def loads(counts: np.ndarray) -> np.ndarray:
     return len(counts) * counts / counts.sum()
 
 
-def heat_map(load: np.ndarray) -> np.ndarray:
-    """A (rows, columns) array of loads as (height, width, 3) uint8 pixels; `TOP_LOAD` is bright."""
+def heat_map(load: np.ndarray, cell: int = CELL) -> np.ndarray:
+    """A (rows, columns) array of loads as (height, width, 3) uint8 pixels; `TOP_LOAD` is bright.
+
+    Args:
+        cell: pixels a side of a value.
+    """
     colours = matplotlib.colormaps["viridis"](np.clip(load / TOP_LOAD, 0, 1))[..., :3]
     pixels = (255 * colours).round().astype(np.uint8)
-    return pixels.repeat(CELL, axis=0).repeat(CELL, axis=1)
+    return pixels.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
 def layout(layers: Sequence[Layer]) -> dict[str, dict[str, list]]:
@@ -133,14 +149,19 @@ def layout(layers: Sequence[Layer]) -> dict[str, dict[str, list]]:
             m: ["Margin", [f"layers/{m}_{end}" for end in ("mean", "min", "max")]]
             for m in MARGIN_MEASURES
         }
-    charts["load of each layer (1 is fair)"] = {
-        root: ["Margin", [f"{root}/load_{end}" for end in ("mean", "min", "max")]]
-        for root in layer_names(layers)
-    }
+    if layers:
+        charts["load of each layer (1 is fair)"] = {
+            root: ["Margin", [f"{root}/load_{end}" for end in ("mean", "min", "max")]]
+            for root in layer_names(layers)
+        }
     if any(layer.kind == "codes" for layer in layers):
         names = ("used", "perplexity", "entropy", "gini")
         charts["codes"] = {
             m: ["Multiline", [f"^codes/(mean/)?{m}$", f"^val/codes/(mean/)?{m}$"]] for m in names
+        }
+    if any(layer.kind == "experts" for layer in layers):
+        charts["routers on the probe, each layer"] = {
+            m: ["Multiline", [rf"^val/moe/(\d+|mean)/{m}$"]] for m in PROBE_MEASURES
         }
     charts["loss"] = {"training and held out": ["Multiline", ["^train/loss$", "^val/loss$"]]}
     return charts

@@ -158,6 +158,7 @@ def test_the_cache_holds_whole_folders_only(corpus, cache):
     assert folder == corpus.tokenizer.parent
     assert sorted(path.name for path in folder.iterdir()) == [
         "held_out.npy",
+        "held_out_domains.npz",
         "manifest.json",
         "tokenizer.json",
         "train.npy",

@@ -1,0 +1,51 @@
+"""Domains of a text corpus: which part of its source a token's document comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from jaxtyping import Int, Int64, Integer
+
+
+@dataclass(frozen=True)
+class Domains:
+    """The domain of every document in a row of tokens."""
+
+    names: tuple[str, ...]
+    of_document: Int64[np.ndarray, " documents"]
+    """Numbers of `names`, in the order of the documents."""
+
+    def of_tokens(
+        self, tokens: Integer[np.ndarray, " tokens"], positions: Int[np.ndarray, "*some"]
+    ) -> Int64[np.ndarray, "*some"]:
+        """Domains of the tokens at these positions; token 0 ends a document and belongs to it."""
+        return self.of_document[np.searchsorted(np.flatnonzero(tokens == 0), positions)]
+
+    def save(self, path: Path) -> None:
+        np.savez(path, names=np.array(self.names), of_document=self.of_document)
+
+
+def load_domains(path: Path) -> Domains:
+    """What `Domains.save` has written."""
+    with np.load(path) as saved:
+        return Domains(tuple(saved["names"].tolist()), saved["of_document"])
+
+
+def number_domains(names: list[str]) -> Domains:
+    """The domains of documents, from the name of each document's domain."""
+    distinct, of_document = np.unique(np.array(names), return_inverse=True)
+    return Domains(tuple(distinct.tolist()), of_document.astype(np.int64))
+
+
+def domain_of(name: str, *, rows: bool) -> str:
+    """Domain of a file's documents, from its path inside the source.
+
+    The top folder ("asyncio" for asyncio/events.py); outside of all folders a document is of its
+    type's domain (".py"), and rows are of their file's ("wiki" for wiki.jsonl).
+    """
+    path = PurePosixPath(name)
+    if len(path.parts) > 1:
+        return path.parts[0]
+    return path.stem if rows else path.suffix.lower()

@@ -1,0 +1,325 @@
+"""The probe: the same held-out tokens at every evaluation, and what the routers do with them.
+
+Every rank runs the whole probe, for experts of other ranks wait for it; rank 0 measures and keeps
+probe.npz, from which saturation against any later routing can be computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from simvq_moe.config import TrainConfig
+from simvq_moe.data.text import TokenWindows
+from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.moe import MoE
+from simvq_moe.moe import measures as of
+from simvq_moe.moe.router import NOBODY, Routing
+from simvq_moe.training.engine import World
+from simvq_moe.training.tasks import Task
+from simvq_moe.training.tensorboard import CELL, heat_map
+
+COMPARED_TOKENS = 128
+"""Probe tokens, evenly spread, on which all experts' outputs are compared."""
+LARGEST_DOMAINS = 15
+"""Domains that are told apart, by their probe tokens; all others are one more."""
+OTHERS = "(others)"
+WIDEST_PICTURE = 1024
+"""Pixels, until an expert is one pixel wide."""
+
+
+@runtime_checkable
+class Mixture(Protocol):
+    """A layer that chooses between experts."""
+
+    num_experts: int
+    top_k: int
+    route_and_run: Callable[[Tensor, Tensor | None], tuple[Tensor, Routing]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The probe's windows and what is known of their input tokens."""
+
+    windows: Int[Tensor, "batch window"]
+    domains: Int[Tensor, " tokens"]
+    """Numbers of `names`."""
+    names: tuple[str, ...]
+    """From the domain with the most tokens on."""
+
+    @property
+    def inputs(self) -> Int[Tensor, " tokens"]:
+        return self.windows[:, :-1].flatten()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the probe was routed at one step."""
+
+    step: int
+    ids: np.ndarray
+    """(layer, token, choice), -1: nobody."""
+    domain_counts: np.ndarray
+    """int64 (layer, expert, domain): tokens of each domain that each expert has."""
+
+
+class Probe:
+    """Follows the routers of a model; without MoE layers or tokens it does nothing.
+
+    Args:
+        task: the live model and its held-out set.
+        train: size of the probe and of its batches.
+        world: this rank among all.
+        run_dir: folder of probe.npz.
+        step: the step that the run goes on from; what was kept after it is dropped.
+    """
+
+    def __init__(
+        self, task: Task, train: TrainConfig, world: World, run_dir: Path, step: int
+    ) -> None:
+        self.model, self.batch, self.world = task.model, train.eval_batch_size, world
+        self.path = run_dir / "probe.npz"
+        self.layers: list[Mixture] = []
+        self.evaluations: list[Evaluation] = []
+        if train.probe_tokens:
+            self.layers = [m for m in task.model.modules() if isinstance(m, Mixture)]
+        if not self.layers:
+            return
+        assert isinstance(task.held_out, TokenWindows)
+        self.tokens = choose_tokens(task.held_out, train.probe_tokens)
+        self.experts, self.top_k = self.layers[0].num_experts, self.layers[0].top_k
+        chance = of.uniform_routing(len(self.tokens.inputs), self.experts, self.top_k)
+        self.chance = {"val/moe/co_activation_null": of.partner_share(chance, self.experts)}
+        if world.is_main and step and self.path.is_file():
+            self.evaluations = [e for e in read(self.path) if e.step <= step]
+
+    @torch.no_grad()
+    def measure(self, step: int) -> dict[str, float]:
+        """Route the probe and keep it; every rank must call it, rank 0 gets the measures."""
+        if not self.layers:
+            return {}
+        self.model.eval()
+        inputs, routings = self._route()
+        outputs = [_similarities(layer, x) for layer, x in zip(self.layers, inputs, strict=True)]
+        if not self.world.is_main:
+            return {}
+        self.evaluations = [e for e in self.evaluations if e.step < step]
+        before = self.evaluations[-1].ids if self.evaluations else None
+        layers = [
+            self._measure(routing, None if before is None else torch.from_numpy(before[i]))
+            | similar
+            for i, (routing, similar) in enumerate(zip(routings, outputs, strict=True))
+        ]
+        self._keep(step, routings)
+        metrics = {
+            f"val/moe/{i:02d}/{m}": v for i, one in enumerate(layers) for m, v in one.items()
+        }
+        for m in layers[0]:
+            metrics[f"val/moe/mean/{m}"] = float(np.mean([one[m] for one in layers]))
+        return metrics | self.chance
+
+    def saturations(self) -> dict[str, float]:
+        """Mean saturation over layers at each evaluation but the last, against the last."""
+        return {
+            f"val/moe/mean/saturation_at/{evaluation.step}": float(row.mean())
+            for evaluation, row in zip(self.evaluations[:-1], self._saturation(), strict=False)
+        }
+
+    @property
+    def rows(self) -> str:
+        """What the rows of the pictures are, from the top."""
+        names = ", ".join(self.tokens.names) if self.layers else ""
+        return f"co_activation: experts in order; domains: {names}"
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Of the last evaluation: co-activation and domains of each layer; 1 is even chance.
+
+        Columns are experts, rows those of `rows`.
+        """
+        found: dict[str, np.ndarray] = {}
+        for evaluation in self.evaluations[-1:]:
+            cell = max(1, min(CELL, WIDEST_PICTURE // self.experts))
+            for i, ids in enumerate(torch.from_numpy(evaluation.ids).long()):
+                if self.top_k > 1:
+                    even = (self.top_k - 1) / (self.experts - 1)
+                    together = of.co_activation(ids, self.experts).numpy() / even
+                    found[f"val/moe/{i:02d}/co_activation"] = heat_map(together, cell)
+                if len(self.tokens.names) > 1:
+                    domains = self._by_domain(ids).numpy().T * self.experts / self.top_k
+                    found[f"val/moe/{i:02d}/domains"] = heat_map(domains, cell)
+        return found
+
+    def write(self) -> None:
+        """Replace probe.npz whole."""
+        if not self.evaluations:
+            return
+        choices = max(e.ids.shape[-1] for e in self.evaluations)
+        aside = self.path.with_suffix(".tmp.npz")
+        np.savez_compressed(
+            aside,
+            steps=np.array([e.step for e in self.evaluations]),
+            ids=np.stack([_widen(e.ids, choices) for e in self.evaluations]),
+            saturation=self._saturation(),
+            domain_counts=np.stack([e.domain_counts for e in self.evaluations]),
+            domain_names=np.array(self.tokens.names),
+            domains=self.tokens.domains.numpy(),
+            token_ids=self.tokens.inputs.numpy(),
+        )
+        aside.replace(self.path)
+
+    def _route(self) -> tuple[list[Tensor], list[Routing]]:
+        """Inputs of every MoE layer and its routing, tokens in order."""
+        assert isinstance(self.model, LanguageModel)
+        with _recorded(self.layers) as records:
+            for windows in self.tokens.windows.split(self.batch):
+                self.model.logits(windows[:, :-1].to(self.world.device))
+        inputs = [torch.cat(record.inputs) for record in records]
+        return inputs, [_joined(record.routings) for record in records]
+
+    def _measure(self, routing: Routing, before: Tensor | None) -> dict[str, float]:
+        ids, logits = routing.ids.cpu(), routing.logits
+        found = {
+            "router_entropy": of.router_entropy(logits),
+            "confidence": of.confidence(logits),
+            "importance_cv2": of.importance_cv2(routing.gates.cpu(), ids, self.experts),
+            "co_activation": of.partner_share(ids, self.experts),
+            "token_information": of.information(ids, self.tokens.inputs, self.experts),
+        }
+        if self.top_k < self.experts:
+            found["boundary_margin"] = of.boundary_margin(logits, self.top_k)
+        if len(self.tokens.names) > 1:
+            found["domain_information"] = of.information(ids, self.tokens.domains, self.experts)
+        if before is not None:
+            found["fluctuation"] = of.fluctuation(ids, before.long())
+        return found
+
+    def _keep(self, step: int, routings: Sequence[Routing]) -> None:
+        choices = max(routing.ids.shape[1] for routing in routings)
+        small = np.min_scalar_type(-self.experts)
+        all_ids = [_widen(routing.ids.cpu().numpy(), choices) for routing in routings]
+        counts = [
+            of.label_counts(
+                routing.ids.cpu(), self.tokens.domains, self.experts, len(self.tokens.names)
+            )
+            for routing in routings
+        ]
+        evaluation = Evaluation(step, np.stack(all_ids).astype(small), torch.stack(counts).numpy())
+        self.evaluations.append(evaluation)
+
+    def _by_domain(self, ids: Tensor) -> Tensor:
+        return of.specialization(ids, self.tokens.domains, self.experts, len(self.tokens.names))
+
+    def _saturation(self) -> np.ndarray:
+        """(evaluation, layer), against the last evaluation."""
+        each = [torch.from_numpy(e.ids).long() for e in self.evaluations]
+        return np.array(
+            [[of.saturation(*pair) for pair in zip(ids, each[-1], strict=True)] for ids in each]
+        )
+
+
+def choose_tokens(held_out: TokenWindows, tokens: int) -> Tokens:
+    """Windows of about so many tokens, evenly spread, so that they come from many documents."""
+    number = min(len(held_out), max(1, tokens // held_out.context))
+    indices = np.linspace(0, len(held_out) - 1, number).round().astype(np.int64)
+    domains = held_out.domains_of(indices)
+    if held_out.domains is None or domains is None:
+        return Tokens(held_out.batch(indices), torch.zeros(number * held_out.context).long(), ("",))
+    counts = np.bincount(domains.flatten(), minlength=len(held_out.domains.names))
+    present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+    names = [held_out.domains.names[i] for i in present[:LARGEST_DOMAINS]]
+    place = np.full(len(counts), LARGEST_DOMAINS)
+    place[present[:LARGEST_DOMAINS]] = np.arange(len(names))
+    if len(present) > LARGEST_DOMAINS:
+        names.append(OTHERS)
+    return Tokens(held_out.batch(indices), torch.from_numpy(place[domains.flatten()]), tuple(names))
+
+
+def read(path: Path) -> list[Evaluation]:
+    """The evaluations in a probe.npz."""
+    with np.load(path) as saved:
+        kept = zip(*(saved[name] for name in ("steps", "ids", "domain_counts")), strict=True)
+        return [Evaluation(int(step), ids, counts) for step, ids, counts in kept]
+
+
+class Record:
+    """What enters and leaves a layer, call by call."""
+
+    def __init__(self, layer: Mixture) -> None:
+        self.run = layer.route_and_run
+        self.inputs: list[Tensor] = []
+        self.routings: list[Routing] = []
+
+    def route_and_run(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
+        y, routing = self.run(x, token_ids)
+        self.inputs.append(x.flatten(0, -2))
+        self.routings.append(routing)
+        return y, routing
+
+
+@contextmanager
+def _recorded(layers: Sequence[Mixture]) -> Iterator[list[Record]]:
+    """A record of each layer, of the calls inside.
+
+    A method of the object's own hides its class' until it is deleted: a forward hook would see no
+    routing, and no call of a block that is run by its `forward`.
+    """
+    records = [Record(layer) for layer in layers]
+    for layer, record in zip(layers, records, strict=True):
+        layer.route_and_run = record.route_and_run
+    try:
+        yield records
+    finally:
+        for layer in layers:
+            del layer.route_and_run
+
+
+def _joined(routings: Sequence[Routing]) -> Routing:
+    """One routing of all tokens, as wide as the most choices that a token has."""
+    choices = max(1, *(int((r.ids != NOBODY).sum(1).max()) for r in routings))
+    spare = [choices - r.ids.shape[1] for r in routings]  # negative: cut off
+    ids = [F.pad(r.ids, (0, n), value=NOBODY) for r, n in zip(routings, spare, strict=True)]
+    gates = [F.pad(r.gates, (0, n)) for r, n in zip(routings, spare, strict=True)]
+    return Routing(torch.cat(ids), torch.cat(gates), torch.cat([r.logits for r in routings]), {})
+
+
+def _widen(ids: np.ndarray, choices: int) -> np.ndarray:
+    spare = choices - ids.shape[-1]
+    return np.pad(ids, [(0, 0)] * (ids.ndim - 1) + [(0, spare)], constant_values=NOBODY)
+
+
+def _similarities(layer: Mixture, x: Float[Tensor, "tokens width"]) -> dict[str, float]:
+    """How alike the experts' outputs are, after the shared map and, where there is one, before."""
+    if layer.num_experts == 1:
+        return {}
+    x = x[torch.linspace(0, len(x) - 1, min(COMPARED_TOKENS, len(x))).long().to(x.device)]
+    outputs = expert_outputs(layer, x)
+    if not isinstance(layer, MoE) or not (layer.experts.down.shared and layer.experts.down.maps):
+        return {"output_similarity": of.output_similarity(outputs)}
+    return {
+        "output_similarity": of.output_similarity(layer.experts.down.map(outputs)),
+        "output_similarity_before_map": of.output_similarity(outputs),
+    }
+
+
+def expert_outputs(
+    layer: Mixture, x: Float[Tensor, "tokens width"]
+) -> Float[Tensor, "experts tokens width"]:
+    """E_i(x) of every expert for every token, before a shared map at the outputs; ranks that share
+    experts must call it together."""
+    if not isinstance(layer, MoE):
+        baseline: Any = layer
+        experts = baseline.inner.deepspeed_moe.experts.deepspeed_experts
+        return torch.stack([expert(x) for expert in experts])
+    keys = None if layer.router.keys is None else layer.router.keys.base
+    rows = layer.experts.enter(layer.router.enter(x)).repeat(layer.num_experts, 1)
+    counts = torch.full((layer.num_experts,), len(x), dtype=torch.int64, device=x.device)
+    return layer.experts(rows, counts, keys).view(layer.num_experts, len(x), -1)
