@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "quantizers": {"core", "quantizers", "hub"},
     "moe": {"core", "moe", "hub"},
     "models": {"core", "quantizers", "moe", "models", "hub"},
+    "integrations": {"core", "integrations"},
     "data": {"data", "config", "merging"},
     "training": {"core", "quantizers", "moe", "models", "data", "training", "config", "merging"},
     "analysis": {"analysis", "config", "merging"},

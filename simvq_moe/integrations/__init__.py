@@ -1,0 +1,1 @@
+"""Shared maps and usage meters inside models of other libraries."""
