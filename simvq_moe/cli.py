@@ -143,6 +143,9 @@ class FoldArgs:
     """Folder of the run."""
     out: Path
     """Folder of model.safetensors and its config.yaml."""
+    merge_norms: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Language models: also merge the gain of each norm into the matrices that read its output. The
+    gain before a tied head stays, for its matrix is also the embedding."""
 
 
 def fold(args: Sequence[str]) -> int:
@@ -150,37 +153,110 @@ def fold(args: Sequence[str]) -> int:
     options = _parse(FoldArgs, args, "fold")
     from simvq_moe.training import export
 
-    difference = export.fold_run(options.run, options.out)
+    difference = export.fold_run(options.run, options.out, merge_norms=options.merge_norms)
     print(f"{options.out}: folded, outputs differ by {difference:.1g} in float64", file=sys.stderr)
     return 0
 
 
 @dataclass(frozen=True)
-class BenchArgs:
-    """Time this package side by side with its peers in one process; ratios, not records."""
+class GenerateArgs:
+    """Text that a language model's run writes, on standard output."""
 
-    subject: tyro.conf.Positional[Literal["quantizer"]]
-    """What is measured."""
+    run: tyro.conf.Positional[Path]
+    """Folder of the run, or of its folded model."""
+    prompt: str = ""
+    """How the document begins."""
+    tokens: int = 128
+    """Tokens of the continuation."""
+    temperature: float = 0.8
+    """Of the softmax that is drawn from; 0: always the best token."""
+    top_k: int = 0
+    """Draw from so many best tokens; 0: from all."""
+    seed: int = 0
+    """Seed of the drawing."""
+
+
+def generate(args: Sequence[str]) -> int:
+    """Let a language model's run continue a text."""
+    options = _parse(GenerateArgs, args, "generate")
+    from simvq_moe.training import export
+
+    numbers = {name: getattr(options, name) for name in ("tokens", "temperature", "top_k", "seed")}
+    print(export.generate_text(options.run, options.prompt, **numbers))
+    return 0
+
+
+@dataclass(frozen=True)
+class BenchArgs:
+    """Time quantizers side by side with their peers in one process; ratios, not records."""
+
     json: Path | None = None
     """Also write every number to this file."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
 
 
-def bench(args: Sequence[str]) -> int:
-    """Measure speed and memory side by side with peers."""
-    options = _parse(BenchArgs, args, "bench")
-    import torch
+@dataclass(frozen=True)
+class BenchMoEArgs(BenchArgs):
+    """Time MoE layers, DeepSpeed's and transformers' too, against a dense network: CPU seconds of
+    one thread, best of several rounds. Every combination of the sizes is measured."""
 
-    from simvq_moe import bench as benches
+    full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """All sizes, for hours, in place of those of 3 minutes; sizes given replace both."""
+    width: tuple[int, ...] = ()
+    """Channels of a token."""
+    hidden: tuple[int, ...] = ()
+    """Channels inside an expert."""
+    experts: tuple[int, ...] = ()
+    """Number of experts."""
+    top_k: tuple[int, ...] = ()
+    """Experts of a token."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of a step."""
+    dtype: tuple[Literal["float32", "bfloat16"], ...] = ()
+    """Precision of tokens, weights and products."""
+    skew: tuple[Literal["even", "skewed"], ...] = ()
+    """Even assignments, or half of the tokens on one expert."""
+    rounds: int = 5
+    """Rounds of which the best counts."""
+
+
+def bench(args: Sequence[str]) -> int:
+    """Measure speed and memory side by side with peers: bench quantizer, bench moe."""
+    known = {"quantizer": BenchArgs, "moe": BenchMoEArgs}
+    if not args or args[0] not in (*known, "-h", "--help"):
+        raise ConfigError(f"bench {' '.join(args[:1])}: choose one of {', '.join(known)}")
+    subjects: Any = Annotated[BenchArgs, tyro.conf.subcommand("quantizer")]
+    subjects |= Annotated[BenchMoEArgs, tyro.conf.subcommand("moe")]
+    options = _parse(subjects, args, "bench")
+    import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu")
-    results = benches.bench_quantizer(device=options.device)
-    print(benches.table(results))
+    moe = isinstance(options, BenchMoEArgs)
+    results, table = _bench_moe(options) if moe else _bench_quantizer(options)
+    print(table)
     if options.json is not None:
         options.json.write_text(json.dumps([r.as_dict() for r in results], indent=1) + "\n")
     return 0
+
+
+def _bench_quantizer(options: BenchArgs) -> tuple[list[Any], str]:
+    from simvq_moe import bench as benches
+
+    results = benches.bench_quantizer(device=options.device)
+    return results, benches.table(results)
+
+
+def _bench_moe(options: BenchMoEArgs) -> tuple[list[Any], str]:
+    from simvq_moe import bench_moe as benches
+
+    names = ("width", "hidden", "experts", "top_k", "tokens", "dtype")
+    sizes = {name: getattr(options, name) for name in names}
+    preset = benches.FULL if options.full else benches.QUICK
+    cases = benches.moe_cases(preset, load=options.skew, **sizes)
+    results = benches.bench_moe(cases, rounds=options.rounds, device=options.device)
+    return results, benches.moe_table(results)
 
 
 @dataclass(frozen=True)
@@ -203,6 +279,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "dashboard": dashboard,
     "eval": evaluate,
     "fold": fold,
+    "generate": generate,
     "bench": bench,
     "doctor": doctor,
 }

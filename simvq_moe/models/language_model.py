@@ -1,6 +1,6 @@
-"""A decoder-only language model whose feed-forward layers are mixtures of experts.
+"""A decoder-only language model whose feed-forward layers are mixtures of experts, all or some.
 
-RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), causal attention, tied head.
+RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), causal attention, tied or own head.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from simvq_moe.core.streams import own_stream
-from simvq_moe.moe.layer import build_moe
 from simvq_moe.moe.balance import mean_losses
-from simvq_moe.moe.router import Routing
+from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
+from simvq_moe.moe.layer import MoE, build_moe
+from simvq_moe.moe.router import NoisyTopKRouter, Routing, TopKRouter
 
 ROTARY_BASE = 10_000.0
 INITIAL_STD = 0.02
@@ -56,21 +58,120 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a mixture of experts, each on its own normalized residual branch."""
+    """Attention on a normalized residual branch; a subclass adds the feed-forward branch."""
 
-    def __init__(self, width: int, heads: int, context: int, moe: Mapping[str, Any]) -> None:
+    def __init__(self, width: int, heads: int, context: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
         self.attention = Attention(width, heads, context)
-        self.moe_norm = nn.RMSNorm(width)
-        self.moe = build_moe(width, **moe)
 
     def forward(
         self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
-    ) -> tuple[Float[Tensor, "batch tokens width"], Routing]:
-        x = x + self.attention(self.attention_norm(x))
-        y, routing = self.moe.route_and_run(self.moe_norm(x), token_ids)
+    ) -> tuple[Float[Tensor, "batch tokens width"], Routing | None]:
+        """Outputs, and how a mixture routed the tokens."""
+        x = x + compiled_in_training(self.attention, self.attention_norm(x))
+        y, routing = self.feed_forward(x, token_ids)
         return x + y, routing
+
+    def feed_forward(
+        self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], Routing | None]:
+        """The second branch."""
+        raise NotImplementedError
+
+    def reset(self, std: float, ending_std: float) -> None:
+        """Start again from N(0, std), what ends a branch from N(0, ending_std)."""
+        self.attention.qkv.weight.normal_(std=std)
+        self.attention.out.weight.normal_(std=ending_std)
+
+    def merge_norms_(self) -> None:
+        """See `LanguageModel.merge_norms_`."""
+        merge_gain(self.attention_norm, self.attention.qkv.weight)
+
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether torch.compile can trace all of it, with no size that depends on the data."""
+        raise NotImplementedError
+
+
+class MoEBlock(Block):
+    """A block whose second branch is a mixture of experts."""
+
+    def __init__(self, width: int, heads: int, context: int, moe: Mapping[str, Any]) -> None:
+        super().__init__(width, heads, context)
+        self.moe_norm = nn.RMSNorm(width)
+        self.moe = build_moe(width, **moe)
+
+    def feed_forward(
+        self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], Routing]:
+        return self.moe.route_and_run(self.moe_norm(x), token_ids)
+
+    def reset(self, std: float, ending_std: float) -> None:
+        super().reset(std, ending_std)
+        with own_stream():
+            self.moe.reset(std, ending_std)
+
+    def merge_norms_(self) -> None:
+        moe = self.moe
+        router = moe.router if isinstance(moe, MoE) else moe
+        # one that chooses otherwise may still score by x R^T
+        scores = (TopKRouter.score, NoisyTopKRouter.score)
+        if not isinstance(router, TopKRouter) or type(router).score not in scores:
+            raise ValueError(
+                f"{type(router).__name__} has no rows that a gain on its input can be merged into"
+            )
+        if router.centre is not None:
+            raise ValueError(
+                f"{type(router).__name__} takes a mean off its input, which no gain can be merged "
+                "into"
+            )
+        assert isinstance(moe, MoE)
+        banks = (router.bank, moe.experts.up)
+        if any(bank.maps for bank in banks):
+            raise ValueError("a bank still has its map: fold the maps first, then merge the norms")
+        shared = moe.shared_experts
+        readers = [bank.base for bank in banks] + ([] if shared is None else [shared.up.weight])
+        readers += [router.noise] if isinstance(router, NoisyTopKRouter) else []
+        super().merge_norms_()
+        merge_gain(self.moe_norm, *readers)
+
+    @property
+    def is_one_graph(self) -> bool:
+        # other products of groups loop over them, and ranks exchange as many rows as were chosen
+        if not isinstance(self.moe, MoE) or type(self.moe.experts) is not Experts:
+            return False
+        experts = self.moe.experts
+        aligned = all(n % 8 == 0 for n in (experts.width, experts.hidden, experts.key_rank))
+        return aligned and self.attention.qkv.weight.dtype == torch.bfloat16
+
+
+class DenseBlock(Block):
+    """A block whose second branch is one network for every token."""
+
+    def __init__(self, width: int, heads: int, context: int, moe: Mapping[str, Any]) -> None:
+        super().__init__(width, heads, context)
+        self.dense_norm = nn.RMSNorm(width)
+        self.dense = network_of_equal_cost(width, **moe)
+
+    def feed_forward(
+        self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], None]:
+        del token_ids
+        return self.dense(self.dense_norm(x)), None
+
+    def reset(self, std: float, ending_std: float) -> None:
+        super().reset(std, ending_std)
+        with own_stream():
+            self.dense.reset(std, ending_std)
+
+    def merge_norms_(self) -> None:
+        super().merge_norms_()
+        merge_gain(self.dense_norm, self.dense.up.weight)
+
+    @property
+    def is_one_graph(self) -> bool:
+        return True
 
 
 class LanguageModel(nn.Module):
@@ -82,6 +183,11 @@ class LanguageModel(nn.Module):
         width, layers, heads: of the transformer.
         moe: arguments of every `MoE` layer but its width.
         loss_weights: weights of the mean over layers of each loss of `mean_losses`.
+        moe_every: the last of every so many blocks has a mixture, the others a dense network that
+            costs a token as much; 0: all are dense.
+        tied_head: the embedding is also the matrix of the head.
+        activation_checkpointing: keep only the inputs of blocks for the backward pass, which runs
+            them again (arXiv:1604.06174).
     """
 
     def __init__(
@@ -94,13 +200,25 @@ class LanguageModel(nn.Module):
         heads: int,
         moe: Mapping[str, Any],
         loss_weights: Mapping[str, float],
+        moe_every: int = 1,
+        tied_head: bool = True,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.context = context
         self.loss_weights = dict(loss_weights)
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Block(width, heads, context, moe) for _ in range(layers))
-        self.norm = nn.RMSNorm(width)
-        self._initialize(layers)
+        self.activation_checkpointing = activation_checkpointing
+        with own_stream():  # what this draws is drawn again below
+            self.embedding = nn.Embedding(vocabulary, width)
+            self.blocks = nn.ModuleList(
+                (MoEBlock if moe_every and i % moe_every == 0 else DenseBlock)(
+                    width, heads, context, moe
+                )
+                for i in range(1, layers + 1)
+            )
+            self.norm = nn.RMSNorm(width)
+            self.head = None if tied_head else nn.Linear(width, vocabulary, bias=False)
+        self._initialize()
 
     def forward(
         self, tokens: Int[Tensor, "batch window"]
@@ -117,23 +235,150 @@ class LanguageModel(nn.Module):
         self, tokens: Int[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch tokens vocabulary"], dict[str, Tensor]]:
         """Scores of the next token, float32 at least, and the MoE losses averaged over layers."""
-        x = self.embedding(tokens)
-        routings = []
-        for block in self.blocks:
-            x, routing = block(x, tokens)
-            routings.append(routing)
+        x, routings = self._run_blocks(tokens)
         # ranks evaluate different numbers of batches, so no collective call may run there
-        losses = mean_losses(routings, all_ranks=self.training)
-        scores = F.linear(self.norm(x), self.embedding.weight)
-        return scores.to(torch.promote_types(scores.dtype, torch.float32)), losses
+        losses = mean_losses(routings, all_ranks=self.training) if routings else {}
+        return self._scores(x), losses
 
     @torch.no_grad()
-    def _initialize(self, layers: int) -> None:
+    def generate(
+        self,
+        tokens: Int[Tensor, "batch beginning"],
+        new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Int[Tensor, "batch total"]:
+        """tokens and a continuation, each new token drawn after at most `context` before it.
+
+        Every step runs the whole window again, without a cache of keys and values: what a router
+        chooses, or a capacity drops, may depend on all tokens of a batch. Runs in evaluation mode,
+        so that nothing counts as usage; ranks that share experts must call it together.
+
+        Args:
+            new_tokens: length of the continuation.
+            temperature: of the softmax that is drawn from; 0: the best token.
+            top_k: draw from so many best tokens; 0: from all.
+            generator: source of random numbers, on any device; None: torch's own.
+
+        Raises:
+            ValueError: the beginning is empty.
+        """
+        if not tokens.shape[1]:
+            raise ValueError("generate: tokens (batch, 0) is empty: give at least one token")
+        was_training = self.training
+        self.eval()
+        for _ in range(new_tokens):
+            x, _ = self._run_blocks(tokens[:, -self.context :])
+            drawn = draw(self._scores(x[:, -1]), temperature, top_k, generator)
+            tokens = torch.cat([tokens, drawn.to(tokens)], dim=1)
+        self.train(was_training)
+        return tokens
+
+    def compile_blocks(self, *, backend: str = "inductor") -> None:
+        """torch.compile every block for training, in place: names of weights stay the same.
+
+        A dense block is one graph, and so is a block with a mixture in bfloat16; of other mixtures
+        the sizes depend on the data, and only the attention before them is compiled. That also
+        holds for mixtures under activation checkpointing, for a graph could not tell whether it
+        runs for the second time and would count the usage twice. Call it once the weights have
+        the precision of the training.
+        """
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            counts_twice = self.activation_checkpointing and isinstance(block, MoEBlock)
+            whole = block.is_one_graph and not counts_twice
+            (block if whole else block.attention).compile(backend=backend)
+
+    @torch.no_grad()
+    def merge_norms_(self) -> None:
+        """Merge the gain of each norm into the matrices that read its output, which leaves ones.
+
+        The gain before a tied head stays, for its matrix is also the embedding.
+
+        Raises:
+            ValueError: a router is not linear in its input, or a map is not folded yet.
+        """
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.merge_norms_()
+        if self.head is not None:
+            merge_gain(self.norm, self.head.weight)
+
+    def _run_blocks(
+        self, tokens: Int[Tensor, "batch tokens"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], list[Routing]]:
+        x = self.embedding(tokens)
+        again = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        routings = []
+        for block in self.blocks:
+            if again:
+                x, routing = checkpoint(block, x, tokens, use_reentrant=False)
+            else:
+                x, routing = compiled_in_training(block, x, tokens)
+            routings += [] if routing is None else [routing]
+        return x, routings
+
+    def _scores(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch vocabulary"]:
+        matrix = self.embedding.weight if self.head is None else self.head.weight
+        scores = F.linear(self.norm(x), matrix)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
         """N(0, 0.02) matrices (GPT-2), those that end a branch smaller, so that depth adds up."""
-        ending = INITIAL_STD / (2 * layers) ** 0.5
+        ending = INITIAL_STD / (2 * len(self.blocks)) ** 0.5
         self.embedding.weight.normal_(std=INITIAL_STD)
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.attention.qkv.weight.normal_(std=INITIAL_STD)
-            block.attention.out.weight.normal_(std=ending)
-            block.moe.reset(INITIAL_STD, ending)
+            block.reset(INITIAL_STD, ending)
+        if self.head is not None:
+            self.head.weight.normal_(std=INITIAL_STD)
+
+
+def network_of_equal_cost(
+    width: int,
+    *,
+    hidden: int,
+    top_k: int,
+    expert: ExpertKind = "gelu",
+    shared_experts: int = 0,
+    **of_mixtures: Any,
+) -> FeedForward:
+    """One network as large as all experts that a token meets in a mixture of these options."""
+    del of_mixtures
+    return FeedForward(width, (top_k + shared_experts) * hidden, kind=expert)
+
+
+def draw(
+    scores: Float[Tensor, "batch vocabulary"],
+    temperature: float,
+    top_k: int,
+    generator: torch.Generator | None,
+) -> Int[Tensor, "batch 1"]:
+    """A token for each row of scores, see `LanguageModel.generate`."""
+    if temperature == 0:
+        return scores.argmax(-1, keepdim=True)
+    if 0 < top_k < scores.shape[-1]:
+        least = scores.topk(top_k).values[:, -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    shares = (scores / temperature).softmax(-1)
+    if generator is not None:
+        shares = shares.to(generator.device)
+    return shares.multinomial(1, generator=generator)
+
+
+def compiled_in_training(module: nn.Module, *inputs: Tensor) -> Any:
+    """module(*inputs), in training by its compiled code where there is some: elsewhere shapes vary,
+    and each would be compiled anew."""
+    if module.training or module._compiled_call_impl is None:
+        return module(*inputs)
+    return module.forward(*inputs)
+
+
+def merge_gain(norm: nn.RMSNorm, *readers: Float[Tensor, "... width"]) -> None:
+    """(x * gain) R^T = x (R * gain)^T: move the gain into the rows of all that read the norm."""
+    for reader in readers:
+        reader.mul_(norm.weight)
+    norm.weight.fill_(1.0)

@@ -82,6 +82,6 @@ def _follow(model: nn.Module, counters: Sequence[UsageCounter]) -> Iterator[Foll
 
 def _first_expert(owner: nn.Module, bank: Bank) -> int:
     """Of the experts, this rank may hold a part only."""
-    if isinstance(owner, MoE) and bank in (owner.experts.up, owner.experts.down):
+    if isinstance(owner, MoE) and bank in owner.experts.banks:
         return owner.experts.mine.start
     return 0

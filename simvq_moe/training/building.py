@@ -9,6 +9,8 @@ import torch
 
 from simvq_moe.config import Config, QuantizerConfig
 from simvq_moe.core.streams import own_stream
+from simvq_moe.models.audio_discriminators import Discriminators
+from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.quantizers import (
@@ -26,25 +28,52 @@ from simvq_moe.quantizers import (
     SimVQ,
 )
 
+AnyModel = ImageTokenizer | AudioTokenizer | LanguageModel
 
-def build_model(config: Config) -> ImageTokenizer | LanguageModel:
+
+def build_model(config: Config) -> AnyModel:
     """The model of the config's task, started from its seed."""
     torch.manual_seed(config.seed)
-    if config.task == "image_tokenizer":
+    if config.task != "language_model":
         with own_stream():
             quantizer = build_quantizer(config.quantizer)
+        if config.task == "audio_tokenizer":
+            return _audio_tokenizer(config, quantizer)
         return ImageTokenizer(quantizer, **asdict(config.image_tokenizer))
     moe = asdict(config.moe)
-    weights = {
-        "balance": moe.pop("balance_weight") if moe.pop("balance") == "aux" else 0.0,
-        "z": moe.pop("z_loss_weight"),
-    }
+    names = ("balance", "z_loss", "router_codebook", "router_commitment")
+    weights = {name.removesuffix("_loss"): moe.pop(f"{name}_weight") for name in names}
+    if config.moe.balance != "aux":
+        weights["balance"] = 0.0
     return LanguageModel(
         config.data.vocabulary,
         config.data.context,
         **asdict(config.language_model),
+        activation_checkpointing=config.train.activation_checkpointing,
         loss_weights=weights,
-        moe=moe,
+        moe=moe | {"vocabulary": config.data.vocabulary},
+    )
+
+
+def _audio_tokenizer(config: Config, quantizer: AnyQuantizer) -> AudioTokenizer:
+    audio, discriminators = config.audio_tokenizer, None
+    names = ("waveform", "spectral", "mel", "adversarial", "feature")
+    if audio.adversarial_weight:
+        with own_stream():
+            discriminators = Discriminators(
+                audio.discriminator_periods, audio.discriminator_windows, audio.discriminator_hidden
+            )
+    return AudioTokenizer(
+        quantizer,
+        sample_rate=config.data.sample_rate,
+        loss_windows=audio.loss_windows,
+        loss_weights={name: getattr(audio, f"{name}_weight") for name in names},
+        hidden=audio.hidden,
+        strides=audio.strides,
+        dilations=audio.dilations,
+        discriminators=discriminators,
+        # a step is as many forward passes
+        adversarial_start=audio.adversarial_start * config.train.accumulation,
     )
 
 
@@ -75,10 +104,11 @@ def _one_level(q: QuantizerConfig) -> AnyQuantizer:
         return family(q.width, commitment_weight=q.commitment_weight)
     if q.kind == "group_vq":
         assert q.groups is not None
-        return GroupVQ(q.codes, q.width, groups=q.groups, **both)
+        return GroupVQ(q.codes, q.width, groups=q.groups, **both, **from_data)
     if q.kind == "mlp_vq":
         return MLPVQ(q.codes, q.width, **both)
     if q.kind == "ibq":
         weights = {"codebook_weight": q.codebook_weight, "commitment_weight": q.commitment_weight}
         return IBQ(q.codes, q.width, **weights)
-    return (CosineVQ if q.kind == "cosine_vq" else VQ)(q.codes, q.width, **both, **from_data)
+    family = CosineVQ if q.kind == "cosine_vq" else VQ
+    return family(q.codes, q.width, restart=q.restart, **both, **from_data)

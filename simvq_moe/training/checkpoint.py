@@ -1,96 +1,175 @@
-"""Checkpoints that exist whole or not at all.
+"""Checkpoints that exist whole or not at all, and fit any number of ranks.
 
-DeepSpeed writes its files one by one and moves `latest` before other ranks are done. Here every
-rank writes into a temporary folder; once all have, rank 0 adds a manifest, renames the folder and
-moves `latest`. A folder without a manifest, or with a file of another size, is passed over.
+A checkpoint is a folder of whole tensors by name, in safetensors: `model_<r>` the state dict,
+`optimizer_<r>` Adam's moments, with tensors dealt out to ranks in turn, so that nobody holds all;
+`trainer.pt` and `rank_<r>.pt` are what the training loop keeps. Every rank writes into a temporary
+folder; once all have, rank 0 adds a manifest, renames the folder and moves `latest`, a note for
+people. A folder without a manifest, or with a file of other content, is passed over.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from simvq_moe.config import ConfigError
+from simvq_moe.config import ConfigError, TrainConfig
 from simvq_moe.training.engine import World
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+FORMAT = "whole tensors 1"
+"""Form of a checkpoint's files; another one is not read."""
+BLOCK = 2**20
+"""Bytes that are hashed at a time."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Where a run goes on."""
+
+    step: int
+    shared: dict[str, Any]
+    """What all ranks of the loop had in common."""
+    own: list[dict[str, Any]]
+    """What each rank had beside that, of as many ranks as there were."""
 
 
 def save(
-    engine: Any, folder: Path, step: int, rank_state: dict[str, Any], world: World, keep: int
+    engine: Any,
+    folder: Path,
+    step: int,
+    world: World,
+    config: TrainConfig,
+    *,
+    shared: dict[str, Any],
+    own: dict[str, Any],
 ) -> None:
-    """Commit engine and every rank's own state as folder/<step>; delete all but `keep` latest.
+    """Commit the run at this step as folder/<step>, then delete what is not to be kept.
 
     Args:
-        rank_state: what this rank needs beside the engine to go on exactly.
+        config: says which checkpoints are kept.
+        shared: state of the loop that all ranks have in common; rank 0's is written.
+        own: state of the loop on this rank: tensors, numbers, strings, and containers of them.
     """
-    tag = f"{step}.tmp"
+    from simvq_moe.training import engine_state  # imports deepspeed, which only training needs
+
+    temporary = folder / f"{step}.tmp"
     if world.is_main:
-        shutil.rmtree(folder / tag, ignore_errors=True)
+        for left_over in folder.glob("*.tmp"):
+            shutil.rmtree(left_over)
+        temporary.mkdir(parents=True)
     world.barrier()
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-    state = rank_state | {"rng": _rng_state(world.device)}
-    torch.save(state, folder / tag / f"rank_{world.rank}.pt")
-    world.barrier()
+    files = _write_part(engine_state.whole_tensors(engine), temporary, world)
+    torch.save(own | {"rng": _rng_state(world.device)}, temporary / f"rank_{world.rank}.pt")
+    files.append(f"rank_{world.rank}.pt")
     if world.is_main:
-        _commit(folder, tag, step, world)
-        for old in committed_steps(folder)[:-keep]:
-            shutil.rmtree(folder / str(old))
+        torch.save(shared, temporary / "trainer.pt")
+        files.append("trainer.pt")
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "world_size": world.size,
+        "zero_stage": engine.zero_optimization_stage(),
+        "counters": engine_state.counters(engine),
+        "files": _from_all({name: _seal(temporary / name) for name in files}, world),
+    }
+    if world.is_main:
+        _commit(temporary, folder / str(step), manifest)
+        _clean_up(folder, step, config)
     world.barrier()
 
 
-def restore(engine: Any, folder: Path, world: World) -> tuple[int, dict[str, Any]] | None:
-    """Load the latest whole checkpoint; its step and this rank's state. None: there is none.
+def restore(engine: Any, folder: Path, world: World, seed: int) -> Restored | None:
+    """Load the latest whole checkpoint into the engine; None: there is none.
+
+    The state of random numbers is taken up by as many ranks as wrote it. Other ranks start again
+    from seed, step and rank.
 
     Raises:
-        ConfigError: it was written by another number of ranks.
+        ConfigError: it lacks a tensor of the model, or is of another form.
     """
-    step = latest_step(folder) if world.is_main else None
+    from simvq_moe.training import engine_state  # imports deepspeed, which only training needs
+
+    found = [latest_step(folder) if world.is_main else None]
     if world.size > 1:
-        found = [step]
         dist.broadcast_object_list(found, src=0)
-        step = found[0]
+    step = found[0]
     if step is None:
         return None
-    check_world(folder, step, world.size)
-    engine.load_checkpoint(str(folder), tag=str(step))
-    # rank states are ours and hold optimizer-free bookkeeping: tensors, numbers, strings
-    state = torch.load(folder / str(step) / f"rank_{world.rank}.pt", weights_only=True)
-    _set_rng_state(state.pop("rng"), world.device)
-    return step, state
+    checkpoint = folder / str(step)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    with _reader(checkpoint, manifest) as read:
+        engine_state.load_tensors(engine, read)
+    engine_state.load_counters(engine, manifest["counters"])
+    # of our own writing: tensors, numbers, strings
+    shared = torch.load(checkpoint / "trainer.pt", map_location=world.device, weights_only=True)
+    own = [
+        torch.load(checkpoint / f"rank_{rank}.pt", map_location=world.device, weights_only=True)
+        for rank in range(manifest["world_size"])
+    ]
+    rng = [state.pop("rng") for state in own]
+    if len(own) == world.size and world.device.type in rng[world.rank]:
+        _set_rng_state(rng[world.rank], world.device)
+    else:
+        torch.manual_seed(_derived_seed(seed, step, world.rank))
+        if world.is_main:
+            logger.warning(
+                "checkpoint %s was written by %s and goes on with %s: random numbers start again "
+                "from seed, step and rank",
+                *(checkpoint, _ranks(len(own)), _ranks(world.size)),
+            )
+    return Restored(step, shared, own)
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's state dict from a whole checkpoint, on the CPU."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    weights: dict[str, Tensor] = {}
+    for file in _parts(checkpoint, manifest, "model"):
+        weights |= load_file(file)
+    return weights
 
 
 def latest_step(folder: Path) -> int | None:
-    """Step of the newest checkpoint whose files are all there; broken ones are named in the log."""
+    """Step of the newest checkpoint whose files are as written; broken ones are named in the log.
+
+    Raises:
+        ConfigError: see `check_form`.
+    """
+    check_form(folder)
     for step in reversed(committed_steps(folder)):
-        broken = _broken_file(folder / str(step))
-        if broken is None:
+        defect = _defect(folder / str(step))
+        if defect is None:
             return step
-        logger.warning("checkpoint %s is skipped: %s", folder / str(step), broken)
+        logger.warning("checkpoint %s is skipped: %s", folder / str(step), defect)
     return None
 
 
-def check_world(folder: Path, step: int, world_size: int) -> None:
-    """Raise `ConfigError` if the checkpoint belongs to another number of ranks."""
-    written_by = json.loads((folder / str(step) / MANIFEST).read_text())["world_size"]
-    if written_by != world_size:
-        raise ConfigError(
-            f"checkpoint {folder / str(step)} was written by {_ranks(written_by)} and this "
-            f"launch has {world_size}: launch {_ranks(written_by)}, or give the run another --name"
-        )
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'' if count == 1 else 's'}"
+def check_form(folder: Path) -> None:
+    """Raise `ConfigError` if a checkpoint has a form that this version doesn't know."""
+    for step in committed_steps(folder):
+        manifest = _manifest(folder / str(step))
+        if manifest is not None and manifest.get("format") != FORMAT:
+            raise ConfigError(
+                f"checkpoint {folder / str(step)} has another form than this version reads: use "
+                "the version that wrote it, or train again with another --name"
+            )
 
 
 def committed_steps(folder: Path) -> list[int]:
@@ -98,19 +177,123 @@ def committed_steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
 
 
-def _commit(folder: Path, tag: str, step: int, world: World) -> None:
-    files = {p.name: p.stat().st_size for p in (folder / tag).iterdir()}
-    manifest = {"step": step, "world_size": world.size, "files": files}
-    (folder / tag / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*(folder / tag).iterdir(), folder / tag]:
+def _write_part(wholes: Iterator[Any], target: Path, world: World) -> list[str]:
+    """Write every world.size-th tensor with its moments; the files' names."""
+    model: dict[str, Tensor] = {}
+    optimizer: dict[str, Tensor] = {}
+    for i, whole in enumerate(wholes):
+        if i % world.size == world.rank:
+            model[whole.name] = whole.weight.cpu()
+            for moment, tensor in whole.moments.items():
+                optimizer[_key(whole.name, moment)] = tensor.cpu()
+    names = [f"{kind}_{world.rank}.safetensors" for kind in ("model", "optimizer")]
+    for name, tensors in zip(names, (model, optimizer), strict=True):
+        save_file(tensors, target / name)
+    return names
+
+
+@contextmanager
+def _reader(
+    checkpoint: Path, manifest: dict[str, Any]
+) -> Iterator[Callable[[str, str | None], Tensor]]:
+    """Reads one tensor at a time by name, or a moment of it."""
+    with ExitStack() as stack:
+        file_of: dict[str, Any] = {}
+        for kind in ("model", "optimizer"):
+            for path in _parts(checkpoint, manifest, kind):
+                file = stack.enter_context(safe_open(path, "pt"))
+                file_of |= dict.fromkeys(file.keys(), file)
+
+        def read(name: str, moment: str | None) -> Tensor:
+            key = _key(name, moment)
+            if key not in file_of:
+                raise ConfigError(
+                    f"checkpoint {checkpoint} lacks {key}: use the version that wrote it, or train "
+                    "again with another --name"
+                )
+            return file_of[key].get_tensor(key)
+
+        yield read
+
+
+def _key(name: str, moment: str | None) -> str:
+    return name if moment is None else f"{moment}/{name}"
+
+
+def _parts(checkpoint: Path, manifest: dict[str, Any], kind: str) -> list[Path]:
+    return [checkpoint / name for name in manifest["files"] if name.startswith(f"{kind}_")]
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Size and hash of a file that is safe on disk."""
+    _flush_to_disk(path)
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _from_all(own: dict[str, Any], world: World) -> dict[str, Any]:
+    """Every rank's entries; complete once all ranks have theirs."""
+    if world.size == 1:
+        return own
+    found: list[Any] = [None] * world.size
+    dist.all_gather_object(found, own)
+    return {name: entry for entries in found for name, entry in entries.items()}
+
+
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (temporary / MANIFEST, temporary):
         _flush_to_disk(path)
-    final = folder / str(step)
-    shutil.rmtree(final, ignore_errors=True)
-    (folder / tag).rename(final)
-    pointer = folder / "latest.tmp"
-    pointer.write_text(str(step))
-    pointer.replace(folder / "latest")
-    _flush_to_disk(folder)
+    if final.exists():
+        # a broken one: else the run would have gone on from there
+        shutil.rmtree(final)
+    temporary.rename(final)
+    pointer = final.parent / "latest.new"
+    pointer.write_text(final.name)
+    pointer.replace(final.parent / "latest")
+    _flush_to_disk(final.parent)
+
+
+def _clean_up(folder: Path, step: int, config: TrainConfig) -> None:
+    """Delete checkpoints that the config does not keep, and later ones, which were broken."""
+    steps = committed_steps(folder)
+    until_now = [s for s in steps if s <= step]
+    kept = set(until_now[-config.keep_checkpoints :])
+    if config.keep_every:
+        kept |= {s for s in until_now if s % config.keep_every == 0}
+    for old in sorted(set(steps) - kept):
+        # renamed first, so that none is ever seen in part
+        doomed = (folder / str(old)).rename(folder / f"{old}.tmp")
+        shutil.rmtree(doomed)
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+
+
+def _defect(checkpoint: Path) -> str | None:
+    """What keeps it from being read, if anything."""
+    manifest = _manifest(checkpoint)
+    if manifest is None:
+        return f"its {MANIFEST} is missing or not readable"
+    for name, seal in manifest["files"].items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != seal["size"]:
+            return f"{name} is missing or has another size than when it was written"
+        if _sha256(path) != seal["sha256"]:
+            return f"{name} has another content than when it was written"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -121,29 +304,22 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _broken_file(checkpoint: Path) -> str | None:
-    manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
-        return f"it has no {MANIFEST}"
-    try:
-        files = json.loads(manifest.read_text())["files"]
-    except (json.JSONDecodeError, KeyError):
-        return f"its {MANIFEST} is not readable"
-    for name, size in files.items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
-            return f"{name} is missing or has another size than when it was written"
-    return None
+def _ranks(count: int) -> str:
+    return f"{count} rank{'' if count == 1 else 's'}"
 
 
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+def _derived_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
+def _set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -40,6 +40,8 @@ def evaluate(
 
 def take_counts(counters: Sequence[UsageCounter], world: World) -> list[np.ndarray]:
     """Counts of every layer over all ranks, in one all-reduce; starts a new window."""
+    if not counters:
+        return []
     counts = [counter.take() for counter in counters]
     total = world.sum(torch.cat(counts)).cpu().numpy()
     return np.split(total, np.cumsum([len(n) for n in counts])[:-1])

@@ -1,4 +1,4 @@
-"""Finished runs as models: loaded from their checkpoint, evaluated, and folded.
+"""Finished runs as models: loaded from their checkpoint, evaluated, folded, and asked for text.
 
 Folding merges every shared map into the rows that it maps (`Bank.fold`), so that the model of a
 config without maps computes the same.
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from simvq_moe.config import Config, ConfigError, QuantizerConfig, on_one_rank
 from simvq_moe.core.bank import Bank
+from simvq_moe.data.text import END_OF_TEXT
 from simvq_moe.merging import merge_files, to_yaml
+from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.moe import MoE
 from simvq_moe.training import checkpoint
-from simvq_moe.training.building import build_model
+from simvq_moe.training.building import AnyModel, build_model
 from simvq_moe.training.engine import World
 from simvq_moe.training.evaluation import evaluate
 from simvq_moe.training.tasks import TOKENIZER, build_task, check_source
@@ -45,10 +48,7 @@ def load_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
     step = checkpoint.latest_step(run_dir / "checkpoints")
     if step is None:
         raise ConfigError(f"{run_dir} has no checkpoint: train it first")
-    file = run_dir / "checkpoints" / str(step) / "mp_rank_00_model_states.pt"
-    # DeepSpeed's file holds objects of its own beside the weights
-    weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
-    return config, weights
+    return config, checkpoint.load_weights(run_dir / "checkpoints" / str(step))
 
 
 def evaluate_run(run_dir: Path, source: str | None) -> dict[str, float]:
@@ -65,23 +65,66 @@ def evaluate_run(run_dir: Path, source: str | None) -> dict[str, float]:
     return evaluate(task, World(0, 1, device), config.train.eval_batch_size)[0]
 
 
-def fold_run(run_dir: Path, out: Path) -> float:
+def generate_text(
+    run_dir: Path, prompt: str, *, tokens: int, temperature: float, top_k: int, seed: int
+) -> str:
+    """The prompt, as the beginning of a document, and a continuation of so many tokens.
+
+    Raises:
+        ConfigError: it is no run of a language model, or a number is out of its range.
+    """
+    for name, value, least in (
+        ("tokens", tokens, 1),
+        ("temperature", temperature, 0),
+        ("top_k", top_k, 0),
+    ):
+        if not value >= least:
+            raise ConfigError(f"--{name} {value} < {least}: use at least {least}")
+    config, weights = load_run(run_dir)
+    model = build_model(config)
+    if not isinstance(model, LanguageModel) or not (run_dir / TOKENIZER).is_file():
+        raise ConfigError(
+            f"{run_dir} is a run of task {config.task!r} without a {TOKENIZER}: give the folder of "
+            "a language model's run"
+        )
+    model.load_state_dict(weights)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(run_dir / TOKENIZER))
+    beginning = [tokenizer.token_to_id(END_OF_TEXT), *tokenizer.encode(prompt).ids]
+    whole = model.generate(
+        torch.tensor([beginning]),
+        tokens,
+        temperature=temperature,
+        top_k=top_k,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return tokenizer.decode(whole[0].tolist())
+
+
+def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
     """Write model.safetensors and config.yaml of the same model without maps.
 
     Returns the largest difference between the outputs of both in float64, relative to the largest
     output; nothing is written unless it is rounding.
 
+    Args:
+        merge_norms: also merge the gains of norms, see `LanguageModel.merge_norms_`.
+
     Raises:
-        ConfigError: the run has no map that can be folded.
+        ConfigError: the run has nothing to fold, or something that can't be.
     """
     config, weights = load_run(run_dir)
     model = build_model(config).eval()
     model.load_state_dict(weights)
-    if not any(isinstance(module, Bank) and module.maps for module in model.modules()):
+    mapped = any(isinstance(module, Bank) and module.maps for module in model.modules())
+    if not (mapped or merge_norms):
         raise ConfigError(f"{run_dir} has no shared map: there is nothing to fold")
     folded_config = without_maps(config)
     folded = build_model(folded_config).double().eval()
     folded.load_state_dict(fold_weights(model.double()))
+    if merge_norms:
+        _merge_norms(folded)
     difference = _difference(model, folded, config)
     if difference > LARGEST_DIFFERENCE:
         raise RuntimeError(f"folding {run_dir} changes its outputs by {difference:.2g}")
@@ -101,7 +144,7 @@ def without_maps(config: Config) -> Config:
         ConfigError: the quantizer's rows are no single linear map of their base.
     """
     q, moe = config.quantizer, config.moe
-    if config.task == "image_tokenizer":
+    if config.task != "language_model":
         if q.kind != "simvq":
             raise ConfigError(f"quantizer.kind {q.kind!r} has no shared map: only simvq folds")
         shared = ("codes", "width", "residual_levels", "gradient")
@@ -110,7 +153,7 @@ def without_maps(config: Config) -> Config:
         }
         q = replace(QuantizerConfig(kind="vq"), **kept)
     moe = replace(moe, router_map="none", expert_out_map="none", expert_in_map="none")
-    moe = replace(moe, router_base_width=None, train_router_base=True)
+    moe = replace(moe, router_base_width=None, train_router_base=True, router_init="default")
     return replace(config, quantizer=q, moe=moe)
 
 
@@ -122,17 +165,33 @@ def fold_weights(model: nn.Module) -> dict[str, Tensor]:
             for key in [key for key in weights if key.startswith(f"{name}.")]:
                 del weights[key]
             weights |= {f"{name}.{k}": v for k, v in module.fold().state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, MoE) and module.experts.gate is not None:
+            # these rows have no map of their own: that of the keys comes before them
+            assert module.router.keys is not None
+            key = f"{name}.experts.up.base"
+            weights[key] = module.router.keys.map(module.experts.up.base)
     return {name: tensor for name, tensor in weights.items() if not name.endswith("initialized")}
 
 
+def _merge_norms(model: AnyModel) -> None:
+    if not isinstance(model, LanguageModel):
+        raise ConfigError("--merge_norms: a tokenizer has no norms: drop it")
+    try:
+        model.merge_norms_()
+    except ValueError as error:
+        raise ConfigError(f"--merge_norms: {error}: drop it") from None
+
+
 @torch.no_grad()
-def _difference(
-    model: ImageTokenizer | LanguageModel, folded: ImageTokenizer | LanguageModel, config: Config
-) -> float:
+def _difference(model: AnyModel, folded: AnyModel, config: Config) -> float:
     torch.manual_seed(0)
     if isinstance(model, LanguageModel) and isinstance(folded, LanguageModel):
         tokens = torch.randint(config.data.vocabulary, (8, config.data.context))
         before, after = model.logits(tokens)[0], folded.logits(tokens)[0]
+    elif isinstance(model, AudioTokenizer) and isinstance(folded, AudioTokenizer):
+        audio = torch.rand(8, 16 * model.hop) * 2 - 1
+        before, after = model.reconstruct(audio)[0], folded.reconstruct(audio)[0]
     else:
         assert isinstance(model, ImageTokenizer)
         assert isinstance(folded, ImageTokenizer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,16 @@ from simvq_moe.config import Config, ConfigError
 from simvq_moe.core.nearest import NotFiniteError
 from simvq_moe.core.usage import counters
 from simvq_moe.data.order import BatchOrder
+from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.moe.after_step import after_step
 from simvq_moe.training import checkpoint
 from simvq_moe.training.banks import Banks
+from simvq_moe.training.cost import cost_of
 from simvq_moe.training.engine import World, make_engine
 from simvq_moe.training.evaluation import evaluate, take_counts
 from simvq_moe.training.logs import RunLog
 from simvq_moe.training.measures import layers_of, usage_metrics
+from simvq_moe.training.probe import Probe
 from simvq_moe.training.progress import Progress
 from simvq_moe.training.tasks import SAMPLES, TOKENIZER, Task, build_task, source_of
 
@@ -62,18 +66,22 @@ class Trainer:
             self.task.start(self._batch(self._shares().flatten()))
         self.counters = counters(self.task.model)
         self.banks = Banks(self.task.model, self.counters)
+        self.cost = cost_of(self.task.model, config, world.size)
         self.engine = make_engine(self.task.model, config, world)
+        if config.train.compile:
+            assert isinstance(self.task.model, LanguageModel)
+            self.task.model.compile_blocks()  # after the engine, which sets the precision
         self.layers = layers_of(self.counters)
         self.checkpoints = config.run_dir / "checkpoints"
         self.train_seconds = 0.0
         self.window = Window()
-        restored = checkpoint.restore(self.engine, self.checkpoints, world)
+        restored = checkpoint.restore(self.engine, self.checkpoints, world, config.seed)
         if restored is not None:
-            self.step, state = restored
-            self._take_up(state)
+            self._take_up(restored)
         elif self.task.tokenizer is not None and world.is_main:
             shutil.copyfile(self.task.tokenizer, config.run_dir / TOKENIZER)
         self.resumed_from = self.step
+        self.probe = Probe(self.task, config.train, world, config.run_dir, self.step)
         self.log = RunLog(config.run_dir, self.layers, self.step) if world.is_main else None
 
     def run(self) -> dict[str, float]:
@@ -100,7 +108,7 @@ class Trainer:
                 self._save()
             if stop and not last:
                 raise Interrupted(f"stopped at step {self.step}, which is saved")
-        return (held_out or self._evaluate()[0]) | {
+        return (held_out or self._evaluate()[0]) | self.probe.saturations() | {
             "step": float(self.step),
             "time/train_s": self.train_seconds,
             "time/wall_s": time.monotonic() - self.began,
@@ -111,6 +119,7 @@ class Trainer:
         """Finish the records, also after a failure."""
         if self.log is not None:
             self.log.close()
+            self.probe.write()
 
     def _is_logged(self, step: int) -> bool:
         train = self.config.train
@@ -131,6 +140,7 @@ class Trainer:
                 agreement.ask(self.stop_asked(), self.window.sums["loss"])
             self.engine.backward(loss)
             self.engine.step()
+        after_step(self.task.model)
         stop, finite = agreement.answer()
         if not finite:
             raise TrainingFailed(f"step {self.step + 1}: loss not finite; {self._last_good()}")
@@ -175,7 +185,8 @@ class Trainer:
         )
 
     def _evaluate(self) -> tuple[dict[str, float], list[np.ndarray]]:
-        return evaluate(self.task, self.world, self.config.train.eval_batch_size)
+        measures, counts = evaluate(self.task, self.world, self.config.train.eval_batch_size)
+        return measures | self.probe.measure(self.step), counts
 
     def _write_log(
         self, evaluated: tuple[dict[str, float], list[np.ndarray]] | None
@@ -196,42 +207,58 @@ class Trainer:
         if self.log is not None:
             self.log.write(self.step, metrics | held_out, counts, held_out_counts)
             if evaluated:
-                self._write_samples()
+                self.log.write_pictures(self.step, self.probe.pictures(), self.probe.rows)
+        if evaluated:
+            self._write_samples()
         return metrics
 
     @torch.no_grad()
     def _write_samples(self) -> None:
-        assert self.log is not None
+        if self.task.continuations is not None:
+            # on every rank, for they may share experts
+            written = self.task.continuations(self.step)
+            if self.log is not None:
+                self.log.write_text(self.step, written)
+        if self.log is None or (self.task.picture is None and self.task.sounds is None):
+            return
+        self.engine.eval()
+        shown = min(SAMPLES, len(self.task.held_out))
+        every = len(self.task.held_out) // shown
+        batch = self.task.held_out.batch(np.arange(shown) * every).to(self.world.device)
         if self.task.picture is not None:
-            self.engine.eval()
-            shown = min(SAMPLES, len(self.task.held_out))
-            every = len(self.task.held_out) // shown
-            batch = self.task.held_out.batch(np.arange(shown) * every).to(self.world.device)
             self.log.write_samples(self.step, self.task.picture(batch))
+        if self.task.sounds is not None:
+            self.log.write_sounds(self.step, self.task.sounds(batch), self.task.sample_rate)
 
     def _save(self) -> None:
         if self.log is not None:
             self.log.write_usage()
-        state = {
+            self.probe.write()
+        shared = {
             "data_digest": self.task.data_digest,
             "train_seconds": self.train_seconds,
-            "window": self.window.state(),
             "stale": self.banks.state(),
+        }
+        own = {
+            "window": self.window.state(),
             "counts": [counter.counts for counter in self.counters],
         }
-        keep = self.config.train.keep_checkpoints
-        checkpoint.save(self.engine, self.checkpoints, self.step, state, self.world, keep)
+        where = (self.engine, self.checkpoints, self.step, self.world)
+        checkpoint.save(*where, self.config.train, shared=shared, own=own)
 
-    def _take_up(self, state: Mapping[str, Any]) -> None:
-        if state["data_digest"] != self.task.data_digest:
+    def _take_up(self, restored: checkpoint.Restored) -> None:
+        shared = restored.shared
+        if shared["data_digest"] != self.task.data_digest:
             raise ConfigError(
                 f"the data in data.source {source_of(self.config)!r} are not those that "
                 f"{self.config.run_dir} began with: put them back, or give the run another --name"
             )
-        self.train_seconds = state["train_seconds"]
-        self.window = Window(**state["window"])
-        self.banks.take_up(state["stale"])
-        for counter, counts in zip(self.counters, state["counts"], strict=True):
+        self.step = restored.step
+        self.train_seconds = shared["train_seconds"]
+        self.banks.take_up(shared["stale"])
+        own = _of_this_rank(restored.own, self.world)
+        self.window = Window(**own["window"])
+        for counter, counts in zip(self.counters, own["counts"], strict=True):
             counter.counts.copy_(counts)
 
     def _tokens(self, steps: int) -> int:
@@ -279,6 +306,22 @@ class Window:
 
     def state(self) -> dict[str, Any]:
         return {"steps": self.steps, "seconds": self.seconds, "sums": self.sums}
+
+
+def _of_this_rank(ranks: Sequence[Mapping[str, Any]], world: World) -> Mapping[str, Any]:
+    """What this rank has kept; of another number of ranks, what leaves means of the window and
+    sums of the counts over ranks as they were."""
+    if len(ranks) == world.size:
+        return ranks[world.rank]
+    windows, by_counter = [rank["window"] for rank in ranks], [rank["counts"] for rank in ranks]
+    sums = {
+        name: torch.stack([window["sums"][name] for window in windows]).mean()
+        for name in windows[0]["sums"]
+    }
+    counts = [
+        torch.stack(counts).sum(0) * int(world.is_main) for counts in zip(*by_counter, strict=True)
+    ]
+    return {"window": windows[0] | {"sums": sums}, "counts": counts}
 
 
 def _build_in_turn(config: Config, world: World) -> Task:

@@ -1,4 +1,4 @@
-"""Metrics by name: usage of every counted layer; how large the model is."""
+"""Metrics by name: usage of every counted layer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
 
 from simvq_moe.core.usage import Kind, UsageCounter, usage
-from simvq_moe.moe import MoE
 
 ROOT: dict[Kind, str] = {"codes": "codes", "experts": "moe", "kept": "moe_kept"}
 """Metric prefix of each kind of layer."""
@@ -80,14 +78,3 @@ def _dropped(
         for i, (before, after) in enumerate(zip(chosen, kept, strict=True))
     }
     return shares | {f"{prefix}moe/mean/dropped": 1 - sum(kept) / sum(chosen)}
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """All parameters, and those that a token meets: only top_k of the experts of a layer."""
-    total = sum(p.numel() for p in model.parameters())
-    idle = 0
-    for module in model.modules():
-        if isinstance(module, MoE):
-            experts = sum(bank.base.numel() for bank in (module.experts.up, module.experts.down))
-            idle += experts * (module.num_experts - module.top_k) // module.num_experts
-    return {"total": total, "active": total - idle}

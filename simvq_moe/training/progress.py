@@ -42,13 +42,13 @@ class Progress:
 
 def describe(step: int, steps: int, metrics: Mapping[str, float]) -> str:
     """The line without the time left."""
-    where = next(w for w in ("codes", "codes/mean", "moe/mean") if f"{w}/used" in metrics)
+    counted = [w for w in ("codes", "codes/mean", "moe/mean") if f"{w}/used" in metrics]
     parts = [
         f"step {step}/{steps}",
         f"{100 * step / steps:.0f}%",
         f"loss {metrics['train/loss']:.4g}",
-        f"used {100 * metrics[f'{where}/used']:.0f}%",
-        f"MaxVio {metrics[f'{where}/max_vio']:.2f}",
+        *(f"used {100 * metrics[f'{where}/used']:.0f}%" for where in counted),
+        *(f"MaxVio {metrics[f'{where}/max_vio']:.2f}" for where in counted),
         f"{metrics['speed/tokens_per_s']:,.0f} tokens/s",
     ]
     return "  ".join(parts)

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from simvq_moe.config import Config, ConfigError, check, check_ranks, on_one_ran
 from simvq_moe.merging import first_difference, merge_files, to_yaml
 from simvq_moe.training import checkpoint
 from simvq_moe.training.building import build_model
+from simvq_moe.training.cost import cost_of
 from simvq_moe.training.engine import (
     World,
     import_deepspeed,
@@ -34,9 +36,9 @@ from simvq_moe.training.engine import (
     launched_ranks,
     start_distributed,
 )
+from simvq_moe.training.engine_settings import engine_settings
 from simvq_moe.training.logs import write_json, write_text
 from simvq_moe.training.loop import Interrupted, Trainer, TrainingFailed
-from simvq_moe.training.measures import parameter_counts
 from simvq_moe.training.slurm import adopt_slurm
 from simvq_moe.training.tasks import check_source
 
@@ -79,24 +81,33 @@ def check_launch(config: Config, world_size: int) -> None:
     check(config)
     check_ranks(config, world_size)
     check_source(config)
+    engine_settings(config)
     saved = config.run_dir / "config.yaml"
     if saved.is_file():
-        difference = first_difference(merge_files(Config, [saved]), config)
+        difference = first_difference(_laid_out_as(config, merge_files(Config, [saved])), config)
         if difference:
             raise ConfigError(
                 f"{config.run_dir} holds a run of another config ({difference}): "
                 "give this run another --name, or remove that folder"
             )
-        step = checkpoint.latest_step(config.run_dir / "checkpoints")
-        if step is not None and not is_finished(config):
-            checkpoint.check_world(config.run_dir / "checkpoints", step, world_size)
+        if not is_finished(config):
+            checkpoint.check_form(config.run_dir / "checkpoints")
+
+
+def _laid_out_as(new: Config, old: Config) -> Config:
+    """old, with what only says where numbers lie and not what they are as in new."""
+    return replace(
+        old,
+        moe=replace(old.moe, expert_parallel=new.moe.expert_parallel),
+        train=replace(old.train, zero_stage=new.train.zero_stage),
+    )
 
 
 def dry_run(config: Config) -> int:
-    """Print the resolved config, and on standard output the parameter counts; write nothing."""
+    """Print the resolved config, and on standard output what the model costs; write nothing."""
     check_launch(config, launched_ranks())
     print(to_yaml(config), file=sys.stderr)
-    print(json.dumps({"parameters": parameter_counts(build_model(on_one_rank(config)))}))
+    print(json.dumps(cost_of(build_model(on_one_rank(config)), config, launched_ranks())))
     return FINISHED
 
 
@@ -166,7 +177,7 @@ def _describe(trainer: Trainer) -> dict[str, Any]:
     return {
         "layers": [vars(layer) for layer in trainer.layers],
         "banks": trainer.banks.names,
-        "parameters": parameter_counts(trainer.task.model),
+        **trainer.cost,
         "samples": {"train": len(trainer.task.train), "held_out": len(trainer.task.held_out)},
         "tokens_per_sample": trainer.task.tokens_per_sample,
     }

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,17 +17,30 @@ from torch import Tensor, nn
 
 from simvq_moe.config import Config
 from simvq_moe.core.bank import effective_rank
-from simvq_moe.data import images, text
+from simvq_moe.data import audio, images, text
+from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.moe.routers import start_from_data
 from simvq_moe.quantizers import AnyQuantizer, Quantizer
+from simvq_moe.training.audio_measures import AudioMeasures
 from simvq_moe.training.building import build_model
 
-EMBEDDED = {"image_tokenizer": "photos", "language_model": "python-stdlib"}
+EMBEDDED = {
+    "image_tokenizer": "photos",
+    "audio_tokenizer": "spoken-characters",
+    "language_model": "python-stdlib",
+}
 TOKENIZER = "tokenizer.json"
 """Copy of the text tokenizer in a run's folder."""
 SAMPLES = 8
 """Held-out samples that are shown."""
+CONTINUED = 4
+"""Held-out beginnings that are continued."""
+BEGINNING, CONTINUATION = 32, 64
+"""Tokens of a beginning, unless the context is shorter, and of its continuation."""
+TEMPERATURE = 0.8
+"""Of the continuations."""
 
 
 @runtime_checkable
@@ -57,8 +71,15 @@ class Task:
     """Start what starts from data from the first training batch, all ranks together."""
     picture: Callable[[Tensor], np.ndarray] | None
     """A held-out batch above what the model makes of it, (height, width, 3) uint8."""
+    sounds: Callable[[Tensor], dict[str, np.ndarray]] | None = None
+    """A held-out batch and what the model makes of it, by name, each (samples, time) in [-1, 1]."""
+    sample_rate: int = 0
+    """Hz of the sounds; 0: there are none."""
     tokenizer: Path | None = None
     """File of the text tokenizer."""
+    continuations: Callable[[int], str] | None = None
+    """Held-out beginnings and what the model makes of them at a step; all ranks call it together.
+    """
 
 
 def source_of(config: Config) -> str:
@@ -68,8 +89,8 @@ def source_of(config: Config) -> str:
 
 def check_source(config: Config) -> None:
     """Raise `ConfigError` for a source that does not exist or holds nothing readable."""
-    module = images if config.task == "image_tokenizer" else text
-    module.check_source(source_of(config))
+    reader = {"image_tokenizer": images, "audio_tokenizer": audio, "language_model": text}
+    reader[config.task].check_source(source_of(config))
 
 
 def build_task(config: Config, tokenizer: Path | None = None) -> Task:
@@ -80,6 +101,8 @@ def build_task(config: Config, tokenizer: Path | None = None) -> Task:
     """
     if config.task == "image_tokenizer":
         return _image_task(config)
+    if config.task == "audio_tokenizer":
+        return _audio_task(config)
     return _language_task(config, tokenizer)
 
 
@@ -130,6 +153,46 @@ def _image_task(config: Config) -> Task:
     )
 
 
+def _audio_task(config: Config) -> Task:
+    data = config.data
+    length = round(data.audio_seconds * data.sample_rate)
+    train, held_out = audio.audio_clips(
+        source_of(config),
+        sample_rate=data.sample_rate,
+        length=length,
+        clips=data.crops,
+        held_out_clips=data.held_out_crops,
+        seed=data.seed,
+    )
+    model = build_model(config)
+    assert isinstance(model, AudioTokenizer)
+    measures = AudioMeasures(data.sample_rate)
+
+    def evaluate(batch: Tensor) -> dict[str, Tensor]:
+        # a rank may have none left
+        reconstruction = model.reconstruct(batch)[0] if len(batch) else batch
+        return measures.to(batch.device).sums(batch, reconstruction)
+
+    def summarize(sums: Mapping[str, float]) -> dict[str, float]:
+        means = measures.means(sums)
+        return {"val/loss": means["val/mel_distance"], **means} | _rank_of_used_codes(
+            model.quantizer
+        )
+
+    def sounds(batch: Tensor) -> dict[str, np.ndarray]:
+        pair = {"original": batch, "reconstruction": model.reconstruct(batch)[0].clamp(-1, 1)}
+        return {name: clips.cpu().numpy() for name, clips in pair.items()}
+
+    digest = hashlib.blake2b(train.samples.numpy().tobytes(), digest_size=16).hexdigest()
+    return Task(
+        *(model, train, held_out, digest, -(-length // model.hop), evaluate, summarize),
+        start=model.initialize,
+        picture=None,
+        sounds=sounds,
+        sample_rate=data.sample_rate,
+    )
+
+
 def _rank_of_used_codes(quantizer: AnyQuantizer) -> dict[str, float]:
     """Effective rank of the codes drawn in this window, each weighted by its draws."""
     if not isinstance(quantizer, Quantizer):
@@ -173,7 +236,23 @@ def _language_task(config: Config, tokenizer: Path | None) -> Task:
     digest = corpus.tokenizer.parent.name
     return Task(
         *(model, corpus.train, corpus.held_out, digest, data.context, evaluate, summarize),
-        start=None,
+        start=partial(start_from_data, model) if config.moe.router_init == "data" else None,
         picture=None,
         tokenizer=corpus.tokenizer,
+        continuations=partial(_continuations, model, corpus, config.seed),
+    )
+
+
+def _continuations(model: LanguageModel, corpus: text.Corpus, seed: int, step: int) -> str:
+    """Random numbers are those of seed and step, and the generator of the training is not used."""
+    shown = min(CONTINUED, len(corpus.held_out))
+    windows = corpus.held_out.batch(np.arange(shown) * (len(corpus.held_out) // shown))
+    beginnings = windows[:, : min(BEGINNING, model.context)].to(model.embedding.weight.device)
+    random = torch.Generator().manual_seed(int(np.random.default_rng([seed, step]).integers(2**63)))
+    whole = model.generate(beginnings, CONTINUATION, temperature=TEMPERATURE, generator=random)
+    parts = [ids.cpu().tensor_split([beginnings.shape[1]]) for ids in whole]
+    return "\n".join(
+        f"=== beginning {i} ===\n{corpus.decode(first)}\n"
+        f"=== continuation {i} ===\n{corpus.decode(rest)}\n"
+        for i, (first, rest) in enumerate(parts, start=1)
     )

@@ -1,16 +1,13 @@
-"""Optimizer groups, schedule and checkpoints."""
+"""Optimizer groups and schedule."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from simvq_moe.config import Config, ConfigError, OptimizerConfig
+from simvq_moe.config import Config, OptimizerConfig
 from simvq_moe.merging import with_flags
-from simvq_moe.training import checkpoint
 from simvq_moe.training.building import build_model
 from simvq_moe.training.engine import learning_rate_factor, parameter_groups
 
@@ -49,33 +46,3 @@ def test_the_rate_warms_up_linearly_and_falls_along_a_cosine_to_its_floor() -> N
     assert factors[110] == pytest.approx(0.1)
     constant = OptimizerConfig(warmup_steps=0, final_lr_ratio=1.0)
     assert {learning_rate_factor(step, 5, constant) for step in range(5)} == {1.0}
-
-
-def write_checkpoint(folder: Path, step: int, world_size: int = 1) -> Path:
-    target = folder / str(step)
-    target.mkdir(parents=True)
-    (target / "weights").write_bytes(b"12345")
-    manifest = f'{{"step": {step}, "world_size": {world_size}, "files": {{"weights": 5}}}}'
-    (target / "manifest.json").write_text(manifest)
-    return target
-
-
-def test_the_latest_whole_checkpoint_is_the_newest_that_lacks_nothing(tmp_path: Path) -> None:
-    assert checkpoint.latest_step(tmp_path) is None
-    for step in (10, 9, 100, 20):
-        write_checkpoint(tmp_path, step)
-    (tmp_path / "300.tmp").mkdir()
-    assert checkpoint.latest_step(tmp_path) == 100
-    (tmp_path / "100" / "weights").write_bytes(b"123")
-    assert checkpoint.latest_step(tmp_path) == 20
-    (tmp_path / "20" / "weights").unlink()
-    assert checkpoint.latest_step(tmp_path) == 10
-    (tmp_path / "10" / "manifest.json").write_text("{")
-    assert checkpoint.latest_step(tmp_path) == 9
-
-
-def test_a_checkpoint_of_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, 5, world_size=2)
-    checkpoint.check_world(tmp_path, 5, 2)
-    with pytest.raises(ConfigError, match="written by 2 ranks and this launch has 1: launch 2"):
-        checkpoint.check_world(tmp_path, 5, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from simvq_moe.training import checkpoint
 from tests.launching import metrics, run, start
 
 IMAGE = ("--train.batch_size", "8", "--data.crops", "64", "--data.held_out_crops", "18")
@@ -39,8 +41,7 @@ def train(folder: Path, name: str, *flags: str, ranks: int = 1) -> Path:
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     step = (run_dir / "checkpoints" / "latest").read_text()
-    file = run_dir / "checkpoints" / step / "mp_rank_00_model_states.pt"
-    return torch.load(file, weights_only=False)["module"]
+    return checkpoint.load_weights(run_dir / "checkpoints" / step)
 
 
 @pytest.mark.distributed
@@ -104,6 +105,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert_close(weights(broken), weights(whole), rtol=0, atol=0)
 
 
+def test_a_run_killed_while_it_saves_goes_on_as_if_nothing_had_happened(folder: Path) -> None:
+    flags = (*IMAGE, "--train.steps", "60", "--train.log_every", "1", "--train.save_every", "1")
+    whole = train(folder, "whole", *flags)
+    process = start("train", "--name", "killed", *flags, cwd=folder)
+    killed = folder / "runs" / "killed"
+    while process.poll() is None and checkpoint.committed_steps(killed / "checkpoints")[-1:] < [3]:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (killed / "summary.json").exists(), "finished before the signal: raise train.steps"
+    resumed = run("train", "--name", "killed", *flags, cwd=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming runs/killed at step" in resumed.stderr
+    assert metrics(killed) == metrics(whole)
+    assert_close(weights(killed), weights(whole), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_130(folder: Path, number: signal.Signals) -> None:
     flags = (*IMAGE, "--train.steps", "100000", "--train.log_every", "5")
@@ -136,7 +154,7 @@ def test_a_broken_newest_checkpoint_is_skipped_for_the_one_before(folder: Path) 
     (run_dir / "summary.json").unlink()
     whole = metrics(run_dir)
     assert sorted(p.name for p in (run_dir / "checkpoints").glob("[0-9]*")) == ["30", "40"]
-    torn = run_dir / "checkpoints" / "40" / "mp_rank_00_model_states.pt"
+    torn = run_dir / "checkpoints" / "40" / "optimizer_0.safetensors"
     torn.write_bytes(torn.read_bytes()[:1000])
     resumed = run("train", "--name", "torn", *flags, cwd=folder)
     assert resumed.returncode == 0
