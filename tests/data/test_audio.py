@@ -1,0 +1,236 @@
+"""Clips come from real recordings, and no held-out sample is heard in training."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from numpy.testing import assert_allclose
+
+import simvq_moe.data.audio as audio
+from simvq_moe.config import ConfigError
+from simvq_moe.data.audio import AudioClips, audio_clips, check_source, resample
+
+RATE = 1_000
+LENGTH = 50
+
+
+def write_ramp(path: Path, seconds: float = 1.0, start: int = 0) -> None:
+    """A recording whose samples are their own positions, so that a clip tells where it is from."""
+    positions = np.arange(start, start + round(RATE * seconds), dtype=np.int16)
+    soundfile.write(path, positions, RATE, subtype="PCM_16")
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    (tmp_path / "deep").mkdir()
+    write_ramp(tmp_path / "a.wav")
+    write_ramp(tmp_path / "deep" / "b.flac", start=2_000)
+    return tmp_path
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    for i in range(40):
+        values = np.full(60, i, dtype=np.int16)
+        soundfile.write(tmp_path / f"{i:02}.wav", values, RATE, subtype="PCM_16")
+    return tmp_path
+
+
+def clips(
+    source: Path | str, count: int = 50, held_out: int = 20, *, seed: int = 0, length: int = LENGTH
+) -> tuple[AudioClips, AudioClips]:
+    return audio_clips(
+        str(source),
+        sample_rate=RATE,
+        length=length,
+        clips=count,
+        held_out_clips=held_out,
+        seed=seed,
+    )
+
+
+def test_the_embedded_recordings_are_read_without_importing_their_package() -> None:
+    before = set(sys.modules)
+    train, held_out = audio_clips(
+        "spoken-characters", sample_rate=8_000, length=1_600, clips=500, held_out_clips=100, seed=0
+    )
+    assert not {"captcha", "librosa"} & (set(sys.modules) - before)
+    assert train.samples.shape == (500, 1_600)
+    assert held_out.samples.shape == (100, 1_600)
+    assert train.samples.dtype == held_out.samples.dtype == torch.int16
+    # speech, neither silence nor an alarm tone at full scale
+    assert 0.02 < float(train.batch(np.arange(500)).square().mean().sqrt()) < 0.5
+
+
+def test_few_recordings_are_cut_in_time_and_every_place_is_drawn(few: Path) -> None:
+    train, held_out = clips(few, 40_000, 8_000)
+    assert set(train.samples[:, 0].tolist()) == {
+        *range(820 - LENGTH + 1),
+        *range(2_000, 2_820 - LENGTH + 1),
+    }
+    assert set(held_out.samples[:, 0].tolist()) == {
+        *range(820, 1_000 - LENGTH + 1),
+        *range(2_820, 3_000 - LENGTH + 1),
+    }
+
+
+def test_a_clip_is_a_run_of_neighbouring_samples(few: Path) -> None:
+    train, _ = clips(few)
+    positions = train.samples - train.samples[:, :1]
+    assert torch.equal(positions.long(), torch.arange(LENGTH).expand(50, LENGTH))
+
+
+def test_resampling_mixes_nothing_across_the_border(tmp_path: Path) -> None:
+    # silence before the border, noise after it
+    samples = np.zeros(4_000)
+    samples[3_280:] = np.random.default_rng(0).uniform(-1, 1, 720)
+    soundfile.write(tmp_path / "a.wav", samples, 2 * RATE)
+    train, held_out = clips(tmp_path, 2_000)
+    assert int(train.samples.abs().max()) == 0
+    assert int(held_out.samples.abs().max()) > 3_000
+
+
+def test_batches_map_16_bits_onto_minus_one_to_one(few: Path) -> None:
+    train, _ = clips(few)
+    train.samples[0, :2] = torch.tensor([-32_768, 16_384], dtype=torch.int16)
+    batch = train.batch(np.array([0, 3]))
+    assert batch.dtype == torch.float32
+    assert batch[0, :2].tolist() == [-1.0, 0.5]
+    assert torch.equal(batch[1] * 32_768, train.samples[3].float())
+    assert torch.equal(train.batch(torch.tensor([0, 3])), batch)
+
+
+def test_the_seed_alone_decides_the_clips(few: Path) -> None:
+    first, again, other = (clips(few, seed=seed) for seed in (0, 0, 1))
+    for side in range(2):
+        assert torch.equal(first[side].samples, again[side].samples)
+        assert not torch.equal(first[side].samples, other[side].samples)
+
+
+def test_many_recordings_are_split_by_file(many: Path) -> None:
+    train, held_out = clips(many, 2_000, 400)
+    seen, unseen = train.samples.unique().tolist(), held_out.samples.unique().tolist()
+    assert sorted(seen + unseen) == list(range(40))
+    assert 1 <= len(unseen) <= 10
+
+
+def test_longer_recordings_give_more_clips(tmp_path: Path) -> None:
+    for name, seconds in (("a", 10.0), ("b", 1.0)):
+        soundfile.write(tmp_path / f"{name}.wav", np.full(round(RATE * seconds), 0.1), RATE)
+    write_ramp(tmp_path / "c.wav")
+    train, _ = clips(tmp_path, 6_000)
+    ramps = int((train.samples[:, 0] != train.samples[:, 1]).sum())
+    # 771 of 9,693 places; four standard deviations are 87
+    assert abs(ramps - 6_000 * 771 / 9_693) < 87
+
+
+def test_resampling_keeps_a_tone_and_drops_what_the_lower_rate_cannot_hold() -> None:
+    time = np.arange(24_000) / 24_000
+    low, high = np.sin(2 * np.pi * 440 * time), np.sin(2 * np.pi * 11_000 * time)
+    down = resample(low + high, 24_000, 16_000)
+    assert len(down) == 16_000
+    expected = np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+    # 1 %: the filter's ripple; its tail reaches over the ends
+    assert_allclose(down[200:-200], expected[200:-200], atol=0.01)
+    up = resample(low, 24_000, 48_000)
+    assert_allclose(up[200:-200:2], low[100:-100], atol=0.01)
+    assert np.array_equal(resample(low, 24_000, 24_000), low)
+
+
+def test_channels_are_averaged(tmp_path: Path) -> None:
+    stereo = np.stack([np.full(1_000, 0.5), np.full(1_000, -0.25)], axis=1)
+    soundfile.write(tmp_path / "a.wav", stereo, RATE)
+    train, _ = clips(tmp_path)
+    assert train.batch(np.array([0])).unique().tolist() == [0.125]
+
+
+def test_a_float_recording_beyond_full_scale_is_clipped(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.full(1_000, -1.5), RATE, subtype="FLOAT")
+    train, _ = clips(tmp_path)
+    assert train.samples.unique().tolist() == [-32_768]
+
+
+def test_one_recording_is_a_source(few: Path) -> None:
+    assert len(clips(few / "a.wav")[0]) == 50
+
+
+def test_bad_recordings_are_skipped_with_one_line_that_names_them(
+    few: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = (few / "deep" / "b.flac").read_bytes()
+    (few / "no_recording.mp3").write_text("hello")
+    (few / "headerless.raw").write_bytes(b"\0" * 4_000)
+    # longer than the others, so that it is among those that are drawn from
+    write_ramp(few / "damaged.flac", 20.0)
+    damaged = bytearray((few / "damaged.flac").read_bytes())
+    damaged[len(damaged) // 4 : len(damaged) // 2] = b"\0" * (len(damaged) // 4)
+    (few / "damaged.flac").write_bytes(damaged)
+    (few / "truncated.flac").write_bytes(content[:30])
+    soundfile.write(few / "not_finite.wav", np.full(9_000, np.nan), RATE, subtype="FLOAT")
+    write_ramp(few / "too_short.wav", (LENGTH - 1) / RATE)
+    write_ramp(few / "short_late_part.wav", 0.25)
+    (few / "README.txt").write_text("about these recordings")
+    with caplog.at_level(logging.WARNING):
+        train, held_out = clips(few)
+    (record,) = caplog.records
+    assert "skipped 7 unreadable or too short recordings" in record.getMessage()
+    for name in ("headerless", "no_recording", "short_late_part", "too_short", "truncated"):
+        assert name in record.getMessage()
+    assert "README" not in record.getMessage()
+    # what the damaged recordings would have given comes from the others
+    assert (len(train), len(held_out)) == (50, 20)
+    assert set(train.samples[:, 0].tolist()) < {*range(820), *range(2_000, 2_820)}
+
+
+def test_a_good_folder_warns_of_nothing(few: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clips(few)
+    clips("spoken-characters")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("make", [clips, check_source])
+def test_a_missing_folder_is_named_with_the_way_out(make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.source .*nowhere.* does not exist: .*'spoken-"):
+        make(str(tmp_path / "nowhere"))
+
+
+def test_the_error_of_missing_prompts_says_what_installs_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(audio, "ASTERISK", tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="apt-get install asterisk-core-sounds-en-wav"):
+        check_source("asterisk")
+    write_ramp(tmp_path / "a.wav")
+    monkeypatch.setattr(audio, "ASTERISK", tmp_path)
+    check_source("asterisk")
+    assert len(clips("asterisk")[0]) == 50
+
+
+def test_a_folder_without_recordings_is_named_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no recording")
+    with pytest.raises(ConfigError, match=r"data\.source .* holds no readable recording: .*flac"):
+        check_source(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"data\.source .* holds no recording"):
+        clips(tmp_path)
+
+
+def test_clips_longer_than_the_recordings_name_the_length(few: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.audio_seconds 2: lower it"):
+        clips(few, length=2_000)
+
+
+def test_only_damaged_recordings_are_an_error(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.full(1_000, np.nan), RATE, subtype="FLOAT")
+    with pytest.raises(ConfigError, match="holds no recording that is readable"):
+        clips(tmp_path)
+
+
+def test_sources_with_a_recording_pass_the_check(few: Path) -> None:
+    check_source("spoken-characters")
+    check_source(str(few))
