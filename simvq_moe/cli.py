@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import simvq_moe
-from simvq_moe.config import Config, ConfigError
-from simvq_moe.merging import flag_error, merge_files, suggestion, with_flags
+from simvq_moe.config import Config
+from simvq_moe.merging import ConfigError, flag_error, merge_files, suggestion, with_flags
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from simvq_moe.analysis.sweep import launcher
-from simvq_moe.config import Config, ConfigError
-from simvq_moe.merging import with_overrides
+from simvq_moe.config import Config
+from simvq_moe.merging import ConfigError, with_overrides
 from simvq_moe.training.engine import import_deepspeed
 from simvq_moe.training.tasks import EMBEDDED, check_source
 

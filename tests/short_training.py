@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from simvq_moe.config import Config, check
+from simvq_moe.config import Config
+from simvq_moe.config_checks import check
 from simvq_moe.merging import to_yaml
 from simvq_moe.training.engine import World
 from simvq_moe.training.loop import Trainer

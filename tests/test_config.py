@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from simvq_moe.config import Config, ConfigError, check
-from simvq_moe.merging import first_difference, flatten, merge_files, to_yaml, with_flags
+from simvq_moe.config import Config
+from simvq_moe.config_checks import check
+from simvq_moe.merging import (
+    ConfigError,
+    first_difference,
+    flatten,
+    merge_files,
+    to_yaml,
+    with_flags,
+)
 
 
 def load(tmp_path: Path, *texts: str) -> Config:

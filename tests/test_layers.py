@@ -16,7 +16,10 @@ MAY_IMPORT = {
     "models": {"core", "quantizers", "moe", "models", "hub"},
     "integrations": {"core", "integrations"},
     "data": {"data", "config", "merging"},
-    "training": {"core", "quantizers", "moe", "models", "data", "training", "config", "merging"},
+    "training": {
+        *("core", "quantizers", "moe", "models", "data", "training"),
+        *("config", "config_checks", "merging"),
+    },
     "analysis": {"analysis", "config", "merging"},
 }
 EXCEPTIONS = {"analysis": {"simvq_moe.core.usage", "simvq_moe.training.progress"}}

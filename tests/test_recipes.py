@@ -15,11 +15,12 @@ from tests.short_training import train_two_steps
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+PLANS = [(file, plan([file])) for file in SWEEPS]
 ARMS = [
-    pytest.param(run.config, id=f"{sweep.stem}-{run.group}-{run.arm}")
-    for sweep in SWEEPS
-    for run in plan([sweep]).runs
-    if run.seed == plan([sweep]).spec.seeds[0]
+    pytest.param(run.config, id=f"{file.stem}-{run.group}-{run.arm}")
+    for file, sweep in PLANS
+    for run in sweep.runs
+    if run.seed == sweep.spec.seeds[0]
 ]
 
 

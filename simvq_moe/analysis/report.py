@@ -23,7 +23,7 @@ from simvq_moe.analysis.curves import Curve
 from simvq_moe.analysis.plots import ArmStyle
 from simvq_moe.analysis.results import GroupResult, Results
 from simvq_moe.analysis.runs import Arm, Group, find_groups
-from simvq_moe.config import ConfigError
+from simvq_moe.merging import ConfigError
 
 LARGEST_IMAGE = 120_000
 """Bytes up to which a sample is embedded as it is; larger ones are recompressed."""

@@ -21,7 +21,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from simvq_moe.config import ConfigError
+from simvq_moe.merging import ConfigError
 
 ENDED = ("finished", "failed", "interrupted")
 ERROR_OUTCOMES = ("val/mse", "val/bits_per_byte", "val/loss")

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simvq_moe.config import Config, ConfigError
-from simvq_moe.merging import merge_files, to_yaml, with_overrides
+from simvq_moe.config import Config
+from simvq_moe.merging import ConfigError, merge_files, to_yaml, with_overrides
 from simvq_moe.training.progress import duration
 
 SECONDS_BETWEEN_LINES = 5.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tensorboard import default, program
 
-from simvq_moe.config import ConfigError
+from simvq_moe.merging import ConfigError
 
 IMAGES_KEPT = 200
 """Steps of each heat map that the slider reaches; TensorBoard's own default is 10."""

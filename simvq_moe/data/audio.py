@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float32, Float64, Int16
 from torch import Tensor
 
-from simvq_moe.config import ConfigError
 from simvq_moe.data.order import Indices, held_out_by_name
+from simvq_moe.merging import ConfigError
 
 CHARACTERS = "default.wav"
 """Name of each embedded recording, in a folder of its own beside an alarm tone."""

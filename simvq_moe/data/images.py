@@ -20,8 +20,8 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from torch import Tensor
 
-from simvq_moe.config import ConfigError
 from simvq_moe.data.order import Indices, held_out_by_name
+from simvq_moe.merging import ConfigError
 
 PHOTOS = (
     "skimage/data/astronaut.png",

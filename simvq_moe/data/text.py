@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Int64, Integer, UInt
 from torch import Tensor
 
-from simvq_moe.config import ConfigError
 from simvq_moe.data.domains import Domains, domain_of, load_domains, number_domains
 from simvq_moe.data.order import Indices, held_out_by_name
+from simvq_moe.merging import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset

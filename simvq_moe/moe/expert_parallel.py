@@ -45,7 +45,7 @@ class ParallelExperts(Experts):
         self.group_name = make_groups(expert_parallel)
         rank = dist.get_rank(self.group)
         super().__init__(width, hidden, experts, part=(rank, expert_parallel), **options)
-        for bank in (self.up, self.down):
+        for bank in self.banks:
             for tensor in (bank.base, *([] if bank.shared else bank.maps)):
                 if isinstance(tensor, nn.Parameter):
                     # by these DeepSpeed knows what belongs to one expert-parallel rank
@@ -58,7 +58,10 @@ class ParallelExperts(Experts):
         return groups._get_expert_parallel_group(self.group_name)
 
     def forward(
-        self, x: Float[Tensor, "assignments width"], counts: Int[Tensor, " experts"]
+        self,
+        x: Float[Tensor, "assignments width"],
+        counts: Int[Tensor, " experts"],
+        keys: Float[Tensor, "experts key_rank width"] | None = None,
     ) -> Float[Tensor, "assignments width"]:
         """Outputs before the shared map of rows sorted by expert, counts[i] rows for expert i."""
         ranks = dist.get_world_size(self.group)
@@ -70,7 +73,7 @@ class ParallelExperts(Experts):
         # rows arrive sorted by sender, then by expert
         mine = torch.arange(len(arriving), device=x.device) % (len(arriving) // ranks)
         order = mine.repeat_interleave(arriving, output_size=len(rows)).argsort(stable=True)
-        y = super().forward(rows[order], arriving.view(ranks, -1).sum(0))
+        y = super().forward(rows[order], arriving.view(ranks, -1).sum(0), keys)
         y = torch.empty_like(y).index_copy(0, order, y)
         return exchange(y, received, sent, self.group)
 

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.bank import Bank, Transform
+from simvq_moe.core.streams import own_stream
 
 ExpertKind = Literal["gelu", "swiglu"]
 
@@ -31,6 +32,8 @@ class Experts(nn.Module):
         train_in_base, train_out_base: learn the rows beside their map.
         out_bias: one learned vector added to every token's sum of outputs.
         map_rank: rank of low-rank maps.
+        key_rank: not 0: the first projection, of SwiGLU G_i, is U_i K_i with U_i (hidden, key_rank)
+            and keys K_i (key_rank, width) that `forward` is given, see `SelfSelectingRouter`.
         part: (i, n): hold only the i-th of n equal parts, started as if all were here.
     """
 
@@ -47,6 +50,7 @@ class Experts(nn.Module):
         train_out_base: bool = True,
         out_bias: bool = False,
         map_rank: int = 8,
+        key_rank: int = 0,
         part: tuple[int, int] = (0, 1),
     ) -> None:
         nn.Module.__init__(self)  # a subclass has a second parent, which is not to be set up
@@ -54,12 +58,16 @@ class Experts(nn.Module):
         size = experts // part[1]
         self.mine = slice(part[0] * size, (part[0] + 1) * size)
         self.kind: ExpertKind = kind
-        up = torch.randn(experts, first_rows(kind, hidden), width) / width**0.5
-        down = torch.randn(experts, hidden, width) / hidden**0.5
-        self.up = Bank(up[self.mine], transform=in_map, train_base=train_in_base, rank=map_rank)
+        self.hidden, self.width, self.key_rank = hidden, width, key_rank
+        starts = self._starts(width**-0.5, hidden**-0.5)
+        self.up = Bank(starts["up"], transform=in_map, train_base=train_in_base, rank=map_rank)
         self.down = Bank(
-            down[self.mine], transform=out_map, train_base=train_out_base, rank=map_rank
+            starts["down"], transform=out_map, train_base=train_out_base, rank=map_rank
         )
+        self.gate: Bank | None = None
+        """(experts, hidden, key_rank): what SwiGLU's gate makes of keys; `up` is then the rest."""
+        if "gate" in starts:
+            self.gate = Bank(starts["gate"], transform="none", train_base=train_in_base)
         self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
         self.bias: nn.Parameter | None = None
         """(experts, width): what `fold` makes of `out_bias`."""
@@ -73,27 +81,73 @@ class Experts(nn.Module):
         y = self.down.map(y) if self.down.shared else y
         return y if self.out_bias is None else y + self.out_bias.to(y.dtype)
 
+    @property
+    def banks(self) -> list[Bank]:
+        """Every bank of the experts."""
+        return [bank for bank in (self.gate, self.up, self.down) if bank is not None]
+
     def forward(
-        self, x: Float[Tensor, "assignments width"], counts: Int[Tensor, " experts"]
+        self,
+        x: Float[Tensor, "assignments width"],
+        counts: Int[Tensor, " experts"],
+        keys: Float[Tensor, "all_experts key_rank width"] | None = None,
     ) -> Float[Tensor, "assignments width"]:
-        """Outputs before the shared map of rows sorted by expert, counts[i] rows for expert i."""
-        hidden = activation(self.kind, grouped_product(x, _weights(self.up).mT, counts))
+        """Outputs before the shared map of rows sorted by expert, counts[i] rows for expert i.
+
+        Args:
+            keys: of all experts, wherever they are.
+        """
+        hidden = activation(self.kind, self._first(x, counts, keys))
         y = grouped_product(hidden, _weights(self.down), counts)
         if self.bias is None:
             return y
         return y + self.bias.to(y.dtype).repeat_interleave(counts, 0, output_size=len(y))
 
-    @torch.no_grad()
-    def reset(self, std: float, ending_std: float) -> None:
-        """Start again from N(0, std), the last projections from N(0, ending_std)."""
-        for bank, scale in ((self.up, std), (self.down, ending_std)):
-            everyone = torch.empty(self.num_experts, *bank.base.shape[1:])
-            bank.base.copy_(everyone.normal_(std=scale)[self.mine])
+    def _first(self, x: Tensor, counts: Tensor, keys: Tensor | None) -> Tensor:
+        if keys is None:
+            return grouped_product(x, _weights(self.up).mT, counts)
+        low = grouped_product(x, keys[self.mine].mT, counts)
+        if self.gate is None:
+            return grouped_product(low, self.up.base.mT, counts)
+        gate = grouped_product(low, self.gate.base.mT, counts)
+        return torch.cat([gate, grouped_product(x, self.up.base.mT, counts)], dim=-1)
 
     @torch.no_grad()
-    def fold_(self) -> None:
-        """Merge maps and the bias into the experts, in place: for gates that sum to 1."""
+    def reset(self, std: float, ending_std: float) -> None:
+        """Start again from N(0, std), the last projections from N(0, ending_std).
+
+        What follows keys keeps their scale.
+        """
+        banks = {"up": self.up, "down": self.down, "gate": self.gate}
+        for name, start in self._starts(std, ending_std).items():
+            bank = banks[name]
+            assert bank is not None
+            bank.base.copy_(start)
+
+    def _starts(self, std: float, ending_std: float) -> dict[str, Tensor]:
+        """Bases of this rank's banks, the same with and without keys where their shapes agree."""
+        experts, hidden, width = self.num_experts, self.hidden, self.width
+        up = torch.empty(experts, first_rows(self.kind, hidden), width).normal_(std=std)
+        down = torch.empty(experts, hidden, width).normal_(std=ending_std)
+        starts = {"up": up, "down": down}
+        if self.key_rank:
+            with torch.random.fork_rng(devices=[]), own_stream():
+                low = torch.empty(experts, hidden, self.key_rank).normal_(std=self.key_rank**-0.5)
+            gelu = self.kind == "gelu"
+            starts |= {"up": low} if gelu else {"gate": low, "up": up[:, hidden:]}
+        return {name: start[self.mine] for name, start in starts.items()}
+
+    @torch.no_grad()
+    def fold_(self, keys: Bank | None = None) -> None:
+        """Merge maps and the bias into the experts, in place: for gates that sum to 1.
+
+        Args:
+            keys: their map, which is not folded yet, comes before the experts.
+        """
         self.up, self.down = self.up.fold(), self.down.fold()
+        if self.gate is not None and keys is not None:
+            self.up = Bank(keys.map(self.up.base), transform="none")
+            self.gate = self.gate.fold()
         if self.out_bias is not None:
             self.bias = nn.Parameter(self.out_bias.expand(len(self.down.base), -1).clone())
             self.out_bias = None
@@ -153,7 +207,9 @@ def grouped_product(
     rows that fill multiples of 16 bytes. A loop of products elsewhere.
     """
     weights = weights.to(x.dtype)
-    fused = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
+    # neither the CUDA kernel nor what torch.compile takes for the CPU's knows float32
+    narrow = x.is_cuda or torch.compiler.is_compiling()
+    fused = (torch.bfloat16,) if narrow else (torch.bfloat16, torch.float32)
     aligned = all(size * x.element_size() % 16 == 0 for size in weights.shape[1:])
     if x.dtype in fused and aligned:
         return F.grouped_mm(x, weights, offs=counts.cumsum(0).to(torch.int32))

@@ -7,6 +7,7 @@ y = (sum_i g_i E_i(x A^T)) W: shared maps A and W are linear, so each is applied
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +19,8 @@ from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import UsageCounter
 from simvq_moe.moe.dispatch import dispatch, within_capacity
 from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
-from simvq_moe.moe.router import Gates, Routing, TopKRouter
+from simvq_moe.moe.router import Gates, Router, Routing
+from simvq_moe.moe.routers import Balance, RouterInit, RouterKind, build_router
 
 if TYPE_CHECKING:
     from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
@@ -35,8 +37,19 @@ class MoE(nn.Module):
         expert: "gelu" or "swiglu", see `Experts`.
         shared_experts: experts of the same size that every token goes through beside its choice,
             outside of the maps (DeepSeekMoE, arXiv:2401.06066, section 3.2).
+        router: how experts are chosen, see `routers`.
         gates: convention of the gates, see `Router`.
         router_map, router_base_width, train_router_base: bank of the router's rows, R = Q W.
+        router_projection: channels of the prototypes of router "cosine", see `CosineRouter`.
+        router_init: "data": the maps of routers "distance" and "self_selecting" wait for
+            `start_from_data`.
+        self_selecting_rank: rows of an expert's key, see `SelfSelectingRouter`.
+        vocabulary: number of vocabulary ids, for router "hash".
+        centre_router_input: take a running mean off the router's input, see `RunningMean`; call
+            `after_step` after each optimizer step.
+        balance: "loss_free" or "quantile": biases of the choice, see `selection_bias`; call
+            `after_step` here too. "aux" is a loss of the model, see `balance`.
+        bias_update_rate: step of the biases of "loss_free".
         expert_out_map, train_expert_out_base: map W after the gated sum (the conjecture that this
             project tests) and whether the last projections learn beside it.
         expert_out_bias: one learned vector added to every token's sum.
@@ -59,10 +72,18 @@ class MoE(nn.Module):
         *,
         expert: ExpertKind = "gelu",
         shared_experts: int = 0,
+        router: RouterKind = "topk",
         gates: Gates = "topk_softmax",
         router_map: Transform = "none",
         router_base_width: int | None = None,
         train_router_base: bool = True,
+        router_projection: int | None = None,
+        router_init: RouterInit = "default",
+        self_selecting_rank: int = 8,
+        vocabulary: int | None = None,
+        centre_router_input: bool = False,
+        balance: Balance = "none",
+        bias_update_rate: float = 0.001,
         expert_out_map: Transform = "none",
         train_expert_out_base: bool = True,
         expert_out_bias: bool = False,
@@ -78,22 +99,33 @@ class MoE(nn.Module):
         self.width, self.num_experts, self.top_k = width, experts, top_k
         self.capacity_factor = capacity_factor
         with own_stream():
-            self.router = TopKRouter(
+            self.router: Router = build_router(
+                router,
                 width,
                 experts,
                 top_k,
                 gates=gates,
-                transform=router_map,
-                base_width=router_base_width,
-                train_base=train_router_base,
-                rank=map_rank,
+                router_map=router_map,
+                router_base_width=router_base_width,
+                train_router_base=train_router_base,
+                expert_in_map=expert_in_map,
+                map_rank=map_rank,
+                router_projection=router_projection,
+                router_init=router_init,
+                self_selecting_rank=self_selecting_rank,
+                vocabulary=vocabulary,
+                centre_router_input=centre_router_input,
+                balance=balance,
+                bias_update_rate=bias_update_rate,
             )
+        selves = router == "self_selecting"
         self.experts = _experts(
             width,
             hidden,
             experts,
             kind=expert,
-            in_map=expert_in_map,
+            in_map="none" if selves else expert_in_map,  # the keys' map comes before both
+            key_rank=self_selecting_rank if selves else 0,
             out_map=expert_out_map,
             train_in_base=train_expert_in_base,
             train_out_base=train_expert_out_base,
@@ -134,19 +166,21 @@ class MoE(nn.Module):
             token_ids: vocabulary ids of the tokens, for routers that go by them.
         """
         flat = x.reshape(-1, self.width)
-        routing = self.router(flat, None if token_ids is None else token_ids.reshape(-1))
+        seen = self.router.enter(flat)
+        routing = self.router(seen, None if token_ids is None else token_ids.reshape(-1))
         self.counter.add(routing.ids)
         ids = routing.ids
         if self.kept is not None:
             ids = within_capacity(ids, self.num_experts, self.capacity_factor)
             self.kept.add(ids)
+        keys = None if self.router.keys is None else self.router.keys.base
         summed = dispatch(
-            self.experts.enter(flat),
+            self.experts.enter(seen),
             ids,
             routing.gates,
-            self.experts,
+            partial(self.experts, keys=keys),
             self.num_experts,
-            open_choices=self.kept is not None,
+            open_choices=self.kept is not None or self.router.leaves_open,
         )
         y = self.experts.leave(summed)
         if self.shared_experts is not None:
@@ -183,8 +217,8 @@ class MoE(nn.Module):
                     "folded: dropped assignments would drop their part of b: use 0"
                 )
         folded = copy.deepcopy(self)
+        folded.experts.fold_(folded.router.keys)
         folded.router.fold_()
-        folded.experts.fold_()
         return folded
 
 

@@ -2,18 +2,22 @@
 
 A router scores tokens (`score`), chooses experts and forms gates. The plain one scores by
 logits = x R^T, R the rows of a bank: plain rows, or Q W with one map shared by all experts, the
-key-side counterpart of SimVQ's codebook (arXiv:2411.02038, eq. 4).
+key-side counterpart of SimVQ's codebook (arXiv:2411.02038, eq. 4). `routers.build_router` makes
+every kind.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.bank import Bank, Transform
+from simvq_moe.moe.after_step import RunningMean
+from simvq_moe.moe.selection_bias import SelectionBias
 
 Gates = Literal["softmax_topk", "topk_softmax", "sigmoid"]
 
@@ -53,10 +57,22 @@ class Router(nn.Module):
             eq. 13 to 15).
     """
 
+    leaves_open = False
+    """Whether a choice may be `NOBODY`."""
+
     def __init__(self, experts: int, top_k: int, *, gates: Gates = "topk_softmax") -> None:
         super().__init__()
         self.num_experts, self.top_k = experts, top_k
         self.gates: Gates = gates
+        self.centre: RunningMean | None = None
+        """Of the layer's input; it is taken off what is scored."""
+        self.selection: SelectionBias | None = None
+        """Biases of the choice; None: the best logits are chosen."""
+        self.starting = False
+        """Whether the next input is there to `start` from."""
+        self.keys: Bank | None = None
+        """(experts, rank, width): keys that the experts compute with too, and whose map comes
+        before both, see `enter`."""
 
     @property
     def gates_sum_to_one(self) -> bool:
@@ -67,12 +83,37 @@ class Router(nn.Module):
         x: Float[Tensor, "tokens width"],
         token_ids: Int[Tensor, " tokens"] | None = None,
     ) -> Routing:
-        """Route tokens; `token_ids` are their vocabulary ids, for routers that go by them."""
+        """Route tokens.
+
+        Args:
+            x: tokens that have gone through `enter`.
+            token_ids: their vocabulary ids, for routers that go by them.
+        """
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
+            x = x - self._mean(x.dtype)
             logits = self.score(x, token_ids)
             ids, gates = self.choose(logits)
             return Routing(ids, gates, logits, self.own_losses(x, ids, logits))
+
+    def enter(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """What router and experts see of tokens: x A^T under a shared map A of the keys."""
+        flat = x.detach().reshape(-1, x.shape[-1])
+        if self.starting:
+            self.start(flat)
+        if self.centre is not None:
+            self.centre.collect(flat)
+        return x if self.keys is None else self.keys.pull(x)
+
+    def _mean(self, dtype: torch.dtype) -> Tensor | float:
+        """The running mean as it comes out of `enter`."""
+        if self.centre is None:
+            return 0.0
+        mean = self.centre.mean.to(dtype)
+        return mean if self.keys is None else self.keys.pull(mean)
+
+    def start(self, x: Float[Tensor, "tokens width"]) -> None:
+        """Set the map from the inputs of all ranks, where a router has one that can be."""
 
     def score(
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
@@ -84,7 +125,11 @@ class Router(nn.Module):
         self, logits: Float[Tensor, "tokens experts"]
     ) -> tuple[Int[Tensor, "tokens choices"], Float[Tensor, "tokens choices"]]:
         """Ids and gates of the chosen experts, best first."""
-        ids = logits.topk(self.top_k, dim=-1).indices
+        if self.selection is None:
+            ids = logits.topk(self.top_k, dim=-1).indices
+        else:
+            scores = logits.sigmoid() if self.gates == "sigmoid" else logits.softmax(-1)
+            ids = self.selection.choose(scores, self.top_k)
         return ids, self.gates_of(logits, ids)
 
     def gates_of(
@@ -123,7 +168,7 @@ class TopKRouter(Router):
     Args:
         width: channels of a token.
         experts, top_k, gates: see `Router`.
-        transform, base_width, train_base, rank: of the bank of rows R = Q W; rows start from
+        transform, base_width, train_base, bias, rank: of the bank of rows R = Q W; rows start from
             N(0, 1/base_width).
     """
 
@@ -137,6 +182,7 @@ class TopKRouter(Router):
         transform: Transform = "none",
         base_width: int | None = None,
         train_base: bool = True,
+        bias: bool = False,
         rank: int = 8,
     ) -> None:
         super().__init__(experts, top_k, gates=gates)
@@ -146,6 +192,7 @@ class TopKRouter(Router):
             width=width,
             transform=transform,
             train_base=train_base,
+            bias=bias,
             rank=rank,
         )
 
@@ -164,6 +211,33 @@ class TopKRouter(Router):
     @torch.no_grad()
     def fold_(self) -> None:
         self.bank = self.bank.fold()
+
+
+class NoisyTopKRouter(TopKRouter):
+    """Logits x R^T + N(0, 1) softplus(x N^T), the noise in training only (arXiv:1701.06538, eq. 4).
+
+    N starts at 0, as in the paper's appendix A, which is noise of width ln 2.
+
+    Args:
+        width, experts, top_k, options: see `TopKRouter`.
+    """
+
+    def __init__(self, width: int, experts: int, top_k: int, **options: Any) -> None:
+        super().__init__(width, experts, top_k, **options)
+        self.noise = nn.Parameter(torch.zeros(experts, width))
+
+    def score(
+        self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
+    ) -> Float[Tensor, "tokens experts"]:
+        logits = super().score(x, token_ids)
+        if not self.training:
+            return logits
+        return logits + torch.randn_like(logits) * F.softplus(x @ self.noise.to(x.dtype).T)
+
+    @torch.no_grad()
+    def reset(self, std: float) -> None:
+        super().reset(std)
+        self.noise.zero_()
 
 
 def count(ids: Int[Tensor, "*choices"], experts: int) -> Int[Tensor, " experts"]:

@@ -27,7 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simvq_moe.config import ConfigError, TrainConfig
+from simvq_moe.config import TrainConfig
+from simvq_moe.merging import ConfigError
 from simvq_moe.training.engine import World
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from simvq_moe.config import Config, ConfigError
-from simvq_moe.merging import suggestion
+from simvq_moe.config import Config
+from simvq_moe.merging import ConfigError, suggestion
 
 NEVER = 1_000_000_000
 """Steps between DeepSpeed's own log lines."""

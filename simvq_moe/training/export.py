@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simvq_moe.config import Config, ConfigError, QuantizerConfig, on_one_rank
+from simvq_moe.config import Config, QuantizerConfig, on_one_rank
 from simvq_moe.core.bank import Bank
 from simvq_moe.data.text import END_OF_TEXT
-from simvq_moe.merging import merge_files, to_yaml
+from simvq_moe.merging import ConfigError, merge_files, to_yaml
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simvq_moe.config import Config, ConfigError
+from simvq_moe.config import Config
 from simvq_moe.core.nearest import NotFiniteError
 from simvq_moe.core.usage import counters
 from simvq_moe.data.order import BatchOrder
+from simvq_moe.merging import ConfigError
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe.after_step import after_step
 from simvq_moe.training import checkpoint
@@ -108,12 +109,16 @@ class Trainer:
                 self._save()
             if stop and not last:
                 raise Interrupted(f"stopped at step {self.step}, which is saved")
-        return (held_out or self._evaluate()[0]) | self.probe.saturations() | {
-            "step": float(self.step),
-            "time/train_s": self.train_seconds,
-            "time/wall_s": time.monotonic() - self.began,
-            "speed/tokens_per_s": self._tokens(self.step) / max(self.train_seconds, 1e-9),
-        }
+        return (
+            (held_out or self._evaluate()[0])
+            | self.probe.saturations()
+            | {
+                "step": float(self.step),
+                "time/train_s": self.train_seconds,
+                "time/wall_s": time.monotonic() - self.began,
+                "speed/tokens_per_s": self._tokens(self.step) / max(self.train_seconds, 1e-9),
+            }
+        )
 
     def close(self) -> None:
         """Finish the records, also after a failure."""

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from simvq_moe.config import Config, ConfigError, check, check_ranks, on_one_rank
-from simvq_moe.merging import first_difference, merge_files, to_yaml
+from simvq_moe.config import Config, on_one_rank
+from simvq_moe.config_checks import check, check_ranks
+from simvq_moe.merging import ConfigError, first_difference, merge_files, to_yaml
 from simvq_moe.training import checkpoint
 from simvq_moe.training.building import build_model
 from simvq_moe.training.cost import cost_of

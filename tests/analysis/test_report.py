@@ -18,8 +18,8 @@ from simvq_moe.analysis.comparison import compute
 from simvq_moe.analysis.measures import difference, mean_and_sd, number
 from simvq_moe.analysis.report import report
 from simvq_moe.analysis.runs import find_groups, read_run
-from simvq_moe.config import ConfigError
 from simvq_moe.core.usage import null_usage, usage
+from simvq_moe.merging import ConfigError
 
 
 @pytest.fixture(scope="module")

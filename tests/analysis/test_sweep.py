@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from simvq_moe.analysis.sweep import plan
-from simvq_moe.config import ConfigError
-from simvq_moe.merging import first_difference
+from simvq_moe.merging import ConfigError, first_difference
 from tests.launching import metrics, run, start
 
 SWEEP = """

@@ -21,7 +21,7 @@ from simvq_moe.bench_moe import (
     moe_cases,
     moe_table,
 )
-from simvq_moe.config import ConfigError
+from simvq_moe.merging import ConfigError
 from simvq_moe.moe.router import TopKRouter
 
 SMALL = MoECase(width=16, hidden=8, experts=4, top_k=2, tokens=32)

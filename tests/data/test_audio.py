@@ -13,8 +13,8 @@ import torch
 from numpy.testing import assert_allclose
 
 import simvq_moe.data.audio as audio
-from simvq_moe.config import ConfigError
 from simvq_moe.data.audio import AudioClips, audio_clips, check_source, resample
+from simvq_moe.merging import ConfigError
 
 RATE = 1_000
 LENGTH = 50

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from simvq_moe.config import ConfigError
 from simvq_moe.data.images import PHOTOS, check_source, image_crops
+from simvq_moe.merging import ConfigError
 
 SIZE = 8
 

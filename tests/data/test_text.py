@@ -12,9 +12,9 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from simvq_moe.config import ConfigError
 from simvq_moe.data import text
 from simvq_moe.data.text import TokenWindows, check_source, token_windows
+from simvq_moe.merging import ConfigError
 
 WORDS = ["shared", "map", "code", "expert", "idle", "naïve", "漢字", "🙂", "<|endoftext|>\t\r\n"]
 

@@ -1,12 +1,19 @@
-"""Balance losses against their definitions."""
+"""Balance losses and selection biases against their definitions."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch.testing import assert_close
 
+from simvq_moe.core.usage import usage
+from simvq_moe.moe.after_step import after_step
 from simvq_moe.moe.balance import load_balance_loss, mean_losses, z_loss
-from simvq_moe.moe.router import Routing
+from simvq_moe.moe.router import Router, Routing
+from simvq_moe.moe.routers import build_router
+from simvq_moe.moe.selection_bias import LossFreeBias, QuantileBias
 
 
 def counts(ids: torch.Tensor, experts: int) -> torch.Tensor:
@@ -46,3 +53,61 @@ def test_the_losses_of_a_model_are_the_means_over_its_layers() -> None:
     balance = [load_balance_loss(r.logits, counts(r.ids, 4)) for r in routings]
     assert_close(losses["balance"], (balance[0] + balance[1]) / 2)
     assert_close(losses["z"], (z_loss(logits[0]) + z_loss(logits[1])) / 2)
+
+
+def test_loss_free_biases_move_by_the_rate_against_the_load_of_the_whole_step() -> None:
+    bias = LossFreeBias(4, rate=0.1)
+    scores = torch.tensor([[0.9, 0.1, 0.2, 0.0], [0.8, 0.0, 0.1, 0.2]])
+    for part in scores.split(1):  # two micro-batches
+        assert_close(bias.choose(part, 2), part.topk(2).indices)
+    assert_close(bias.bias, torch.zeros(4))  # nothing moves within a step
+    after_step(bias)  # counts 2, 0, 1, 1
+    assert_close(bias.bias, torch.tensor([-0.1, 0.1, 0.0, 0.0]))
+    assert_close(bias.choose(torch.tensor([[0.6, 0.45, 0.2, 0.0]]), 1), torch.tensor([[1]]))
+    bias.eval().choose(scores, 2)
+    bias.train()
+    assert float(bias.pending.sum()) == 1
+
+
+def test_quantile_biases_are_the_quantiles_of_the_scores_that_would_have_been_needed() -> None:
+    torch.manual_seed(0)
+    experts, top_k = 6, 2
+    bias = QuantileBias(experts, top_k).double()
+    bias.bias += 0.1 * torch.randn(experts)
+    scores = torch.rand(3000, experts, dtype=torch.float64) + torch.arange(experts) / 10
+    start = bias.bias.clone()
+    for part in scores.split(1000):
+        assert_close(bias.choose(part, top_k), (part + start).topk(top_k).indices)
+    after_step(bias)
+    threshold = (scores + start).sort(dim=-1, descending=True).values[:, top_k]
+    needed = (threshold[:, None] - scores).quantile(top_k / experts, dim=0)
+    # bins are 3.6 % wide
+    assert_close(bias.bias, needed - needed.mean(), rtol=0.036, atol=1e-3)
+
+
+def skewed(balance: Any, gates: Any, **options: Any) -> tuple[Router, torch.Tensor]:
+    """A router whose input leans to one side, so that a few experts get most tokens."""
+    torch.manual_seed(0)
+    router = build_router("topk", 16, 16, 2, gates=gates, balance=balance, **options)
+    return router, torch.randn(2000, 16) + torch.randn(16)
+
+
+@pytest.mark.parametrize("gates", ["softmax_topk", "topk_softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("balance", "options", "steps"),
+    [("loss_free", {"bias_update_rate": 0.002}, 500), ("quantile", {}, 5)],
+)
+def test_biases_even_out_a_skewed_router_and_leave_its_gates_alone(
+    balance: str, options: dict[str, Any], steps: int, gates: Any
+) -> None:
+    router, x = skewed(balance, gates, **options)
+    before = usage(router(x).counts)
+    after_step(router)
+    for _ in range(steps - 1):
+        router(x)
+        after_step(router)
+    routing = router.eval()(x)
+    assert before.max_vio > 4
+    assert usage(routing.counts).max_vio < 0.25
+    assert_close(routing.gates, router.gates_of(routing.logits, routing.ids))
+    assert (routing.ids != routing.logits.topk(2).indices).any()

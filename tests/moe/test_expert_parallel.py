@@ -29,6 +29,8 @@ LAYERS: dict[str, dict[str, Any]] = {
         "expert_out_map": "linear",
     },
     "capacity": {"capacity_factor": 4.0},
+    "self-selecting": {"router": "self_selecting", "expert_in_map": "linear"},
+    "self-selecting swiglu": {"router": "self_selecting", "expert": "swiglu"},
 }
 TOKENS = {"even": (5, 5), "uneven": (2, 9), "a rank without": (0, 6), "nobody": (0, 0)}
 

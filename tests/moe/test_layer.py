@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from simvq_moe import MoE
-from simvq_moe.core.bank import Transform
+from simvq_moe.core.bank import Bank, Transform
 from simvq_moe.moe.dispatch import within_capacity
 from simvq_moe.moe.experts import grouped_product
+from simvq_moe.moe.router import TopKRouter
 
 WIDTH, HIDDEN, EXPERTS, TOP_K = 8, 6, 5, 2
 MAPS: list[dict[str, Any]] = [
@@ -47,9 +48,14 @@ def layer(**options: Any) -> MoE:
     return moe
 
 
+def bank_of(moe: MoE) -> Bank:
+    assert isinstance(moe.router, TopKRouter)
+    return moe.router.bank
+
+
 def by_hand(moe: MoE, x: Tensor) -> Tensor:
     """Each token's chosen experts, each with its folded rows, one after the other."""
-    rows = moe.router.bank.rows()
+    rows = bank_of(moe).rows()
     up, down = moe.experts.up.rows(), moe.experts.down.rows()
     bias = 0 if moe.experts.out_bias is None else moe.experts.out_bias
     out = []
@@ -192,7 +198,7 @@ def test_usage_counts_every_assignment_once(
     torch.manual_seed(seed)
     moe = MoE(WIDTH, HIDDEN, experts, top_k)
     with torch.no_grad():
-        moe.router.bank.base[0] += skew
+        bank_of(moe).base[0] += skew
     x = torch.randn(tokens, WIDTH)
     y = moe(x)
     assert y.shape == x.shape
@@ -220,7 +226,7 @@ def test_too_many_choices_are_refused() -> None:
 def test_a_frozen_router_base_is_no_parameter() -> None:
     moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router_map="linear", train_router_base=False)
     assert "router.bank.base" not in dict(moe.named_parameters())
-    assert isinstance(moe.router.bank.W, nn.Parameter)
+    assert isinstance(bank_of(moe).W, nn.Parameter)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, VQ
-from simvq_moe.config import Config, ConfigError, check
-from simvq_moe.merging import with_flags
+from simvq_moe.config import Config
+from simvq_moe.config_checks import check
+from simvq_moe.merging import ConfigError, with_flags
 from simvq_moe.quantizers import CosineVQ, Quantizer
 from simvq_moe.training.engine import World, make_engine
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from simvq_moe.config import Config, ConfigError, check
-from simvq_moe.merging import with_flags
+from simvq_moe.config import Config
+from simvq_moe.config_checks import check
+from simvq_moe.merging import ConfigError, with_flags
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.training.building import build_model
 from simvq_moe.training.engine import World

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
-from simvq_moe.config import Config, ConfigError
-from simvq_moe.merging import to_yaml, with_flags
+from simvq_moe.config import Config
+from simvq_moe.merging import ConfigError, to_yaml, with_flags
 from simvq_moe.training import checkpoint
 from simvq_moe.training.engine import World, start_distributed
 from simvq_moe.training.loop import Trainer

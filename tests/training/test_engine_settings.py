@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from simvq_moe.config import Config, ConfigError
+from simvq_moe.config import Config
+from simvq_moe.merging import ConfigError
 from simvq_moe.training.engine import World
 from simvq_moe.training.engine_settings import DECIDED, engine_settings
 from tests.short_training import train_two_steps

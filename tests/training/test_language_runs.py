@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.testing import assert_close
 
 from simvq_moe.cli import main
-from simvq_moe.config import Config, ConfigError, check
-from simvq_moe.merging import with_flags
+from simvq_moe.config import Config
+from simvq_moe.config_checks import check
+from simvq_moe.merging import ConfigError, with_flags
 from simvq_moe.training.engine import World
 from simvq_moe.training.tasks import build_task
 from tests.launching import ROOT, metrics, run

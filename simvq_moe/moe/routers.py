@@ -1,0 +1,116 @@
+"""Every kind of router, built from the options of a layer, and started from data if asked to."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from simvq_moe.core.bank import Transform
+from simvq_moe.moe.after_step import RunningMean
+from simvq_moe.moe.choice import ExpertChoiceRouter, HashRouter
+from simvq_moe.moe.hyper import HyperRouter
+from simvq_moe.moe.prototype import CosineRouter, DistanceRouter
+from simvq_moe.moe.router import Gates, NoisyTopKRouter, Router, TopKRouter
+from simvq_moe.moe.selection_bias import LossFreeBias, QuantileBias
+from simvq_moe.moe.self_selecting import SelfSelectingRouter
+
+RouterKind = Literal[
+    "topk",
+    "noisy_topk",
+    "cosine",
+    "hyper",
+    "distance",
+    "self_selecting",
+    "expert_choice",
+    "hash",
+]
+RouterInit = Literal["default", "data"]
+Balance = Literal["none", "aux", "loss_free", "quantile"]
+
+OF_ROWS: dict[RouterKind, type[TopKRouter]] = {
+    "topk": TopKRouter,
+    "noisy_topk": NoisyTopKRouter,
+    "cosine": CosineRouter,
+    "distance": DistanceRouter,
+    "expert_choice": ExpertChoiceRouter,
+}
+"""Kinds that compare tokens with one row of a bank for each expert."""
+
+
+@torch.no_grad()
+def start_from_data(model: nn.Module, batch: Tensor) -> None:
+    """Call `start` of every router with what it sees of a batch; all ranks call it together.
+
+    One forward pass in evaluation, in which a layer has started when the next one sees its output.
+
+    Args:
+        model: `model(batch)` runs every layer.
+    """
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    was_training = model.training
+    for router in routers:
+        router.starting = True
+    model.eval()(batch)
+    for router in routers:
+        router.starting = False
+    model.train(was_training)
+
+
+def build_router(
+    kind: RouterKind,
+    width: int,
+    experts: int,
+    top_k: int,
+    *,
+    gates: Gates = "topk_softmax",
+    router_map: Transform = "none",
+    router_base_width: int | None = None,
+    train_router_base: bool = True,
+    expert_in_map: Transform = "none",
+    map_rank: int = 8,
+    router_projection: int | None = None,
+    router_init: RouterInit = "default",
+    self_selecting_rank: int = 8,
+    vocabulary: int | None = None,
+    centre_router_input: bool = False,
+    balance: Balance = "none",
+    bias_update_rate: float = 0.001,
+) -> Router:
+    """The router of a layer; options are those of `MoE`, and of other kinds are not looked at.
+
+    Raises:
+        ValueError: a kind that knows no balance by biases, or no input to be centred.
+    """
+    router: Router
+    if kind == "self_selecting":
+        keys: dict[str, Any] = {"transform": expert_in_map, "map_rank": map_rank}
+        keys |= {"rank": self_selecting_rank, "train_base": train_router_base}
+        router = SelfSelectingRouter(width, experts, top_k, gates=gates, **keys)
+    elif kind == "hyper":
+        router = HyperRouter(width, experts, top_k, gates=gates)
+    elif kind == "hash":
+        router = HashRouter(vocabulary, experts, top_k, gates=gates)
+    else:
+        rows: dict[str, Any] = {"transform": router_map, "base_width": router_base_width}
+        rows |= {"train_base": train_router_base, "rank": map_rank}
+        if kind == "cosine":
+            rows["projection"] = router_projection
+        if kind == "distance":
+            rows["bias"] = router_init == "data"
+        router = OF_ROWS[kind](width, experts, top_k, gates=gates, **rows)
+    if centre_router_input:
+        if kind == "hash":
+            raise ValueError("router 'hash' sees no input: drop centre_router_input")
+        router.centre = RunningMean(width)
+    if balance in ("loss_free", "quantile"):
+        if kind in ("expert_choice", "hash"):
+            raise ValueError(
+                f"balance {balance!r} with router {kind!r}, whose choice knows no bias: use 'none'"
+            )
+        free = balance == "loss_free"
+        router.selection = (
+            LossFreeBias(experts, bias_update_rate) if free else QuantileBias(experts, top_k)
+        )
+    return router

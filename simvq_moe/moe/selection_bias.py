@@ -1,0 +1,125 @@
+"""Biases on the scores that decide the choice of experts and nothing else: balance without a loss.
+
+A bias is added to scores in [0, 1]: the softmax over all experts, or sigmoids where the gates are
+sigmoids. Gates are formed without it. It changes after each optimizer step, from the choices of all
+ranks and micro-batches (`after_step`).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from simvq_moe.moe.after_step import StepState
+
+SMALLEST, LARGEST, BINS = 1e-7, 4.0, 1000
+"""Magnitudes of margins that are told apart, and bins of both signs together."""
+
+
+class SelectionBias(StepState):
+    """One bias an expert, persistent, from 0.
+
+    Args:
+        experts: number of experts.
+        sums: numbers to be added up in a step.
+    """
+
+    bias: Tensor
+
+    def __init__(self, experts: int, sums: int) -> None:
+        super().__init__(sums)
+        self.register_buffer("bias", torch.zeros(experts))
+
+    def choose(
+        self, scores: Float[Tensor, "tokens experts"], top_k: int
+    ) -> Int[Tensor, "tokens choices"]:
+        """Ids of the experts with the largest biased scores, best first."""
+        raise NotImplementedError
+
+
+class LossFreeBias(SelectionBias):
+    """b_i <- b_i + rate sign(mean count - count of i) (loss-free balancing, arXiv:2408.15664).
+
+    Args:
+        experts: number of experts.
+        rate: change in a step, called u in the paper.
+    """
+
+    def __init__(self, experts: int, rate: float = 0.001) -> None:
+        super().__init__(experts, experts)
+        self.rate = rate
+
+    @torch.no_grad()
+    def choose(
+        self, scores: Float[Tensor, "tokens experts"], top_k: int
+    ) -> Int[Tensor, "tokens choices"]:
+        ids = (scores + self.bias.to(scores.dtype)).topk(top_k, dim=-1).indices
+        if self.collects:
+            flat = ids.reshape(-1)
+            self.pending.scatter_add_(0, flat, torch.ones_like(flat, dtype=self.pending.dtype))
+        return ids
+
+    def apply_sums(self, sums: Float[Tensor, " size"]) -> None:
+        self.bias += self.rate * (sums.mean() - sums).sign()
+
+
+class QuantileBias(SelectionBias):
+    """The bias at which each expert would have had its fair share of the last step's tokens.
+
+    A token's threshold is its (k+1)-th largest biased score. Expert i is chosen where its margin,
+    threshold - (score + b_i), is negative, so b_i <- b_i + the k/N quantile of its margins, and the
+    mean over experts is taken off (quantile balancing: J. Su, kexue.fm/archives/11619, 2026; Kimi
+    K3 technical report, eq. 13 and 14). Like there, quantiles come from histograms, which add up
+    over ranks and micro-batches. Unlike there, bins of margins grow with their distance from 0,
+    for softmax scores of many experts are far too small for 1,000 even bins.
+
+    Args:
+        experts: number of experts.
+        top_k: experts of a token.
+
+    Raises:
+        ValueError: no expert is left over.
+    """
+
+    edges: Tensor
+
+    def __init__(self, experts: int, top_k: int) -> None:
+        if top_k >= experts:
+            raise ValueError(
+                f"top_k {top_k} of {experts} experts leaves nothing to choose: lower top_k, or use "
+                "balance 'none'"
+            )
+        super().__init__(experts, experts * BINS)
+        self.experts, self.top_k = experts, top_k
+        steps = torch.linspace(0, 1, BINS // 2, dtype=torch.float64)
+        above = SMALLEST * (LARGEST / SMALLEST) ** steps
+        edges = torch.cat([-above.flip(0), torch.zeros(1, dtype=torch.float64), above])
+        self.register_buffer("edges", edges, persistent=False)
+
+    @torch.no_grad()
+    def choose(
+        self, scores: Float[Tensor, "tokens experts"], top_k: int
+    ) -> Int[Tensor, "tokens choices"]:
+        biased = scores + self.bias.to(scores.dtype)
+        best = biased.topk(top_k + 1, dim=-1)
+        if self.collects:
+            margins = (best.values[:, -1:] - biased).to(self.edges.dtype)
+            bins = torch.bucketize(margins, self.edges, right=True) - 1
+            bins = bins.clamp(0, BINS - 1)
+            bins = bins + BINS * torch.arange(self.experts, device=bins.device)
+            flat = bins.reshape(-1)
+            self.pending.scatter_add_(0, flat, torch.ones_like(flat, dtype=self.pending.dtype))
+        return best.indices[:, :top_k]
+
+    def apply_sums(self, sums: Float[Tensor, " size"]) -> None:
+        counts = sums.view(self.experts, BINS)
+        below = counts.cumsum(1)
+        wanted = below[:, -1:] * self.top_k / self.experts
+        bins = torch.searchsorted(below, wanted).clamp_max(BINS - 1)
+        inside = counts.gather(1, bins).clamp_min(1)
+        part = (wanted - below.gather(1, bins) + inside) / inside
+        left, right = self.edges[bins], self.edges[bins + 1]
+        change = (left + part * (right - left)).squeeze(1)
+        bias = self.bias + torch.where(wanted.squeeze(1) > 0, change, 0)
+        self.bias.copy_(bias - bias.mean())
