@@ -18,7 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,23 +125,18 @@ def plan(files: Sequence[Path]) -> Plan:
         base = merge_files(Config, [files[0].parent / group.config])
         for overrides in (spec.set, group.set):
             base = with_overrides(base, overrides, f"{files[0]}: set")
-        runs += [
-            _run(spec, name, arm, seed, base, f"{files[0]}: groups.{name}.arms.{arm}.set")
-            for seed in spec.seeds
-            for arm in group.arms
-        ]
+        arms = {
+            arm: with_overrides(base, one.set, f"{files[0]}: groups.{name}.arms.{arm}.set")
+            for arm, one in group.arms.items()
+        }
+        runs += [_run(spec, name, arm, s, arms[arm]) for s in spec.seeds for arm in group.arms]
     return Plan(spec, files, runs)
 
 
-def _run(spec: SweepSpec, group: str, arm: str, seed: int, base: Config, origin: str) -> Run:
-    identity = {
-        "name": f"{spec.name}/{group}/{arm}/seed{seed}",
-        "runs_dir": spec.runs_dir,
-        "arm": arm,
-        "seed": seed,
-    }
-    config = with_overrides(base, spec.groups[group].arms[arm].set, origin)
-    return Run(group, arm, seed, with_overrides(config, identity, origin))
+def _run(spec: SweepSpec, group: str, arm: str, seed: int, config: Config) -> Run:
+    name = f"{spec.name}/{group}/{arm}/seed{seed}"
+    config = replace(config, name=name, runs_dir=spec.runs_dir, arm=arm, seed=seed)
+    return Run(group, arm, seed, config)
 
 
 def execute(plan: Plan, ranks: int) -> bool:
