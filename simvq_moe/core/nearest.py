@@ -2,8 +2,7 @@
 
 argmin_i |z - e_i|^2 = argmax_i s_i with s_i = z · e_i - |e_i|^2 / 2. Codes e = base @ W + bias are
 formed tile by tile and thrown away, tiles outermost, so memory is O(tokens + tile). Where bfloat16
-products are fast, `screening` first rules out the groups of codes that cannot win; on a GPU a
-Triton kernel does product and argmax at once.
+products are fast, `screening` first rules out the groups of codes that cannot win.
 """
 
 from __future__ import annotations
