@@ -12,16 +12,10 @@ import torch
 from torch.testing import assert_close
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
-from simvq_moe.config import (
-    AudioTokenizerConfig,
-    Config,
-    ConfigError,
-    DataConfig,
-    QuantizerConfig,
-    TrainConfig,
-    check,
-)
+from simvq_moe.config import AudioTokenizerConfig, Config, DataConfig, QuantizerConfig, TrainConfig
+from simvq_moe.config_checks import check
 from simvq_moe.data.audio import audio_clips, resample
+from simvq_moe.merging import ConfigError
 from simvq_moe.models.audio_spectra import MelDistance
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.training.audio_measures import MEL_WINDOWS, AudioMeasures, pesq, si_sdr, stoi
