@@ -62,6 +62,14 @@ def _problems(config: Config) -> Iterator[str]:
             f"language_model.moe_every {lm.moe_every} > language_model.layers {lm.layers}: no "
             "block would have a mixture: lower it, or use 0 for dense blocks"
         )
+    if lm.moe_every == 0:
+        for name in ("router", "router_map", "expert_out_map", "expert_in_map", "balance"):
+            value, default = getattr(moe, name), getattr(MoEConfig(), name)
+            if value != default:
+                yield (
+                    f"moe.{name} {value!r} with language_model.moe_every 0, which leaves no "
+                    "mixture: drop it, or use 1"
+                )
     for name in ("activation_checkpointing", "compile"):
         if getattr(config.train, name) and config.task != "language_model":
             yield f"train.{name} True with task {config.task!r}: only 'language_model' has it"

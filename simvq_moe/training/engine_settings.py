@@ -103,17 +103,16 @@ def _read(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{key} sets {name!r}, which {DECIDED[name]} decides: drop it there")
         if "." not in name and name not in FREE:
             near = suggestion(name, FREE)
-            raise ConfigError(f"{key}: DeepSpeed has no setting {name!r}{near}: drop it")
+            raise ConfigError(f"{key}: DeepSpeed has no setting {name!r}: drop it.{near}")
     _check_zero(key, zero)
     return settings
 
 
 def _check_zero(key: str, zero: Mapping[str, Any]) -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
     try:
-        DeepSpeedZeroConfig(**zero)
+        import_deepspeed().runtime.zero.config.DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(("zero_optimization", *map(str, first["loc"])))

@@ -114,12 +114,15 @@ def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
     Raises:
         ConfigError: the run has nothing to fold, or something that can't be.
     """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out {out} is not empty: give a new folder")
     config, weights = load_run(run_dir)
     model = build_model(config).eval()
     model.load_state_dict(weights)
     mapped = any(isinstance(module, Bank) and module.maps for module in model.modules())
     if not (mapped or merge_norms):
-        raise ConfigError(f"{run_dir} has no shared map: there is nothing to fold")
+        norms = " but norms: --merge_norms" if config.task == "language_model" else ""
+        raise ConfigError(f"{run_dir} has no shared map: there is nothing to fold{norms}")
     folded_config = without_maps(config)
     folded = build_model(folded_config).double().eval()
     folded.load_state_dict(fold_weights(model.double()))

@@ -50,7 +50,7 @@ def test_what_the_config_decides_is_refused_by_name(tmp_path: Path, key: str) ->
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
-        ({"comms_loger": {}}, "no setting 'comms_loger' Did you mean comms_logger"),
+        ({"comms_loger": {}}, "no setting 'comms_loger': drop it. Did you mean comms_logger"),
         ({"zero_optimization": {"offload": 1}}, "zero_optimization.offload: Extra inputs"),
         ({"zero_optimization": 2}, "are objects"),
         ([1], "are objects"),

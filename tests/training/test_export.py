@@ -68,6 +68,7 @@ def test_evaluation_of_a_checkpoint_repeats_the_measures_of_the_run(
     [
         ("eval nowhere", "nowhere holds no config.yaml"),
         ("fold run --out folded", "has no shared map: there is nothing to fold"),
+        ("fold run --out run", "--out run is not empty: give a new folder"),
     ],
 )
 def test_what_can_not_be_loaded_or_folded_is_refused(

@@ -158,6 +158,10 @@ def test_a_router_into_which_no_gain_can_be_merged_is_named(
             "--language_model.moe_every 4 --language_model.layers 3",
             "language_model.moe_every 4 > language_model.layers 3: no block would have a mixture",
         ),
+        (
+            "--language_model.moe_every 0 --moe.expert_out_map linear",
+            "moe.expert_out_map 'linear' with language_model.moe_every 0, which leaves no mixture",
+        ),
         ("--language_model.moe_every -1", "language_model.moe_every -1 < 0"),
         ("--train.compile True", "train.compile True with task 'image_tokenizer'"),
         ("--train.activation_checkpointing True", "activation_checkpointing True with task"),
