@@ -54,9 +54,12 @@ class GroupSpec:
     baseline: str
     """Arm that the others are compared with."""
     outcomes: tuple[str, ...]
-    """Primary outcomes, named before anything runs."""
+    """Measures that every arm is compared on, named before anything runs."""
     arms: dict[str, ArmSpec]
     """Arms by name."""
+    primary: dict[str, str] = field(default_factory=dict)
+    """The arms that decide the question, each with its outcome: the tests of Holm's adjustment.
+    Empty: every outcome of every arm."""
     set: dict[str, Any] = field(default_factory=dict)
     """Overrides for every arm of the group."""
     notes: str = ""
@@ -199,6 +202,7 @@ def write_plan(plan: Plan, ranks: int) -> None:
                 "config": group.config,
                 "baseline": group.baseline,
                 "outcomes": list(group.outcomes),
+                "primary": dict(group.primary),
                 "notes": group.notes,
                 "arms": arms,
             }
