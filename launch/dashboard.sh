@@ -5,4 +5,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment
 
-simvq-moe dashboard "${@:-runs}"
+simvq-moe dashboard "$@"

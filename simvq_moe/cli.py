@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,18 +32,27 @@ class TrainArgs:
     config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A YAML file such as those in configs/; give it again to merge another on top."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the resolved config and the parameter counts, and stop."""
+    """Print the resolved config and what the run would cost, and stop."""
+    cluster: Path | None = None
+    """With --dry-run, the machines to predict the step time on: a YAML file such as those in
+    configs/clusters/."""
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The same as --train.profile True: trace a few steps, for TensorBoard and Perfetto."""
 
 
 def train(args: Sequence[str]) -> int:
     """Train one run, or resume it: --config F [--config F2] [--section.key value ...]."""
     # a field of the config is a flag as well, so unknown flags and --help are the config's
     options, flags = _parse(TrainArgs, args, "train", return_unknown_args=True, add_help=False)
-    prog = "simvq-moe train [--config FILE ...] [--dry-run]"
+    prog = "simvq-moe train [--config FILE ...] [--profile] [--dry-run [--cluster FILE]]"
     config = with_flags(merge_files(Config, options.config), flags, prog)
+    if options.profile:
+        config = replace(config, train=replace(config.train, profile=True))
+    if options.cluster is not None and not options.dry_run:
+        raise ConfigError(f"--cluster {options.cluster} is for predictions: add --dry-run")
     from simvq_moe.training import run
 
-    return run.dry_run(config) if options.dry_run else run.train(config)
+    return run.dry_run(config, options.cluster) if options.dry_run else run.train(config)
 
 
 @dataclass(frozen=True)
@@ -53,22 +62,41 @@ class SweepArgs:
     config: tyro.conf.UseAppendAction[tuple[Path, ...]]
     """A sweep, such as configs/sweeps/quickstart.yaml; give it again to merge another on top."""
     ranks: int = 1
-    """Processes of a run, started by the deepspeed launcher."""
+    """Processes of a run, more than one by the deepspeed launcher."""
+    parallel: int = 1
+    """Runs at a time, which share cores and GPUs."""
+    arms: str = ""
+    """Only these arms and their baselines, as in "vq,simvq" or "codes_512/vq"; empty: all."""
+    index: int = 0
+    """This task of a job array, from 0: it does every count-th run, or arm with a lr_grid."""
+    count: int = 1
+    """Tasks of the job array; the last to end reports."""
 
 
 def sweep(args: Sequence[str]) -> int:
     """Run arms x paired seeds, resume broken ones, end with the report."""
     options = _parse(SweepArgs, args, "sweep")
-    from simvq_moe.analysis import report
+    from simvq_moe.analysis import report, sweep_grid, sweep_runs
     from simvq_moe.analysis import sweep as sweeps
     from simvq_moe.training.run import check_launch
 
     if not options.config:
         raise ConfigError("sweep needs --config FILE, such as configs/sweeps/quickstart.yaml")
-    plan = sweeps.plan(options.config)
-    for run in plan.runs:
+    if not 0 <= options.index < options.count:
+        raise ConfigError(f"--index {options.index} must be 0 to --count {options.count} less 1")
+    machine = sweep_runs.this_machine(options.ranks, options.parallel)
+    plan = sweeps.plan(options.config, [arm for arm in options.arms.split(",") if arm])
+    for run in (*sweep_grid.grid_runs(plan), *sweep_grid.with_rates(plan).runs):
         check_launch(run.config, options.ranks)
-    complete = sweeps.execute(plan, options.ranks)
+    own = sweep_runs.execute(plan, machine, options.index, options.count)
+    complete = all(sweeps.status(run) == "finished" for run in own)
+    if any(sweeps.status(run) in ("pending", "running") for run in plan.runs):
+        print(
+            f"the other tasks' runs go on; after them: simvq-moe report {plan.folder} "
+            f"--out {plan.folder / 'report'}",
+            file=sys.stderr,
+        )
+        return 0 if complete else FAILED
     found = report.report([plan.folder], plan.folder / "report")
     print(found.table)
     print(f"report: {found.html}", file=sys.stderr)
@@ -102,7 +130,7 @@ def report(args: Sequence[str]) -> int:
 class DashboardArgs:
     """Serve TensorBoard with the usage of codes and experts on 127.0.0.1."""
 
-    runs_dir: tyro.conf.Positional[Path]
+    runs_dir: tyro.conf.Positional[Path] = Path("runs")
     """Folder of runs."""
     port: int = 6006
     """Port; 0 takes a free one."""
@@ -117,6 +145,24 @@ def dashboard(args: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
+class WatchArgs:
+    """A live table of runs in the terminal: progress, loss, usage, dead slots, time left."""
+
+    runs_dir: tyro.conf.Positional[Path] = Path("runs")
+    """Folder of runs."""
+    once: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print every run once and stop, as where standard output is no terminal."""
+
+
+def watch(args: Sequence[str]) -> int:
+    """Watch runs live in the terminal."""
+    options = _parse(WatchArgs, args, "watch")
+    from simvq_moe.analysis import watch as watching
+
+    return watching.watch(options.runs_dir, once=options.once)
+
+
+@dataclass(frozen=True)
 class EvalArgs:
     """Held-out measures of a run's model, as JSON on standard output."""
 
@@ -124,6 +170,10 @@ class EvalArgs:
     """Folder of the run."""
     data: str | None = None
     """Another source, whose held-out part is measured with the run's tokenizer; None: the run's."""
+    rfid: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Image tokenizers: also the Frechet distance, by the InceptionV3 of torch-fidelity."""
+    lpips: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Image tokenizers: also LPIPS, by torchvision's weights of VGG16."""
 
 
 def evaluate(args: Sequence[str]) -> int:
@@ -131,7 +181,8 @@ def evaluate(args: Sequence[str]) -> int:
     options = _parse(EvalArgs, args, "eval")
     from simvq_moe.training import export
 
-    print(json.dumps(export.evaluate_run(options.run, options.data), indent=1))
+    networks = {"rfid": options.rfid, "lpips": options.lpips}
+    print(json.dumps(export.evaluate_run(options.run, options.data, **networks), indent=1))
     return 0
 
 
@@ -159,17 +210,72 @@ def fold(args: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
+class EncodeArgs:
+    """Write a data set as token shards: the codes that a tokenizer's run gives its samples. The
+    same command again goes on; under a launcher the ranks share the shards."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run of an image or audio tokenizer."""
+    out: Path
+    """Folder of train_*.npy, held_out_*.npy and manifest.json."""
+    data: str | None = None
+    """Another source than the run's."""
+    shard_samples: int = 16_384
+    """Samples of a shard."""
+
+
+def encode(args: Sequence[str]) -> int:
+    """Encode a run's images or audio, or another source's, into token shards."""
+    options = _parse(EncodeArgs, args, "encode")
+    from simvq_moe.training import encoding
+
+    manifest = encoding.encode_run(options.run, options.data, options.out, options.shard_samples)
+    if _is_main():
+        counts = " + ".join(f"{samples:,} {part}" for part, samples in manifest.samples.items())
+        size = f"{manifest.context} codes of {manifest.begin}"
+        print(f"{options.out}: {counts} samples, each {size}", file=sys.stderr)
+    return 0
+
+
+@dataclass(frozen=True)
+class DecodeArgs:
+    """Write the samples of token shards as images or sound, by the tokenizer that encoded them."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder that `encode` wrote."""
+    out: Path
+    """Folder of train/000000.png ... and held_out/000000.png ..., or .wav."""
+    limit: int | None = None
+    """Samples of each part; None: all."""
+
+
+def decode(args: Sequence[str]) -> int:
+    """Decode token shards to png or wav files."""
+    options = _parse(DecodeArgs, args, "decode")
+    from simvq_moe.training import decoding
+
+    written = decoding.decode_folder(options.folder, options.out, options.limit)
+    print(f"{options.out}: {written:,} samples", file=sys.stderr)
+    return 0
+
+
+@dataclass(frozen=True)
 class GenerateArgs:
-    """Text that a language model's run writes, on standard output."""
+    """What a language model's run makes: text on standard output or, of codes, images or sound."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run, or of its folded model."""
     prompt: str = ""
-    """How the document begins."""
+    """Text: how the document begins."""
     tokens: int = 128
-    """Tokens of the continuation."""
-    temperature: float = 0.8
-    """Of the softmax that is drawn from; 0: always the best token."""
+    """Text: tokens of the continuation."""
+    samples: int = 8
+    """Codes: new images or clips."""
+    out: Path | None = None
+    """Codes: their folder."""
+    temperature: float | None = None
+    """Of the softmax that is drawn from; 0: always the best token; None: 0.8 for text, 1 for codes.
+    """
     top_k: int = 0
     """Draw from so many best tokens; 0: from all."""
     seed: int = 0
@@ -177,12 +283,19 @@ class GenerateArgs:
 
 
 def generate(args: Sequence[str]) -> int:
-    """Let a language model's run continue a text."""
+    """Let a language model's run continue a text, or make images or sound (--out)."""
     options = _parse(GenerateArgs, args, "generate")
-    from simvq_moe.training import export
+    from simvq_moe.training import codes_task, export
 
-    numbers = {name: getattr(options, name) for name in ("tokens", "temperature", "top_k", "seed")}
-    print(export.generate_text(options.run, options.prompt, **numbers))
+    of_drawing = {"top_k": options.top_k, "seed": options.seed}
+    given = options.temperature
+    if options.out is not None:
+        of_drawing["temperature"] = 1.0 if given is None else given
+        codes_task.generate_samples(options.run, options.out, options.samples, **of_drawing)
+        print(f"{options.out}: {options.samples:,} samples", file=sys.stderr)
+        return 0
+    of_drawing["temperature"] = 0.8 if given is None else given
+    print(export.generate_text(options.run, options.prompt, tokens=options.tokens, **of_drawing))
     return 0
 
 
@@ -221,20 +334,41 @@ class BenchMoEArgs(BenchArgs):
     """Rounds of which the best counts."""
 
 
+@dataclass(frozen=True)
+class BenchTrainArgs(BenchArgs):
+    """Time our training loop against a bare PyTorch loop of the same model, transformers' Trainer
+    with a Mixtral of the same shape, and itself on several ranks."""
+
+    config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A language model's config in place of the two shapes of 3 minutes, its experts SwiGLU; give
+    it again to merge another on top."""
+    steps: int = 10
+    """Optimizer steps of a round."""
+    rounds: int = 3
+    """Rounds of which the best counts."""
+    ranks: int = 2
+    """Processes of the last comparison; 1: none."""
+
+
 def bench(args: Sequence[str]) -> int:
-    """Measure speed and memory side by side with peers: bench quantizer, bench moe."""
-    known = {"quantizer": BenchArgs, "moe": BenchMoEArgs}
+    """Measure speed and memory side by side with peers: bench quantizer, bench moe, bench train."""
+    known = {"quantizer": BenchArgs, "moe": BenchMoEArgs, "train": BenchTrainArgs}
     if not args or args[0] not in (*known, "-h", "--help"):
         raise ConfigError(f"bench {' '.join(args[:1])}: choose one of {', '.join(known)}")
     subjects: Any = Annotated[BenchArgs, tyro.conf.subcommand("quantizer")]
     subjects |= Annotated[BenchMoEArgs, tyro.conf.subcommand("moe")]
+    subjects |= Annotated[BenchTrainArgs, tyro.conf.subcommand("train")]
     options = _parse(subjects, args, "bench")
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu")
-    moe = isinstance(options, BenchMoEArgs)
-    results, table = _bench_moe(options) if moe else _bench_quantizer(options)
+    if isinstance(options, BenchMoEArgs):
+        results, table = _bench_moe(options)
+    elif isinstance(options, BenchTrainArgs):
+        results, table = _bench_train(options)
+    else:
+        results, table = _bench_quantizer(options)
     print(table)
     if options.json is not None:
         options.json.write_text(json.dumps([r.as_dict() for r in results], indent=1) + "\n")
@@ -259,6 +393,22 @@ def _bench_moe(options: BenchMoEArgs) -> tuple[list[Any], str]:
     return results, benches.moe_table(results)
 
 
+def _bench_train(options: BenchTrainArgs) -> tuple[list[Any], str]:
+    from simvq_moe import bench_train as benches
+    from simvq_moe.training.engine import start_distributed
+
+    for name in ("steps", "rounds", "ranks"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} {getattr(options, name)}: use at least 1")
+    shapes = benches.SHAPES
+    if options.config:
+        config = merge_files(Config, options.config)
+        shapes = [replace(config, moe=replace(config.moe, expert="swiglu"))]
+    numbers = {name: getattr(options, name) for name in ("steps", "rounds", "ranks")}
+    results = benches.bench_train(shapes, start_distributed(), **numbers)
+    return results, benches.train_table(results)
+
+
 @dataclass(frozen=True)
 class DoctorArgs:
     """Check versions, devices, DeepSpeed and data, and say what to do where something is off."""
@@ -277,7 +427,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sweep": sweep,
     "report": report,
     "dashboard": dashboard,
+    "watch": watch,
     "eval": evaluate,
+    "encode": encode,
+    "decode": decode,
     "fold": fold,
     "generate": generate,
     "bench": bench,

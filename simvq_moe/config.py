@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -13,13 +13,21 @@ class DataConfig:
 
     source: str | None = None
     """A folder, or an embedded set: "photos" (images), "python-stdlib" (text), "spoken-characters"
-    (audio); "asterisk": the prompts of Debian's package; None: the embedded set of the task."""
+    (audio); "asterisk": the prompts of Debian's package; None: the embedded set of the task.
+    language_model: also a folder of token shards, such as `encode` writes."""
     cache_dir: str = ".cache"
     """Folder of what is derived from the source once: tokenizer and token files."""
     seed: int = 0
     """Seed of the crops: the data set stays the same when the run's seed changes."""
+    held_out_source: str | None = None
+    """image_tokenizer: what held-out crops are drawn from; None: a part of source that training
+    never sees."""
     image_size: int = 32
     """Pixels a side of a crop."""
+    shorter_side: int = 0
+    """Pixels that the shorter side of an image is resized to before it is cropped; 0: as it is."""
+    decoded_megabytes: int = 4_096
+    """Memory for crops as bytes; a larger set is decoded batch by batch, as much of it kept."""
     crops: int = 18_000
     """Training crops."""
     held_out_crops: int = 1_026
@@ -29,9 +37,33 @@ class DataConfig:
     audio_seconds: float = 0.2
     """Length of an audio crop; shorter recordings are left out."""
     vocabulary: int = 1_024
-    """Tokens of the byte-level BPE vocabulary, trained on the training documents."""
+    """Tokens of the byte-level BPE vocabulary, trained on the training documents; 257: the bytes
+    and the end of text alone."""
+    tokenizer: str | None = None
+    """A byte-level tokenizer in place of one trained here: a tokenizer.json, a folder with one, or
+    a name on the Hugging Face hub; vocabulary is then at least its size."""
     context: int = 128
     """Tokens a sequence."""
+    document_mask: bool = False
+    """language_model: attention stays inside a document, and positions restart at each."""
+    streaming: bool = False
+    """language_model: read and encode documents while training, without an encoded copy; also
+    data sets of the Hugging Face hub, by NAME or NAME:CONFIG."""
+    sources: tuple[str, ...] = ()
+    """streaming: several sources in place of one."""
+    source_weights: tuple[float, ...] = ()
+    """Shares of the sources in the documents drawn, of any sum; (): equal."""
+    held_out_share: float = 0.1
+    """streaming: share of all documents that training never sees, by the hash of their content."""
+    held_out_documents: int = 1_000
+    """streaming: so many of these, the first found, are the held-out set."""
+    shuffle_buffer: int = 256
+    """streaming: documents that are shuffled together, for each sample of a batch."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """A broken file or row of text: end the run with its name, or leave it out, named in the log.
+    """
+    prefetch: int = 2
+    """Steps whose batches are read ahead in the background; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +110,44 @@ class QuantizerConfig:
 
 @dataclass(frozen=True)
 class ImageTokenizerConfig:
-    """Convolutional encoder and decoder around the quantizer."""
+    """Convolutional encoder and decoder around the quantizer, and their losses."""
 
+    architecture: Literal["small", "vqgan"] = "small"
+    """small: residual blocks at the lowest resolution; vqgan: with GroupNorm at every resolution."""
     hidden: int = 32
-    """Channels of the convolutions."""
+    """Channels of the convolutions, at the full resolution."""
     downsamplings: int = 2
     """Stride-2 convolutions: a token covers 2^downsamplings pixels a side."""
     residual_blocks: int = 1
-    """Residual blocks at the lowest resolution, in the encoder and in the decoder."""
+    """Residual blocks at the lowest resolution, in the encoder and in the decoder; vqgan: at every
+    resolution, and once more at the lowest."""
+    channel_multipliers: tuple[int, ...] = ()
+    """vqgan: factors on hidden at each resolution, one more than downsamplings; empty: all 1."""
+    attention: bool = False
+    """vqgan: an attention layer at the lowest resolution, in the encoder and in the decoder."""
+    mse_weight: float = 1.0
+    """Weight of the mean squared error of pixels in [-1, 1]."""
+    l1_weight: float = 0.0
+    """Weight of the mean absolute error."""
+    ssim_weight: float = 0.0
+    """Weight of 1 - SSIM."""
+    lpips_weight: float = 0.0
+    """Weight of LPIPS, the distance of a VGG16's activations."""
+    lpips_file: str | None = None
+    """torchvision's weights of VGG16, vgg16-397923af.pth; None: where torch.hub keeps them."""
+    adversarial_weight: float = 0.0
+    """Weight of the discriminator's verdict; 0: there is none."""
+    adversarial_weighting: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: times the ratio of gradients at the decoder's last layer (arXiv:2012.09841, eq. 7).
+    """
+    adversarial_start: int = 0
+    """Steps before which the discriminator neither judges nor learns."""
+    generator_loss: Literal["hinge", "non_saturating"] = "hinge"
+    """What a verdict costs the reconstructions: -D(x'), or softplus(-D(x')) of an image's mean."""
+    discriminator_hidden: int = 64
+    """Channels of its first layer."""
+    discriminator_layers: int = 3
+    """Its layers of stride 2; with 3 it judges patches of 70 pixels a side."""
 
 
 @dataclass(frozen=True)
@@ -245,10 +307,12 @@ class TrainConfig:
     """Samples of one optimizer step, over all ranks."""
     accumulation: int = 1
     """Micro-batches of a rank and step."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of forward and backward; the optimizer keeps fp32 weights."""
-    zero_stage: Literal[1, 2] = 1
-    """DeepSpeed ZeRO: 1 shards optimizer states over ranks, 2 gradients as well."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of forward and backward; the optimizer keeps fp32 weights. fp16 scales the loss and
+    needs a GPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states over ranks, 2 gradients as well, 3
+    parameters as well."""
     deepspeed_config: str | None = None
     """JSON file with further settings of DeepSpeed, such as offloading; those that follow from this
     config can't be in it."""
@@ -260,6 +324,11 @@ class TrainConfig:
     compile: bool = False
     """language_model: torch.compile what has sizes known beforehand, minutes at the first step:
     dense blocks, with bf16 mixtures as well, otherwise attention."""
+    profile: bool = False
+    """Trace three of the first six steps of rank 0 with torch.profiler, into profile/ of the run."""
+    peak_flops: float | None = None
+    """Floating-point operations a second of a device at best, for speed/mfu; None: NVIDIA's figure
+    for a GPU that is known."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl; also the window of the usage counts."""
     eval_every: int = 200
@@ -275,6 +344,12 @@ class TrainConfig:
     """Latest checkpoints kept."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for good; 0: none."""
+    on_not_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient norm that is NaN or infinite: end the run, or change nothing in that step,
+    count it as train/skipped_steps and end the run after 10 in a row."""
+    timeout_s: float = 600.0
+    """Seconds that a rank waits in one place before the run ends and names the rank behind; the
+    first step, evaluations and checkpoints may take longer. 0: never."""
 
 
 @dataclass(frozen=True)
@@ -308,3 +383,19 @@ class Config:
 def on_one_rank(config: Config) -> Config:
     """The same model for a process of its own."""
     return replace(config, moe=replace(config.moe, expert_parallel=1))
+
+
+def without_other_tasks(config: Config) -> dict[str, Any]:
+    """The config as nested mappings, without the sections that its task has no use for."""
+    tasks = {
+        "quantizer": ("image_tokenizer", "audio_tokenizer"),
+        "image_tokenizer": ("image_tokenizer",),
+        "audio_tokenizer": ("audio_tokenizer",),
+        "language_model": ("language_model",),
+        "moe": ("language_model",),
+    }
+    return {
+        name: section
+        for name, section in asdict(config).items()
+        if config.task in tasks.get(name, (config.task,))
+    }

@@ -10,8 +10,20 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from math import prod
 
-from simvq_moe.config import AudioTokenizerConfig, Config, MoEConfig, QuantizerConfig
+from simvq_moe.config import (
+    AudioTokenizerConfig,
+    Config,
+    DataConfig,
+    ImageTokenizerConfig,
+    MoEConfig,
+    QuantizerConfig,
+    TrainConfig,
+)
+from simvq_moe.data.codes import is_codes
 from simvq_moe.merging import ConfigError, flatten
+
+PROFILED_STEPS = 6
+"""Steps after which a trace of train.profile is written."""
 
 
 def check(config: Config) -> None:
@@ -70,9 +82,16 @@ def _problems(config: Config) -> Iterator[str]:
                     f"moe.{name} {value!r} with language_model.moe_every 0, which leaves no "
                     "mixture: drop it, or use 1"
                 )
+    yield from _speed_problems(config.train)
     for name in ("activation_checkpointing", "compile"):
         if getattr(config.train, name) and config.task != "language_model":
             yield f"train.{name} True with task {config.task!r}: only 'language_model' has it"
+    yield from _zero_problems(config)
+    if config.train.on_not_finite == "skip" and config.train.zero_stage == 0:
+        yield (
+            "train.on_not_finite 'skip' with train.zero_stage 0, where DeepSpeed leaves out no "
+            "step: use train.zero_stage 1, or 'stop'"
+        )
     yield from _quantizer_problems(q)
     if q.kind == "simvq" and q.transform != "linear" and q.base_width not in (None, q.width):
         yield (
@@ -87,14 +106,68 @@ def _problems(config: Config) -> Iterator[str]:
             f"moe.router_base_width {moe.router_base_width} with moe.router_map "
             f"{moe.router_map!r}: set moe.router_map to 'linear' or drop it"
         )
-    if config.data.image_size % 2**config.image_tokenizer.downsamplings:
-        yield (
-            f"data.image_size {config.data.image_size} does not divide by "
-            f"2^{config.image_tokenizer.downsamplings}: lower image_tokenizer.downsamplings"
-        )
+    yield from _image_problems(config)
     yield from _audio_problems(config)
+    yield from _text_problems(config)
     if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", config.name) or ".." in config.name.split("/"):
         yield f"name {config.name!r}: use letters, digits and . _ + = -, with / between folders"
+
+
+def _speed_problems(train: TrainConfig) -> Iterator[str]:
+    if train.profile and train.steps < PROFILED_STEPS:
+        yield (
+            f"train.profile True with train.steps {train.steps}: a trace takes {PROFILED_STEPS} "
+            "steps: raise train.steps"
+        )
+    if train.peak_flops is not None and not train.peak_flops > 0:
+        yield (
+            f"train.peak_flops {train.peak_flops}: give floating-point operations a second, such "
+            "as 989e12, or drop it"
+        )
+
+
+def _zero_problems(config: Config) -> Iterator[str]:
+    """What DeepSpeed's stage 0 gets wrong, and what its stage 3 can't gather."""
+    train, moe, stage = config.train, config.moe, config.train.zero_stage
+    mixtures = config.task == "language_model" and config.language_model.moe_every > 0
+    split = mixtures and moe.expert_parallel > 1
+    native = mixtures and moe.dispatch == "deepspeed_capacity"
+    if stage == 0 and train.dtype != "fp32":
+        yield (
+            f"train.zero_stage 0 with train.dtype {train.dtype!r}: DeepSpeed's optimizer there "
+            "takes a step before the first one: use train.zero_stage 1"
+        )
+    if stage == 0 and split:
+        yield (
+            f"train.zero_stage 0 with moe.expert_parallel {moe.expert_parallel}: DeepSpeed's norm "
+            "there leaves out the experts of other ranks: use train.zero_stage 1 or 2"
+        )
+    if stage == 0 and train.on_not_finite == "skip":
+        yield (
+            "train.zero_stage 0 with train.on_not_finite 'skip': DeepSpeed steps there whatever "
+            "the gradients are: use train.zero_stage 1"
+        )
+    if stage != 3:
+        return
+    if split or native:
+        key = f"expert_parallel {moe.expert_parallel}" if split else f"dispatch {moe.dispatch!r}"
+        yield (
+            f"train.zero_stage 3 with moe.{key}: DeepSpeed shards no parameters of such experts: "
+            "use train.zero_stage 2"
+        )
+    if config.task in ("image_tokenizer", "audio_tokenizer"):
+        weight = getattr(config, config.task).adversarial_weight
+        if weight:
+            yield (
+                f"train.zero_stage 3 with {config.task}.adversarial_weight {weight}: DeepSpeed "
+                "can't gather discriminators that are held fixed in the same step: use "
+                "train.zero_stage 2"
+            )
+    if train.compile:
+        yield (
+            "train.zero_stage 3 with train.compile True: compiled blocks would keep gathered "
+            "parameters: use train.zero_stage 2, or drop train.compile"
+        )
 
 
 OF_DEEPSPEED = {
@@ -249,6 +322,119 @@ def _quantizer_problems(q: QuantizerConfig) -> Iterator[str]:
         )
 
 
+OF_VQGAN = ("channel_multipliers", "attention")
+OF_JUDGED_IMAGES = (
+    *("adversarial_weighting", "adversarial_start", "generator_loss"),
+    *("discriminator_hidden", "discriminator_layers"),
+)
+"""Options of the image tokenizer that mean nothing without a discriminator."""
+
+
+def _image_problems(config: Config) -> Iterator[str]:
+    image, data, default = config.image_tokenizer, config.data, ImageTokenizerConfig()
+    if data.image_size % 2**image.downsamplings:
+        yield (
+            f"data.image_size {data.image_size} does not divide by "
+            f"2^{image.downsamplings}: lower image_tokenizer.downsamplings"
+        )
+    if data.shorter_side and data.shorter_side < data.image_size:
+        yield (
+            f"data.shorter_side {data.shorter_side} < data.image_size {data.image_size}: images "
+            "would be smaller than their crops: raise it, or use 0"
+        )
+    if data.held_out_source is not None and config.task != "image_tokenizer":
+        yield (
+            f"data.held_out_source {data.held_out_source!r} with task {config.task!r}: only "
+            "'image_tokenizer' has it: drop it"
+        )
+    for name in OF_VQGAN:
+        if image.architecture != "vqgan" and getattr(image, name) != getattr(default, name):
+            yield (
+                f"image_tokenizer.{name} {getattr(image, name)} means nothing to "
+                f"image_tokenizer.architecture {image.architecture!r}: drop it, or use 'vqgan'"
+            )
+    if image.architecture == "vqgan" and not image.residual_blocks:
+        yield (
+            "image_tokenizer.residual_blocks 0 with image_tokenizer.architecture 'vqgan': use at "
+            "least 1"
+        )
+    multipliers = image.channel_multipliers
+    if multipliers and (len(multipliers) != image.downsamplings + 1 or min(multipliers) < 1):
+        yield (
+            f"image_tokenizer.channel_multipliers {multipliers} with image_tokenizer.downsamplings "
+            f"{image.downsamplings}: give {image.downsamplings + 1}, each at least 1"
+        )
+    if image.lpips_file is not None and not image.lpips_weight:
+        yield (
+            f"image_tokenizer.lpips_file {image.lpips_file!r} means nothing with "
+            "image_tokenizer.lpips_weight 0: drop it, or use a weight such as 1"
+        )
+    if image.lpips_weight and data.image_size < 16:
+        yield (
+            f"image_tokenizer.lpips_weight {image.lpips_weight} with data.image_size "
+            f"{data.image_size}: LPIPS needs 16 pixels: raise it, or use weight 0"
+        )
+    yield from _judge_problems(config)
+
+
+def _judge_problems(config: Config) -> Iterator[str]:
+    image, default = config.image_tokenizer, ImageTokenizerConfig()
+    if not image.adversarial_weight:
+        for name in OF_JUDGED_IMAGES:
+            if getattr(image, name) != getattr(default, name):
+                yield (
+                    f"image_tokenizer.{name} {getattr(image, name)} means nothing with "
+                    "image_tokenizer.adversarial_weight 0: drop it, or use a weight such as 1"
+                )
+        return
+    if image.adversarial_start >= config.train.steps:
+        yield (
+            f"image_tokenizer.adversarial_start {image.adversarial_start} >= train.steps "
+            f"{config.train.steps}: the discriminator would never play: lower it"
+        )
+    if config.data.image_size >> image.discriminator_layers < 3:
+        yield (
+            f"image_tokenizer.discriminator_layers {image.discriminator_layers} with "
+            f"data.image_size {config.data.image_size}: nothing is left to judge: use fewer"
+        )
+
+
+OF_TEXT = ("tokenizer", "document_mask", "streaming", "on_corrupt")
+OF_STREAMS = (
+    *("sources", "source_weights", "held_out_share", "held_out_documents", "shuffle_buffer"),
+)
+"""Options of the data that mean nothing to other tasks, and without data.streaming."""
+
+
+def _text_problems(config: Config) -> Iterator[str]:
+    data, default = config.data, DataConfig()
+    for name in OF_TEXT:
+        if config.task != "language_model" and getattr(data, name) != getattr(default, name):
+            yield (
+                f"data.{name} {getattr(data, name)!r} with task {config.task!r}: only "
+                "'language_model' has it: drop it"
+            )
+    for name in OF_STREAMS:
+        if not data.streaming and getattr(data, name) != getattr(default, name):
+            yield (
+                f"data.{name} {getattr(data, name)!r} means nothing with data.streaming False: "
+                "drop it, or set data.streaming to True"
+            )
+    if data.sources and data.source is not None:
+        yield (
+            f"data.source {data.source!r} with data.sources {data.sources}: add it to "
+            "data.sources, or drop one of them"
+        )
+    weights = data.source_weights
+    if weights and (len(weights) != len(data.sources) or not min(weights) > 0):
+        yield (
+            f"data.source_weights {weights} with data.sources {data.sources}: give as many, each "
+            "above 0"
+        )
+    if not 0 < data.held_out_share < 1:
+        yield f"data.held_out_share {data.held_out_share}: use more than 0 and less than 1"
+
+
 OF_DISCRIMINATORS = (
     *("feature_weight", "adversarial_start", "discriminator_hidden"),
     *("discriminator_periods", "discriminator_windows"),
@@ -288,6 +474,7 @@ def _audio_problems(config: Config) -> Iterator[str]:
 
 
 def _below_minimum(config: Config) -> Iterator[str]:
+    source = config.data.source
     minimum = {
         "quantizer.codes": 2,
         "quantizer.width": 1,
@@ -314,6 +501,16 @@ def _below_minimum(config: Config) -> Iterator[str]:
         "image_tokenizer.hidden": 1,
         "image_tokenizer.downsamplings": 0,
         "image_tokenizer.residual_blocks": 0,
+        "image_tokenizer.mse_weight": 0,
+        "image_tokenizer.l1_weight": 0,
+        "image_tokenizer.ssim_weight": 0,
+        "image_tokenizer.lpips_weight": 0,
+        "image_tokenizer.adversarial_weight": 0,
+        "image_tokenizer.adversarial_start": 0,
+        "image_tokenizer.discriminator_hidden": 1,
+        "image_tokenizer.discriminator_layers": 1,
+        "data.shorter_side": 0,
+        "data.decoded_megabytes": 0,
         "audio_tokenizer.hidden": 1,
         "audio_tokenizer.waveform_weight": 0,
         "audio_tokenizer.spectral_weight": 0,
@@ -328,7 +525,10 @@ def _below_minimum(config: Config) -> Iterator[str]:
         "data.crops": 1,
         "data.held_out_crops": 1,
         "data.context": 1,
-        "data.vocabulary": 257,
+        "data.vocabulary": 2 if source is not None and is_codes(source) else 257,
+        "data.held_out_documents": 1,
+        "data.shuffle_buffer": 1,
+        "data.prefetch": 0,
         "train.steps": 1,
         "train.batch_size": 1,
         "train.accumulation": 1,
@@ -340,6 +540,7 @@ def _below_minimum(config: Config) -> Iterator[str]:
         "train.save_every": 1,
         "train.keep_checkpoints": 1,
         "train.keep_every": 0,
+        "train.timeout_s": 0,
         "optimizer.lr": 0,
         "optimizer.warmup_steps": 0,
         "optimizer.map_lr_multiplier": 0,

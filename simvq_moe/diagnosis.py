@@ -15,7 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from simvq_moe.analysis.sweep import launcher
+from simvq_moe.analysis.sweep_runs import launcher
 from simvq_moe.config import Config
 from simvq_moe.merging import ConfigError, with_overrides
 from simvq_moe.training.engine import import_deepspeed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,6 +91,11 @@ def with_flags(config: T, flags: Sequence[str], prog: str) -> T:
 def to_yaml(config: Any) -> str:
     """YAML that `merge_files` reads back to an equal config."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def mapping_to_yaml(content: Mapping[str, Any]) -> str:
+    """YAML of nested mappings, as `to_yaml` writes them."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(content)))
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
-TIMINGS = ("time", "speed/")
+TIMINGS = ("time", "speed/", "memory/")
 """Prefixes of metrics that no two runs share."""
 
 
@@ -55,3 +60,59 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without timings."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]
+
+
+def start_tasks(*args: str, cwd: Path, ranks: int = 2) -> list[subprocess.Popen[str]]:
+    """`srun --ntasks RANKS python -m simvq_moe ...` in cwd: one process a rank, and no launcher."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    step = {"SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_STEP_NODELIST": "localhost"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "simvq_moe", *args],
+            cwd=cwd,
+            env=environment()
+            | step
+            | {"MASTER_PORT": str(port), "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for i in range(ranks)
+    ]
+
+
+def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The process of this rank, once the launcher has started it."""
+    while launcher.poll() is None:
+        for child in psutil.Process(launcher.pid).children(recursive=True):
+            try:
+                if child.environ().get("RANK") == str(rank):
+                    return child
+            except psutil.Error:
+                continue
+        time.sleep(0.01)
+    raise AssertionError(f"the launcher ended with {launcher.returncode}")
+
+
+def wait_until(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
+    """Wait for something that a process does before it ends."""
+    while not there():
+        assert process.poll() is None, "the process ended before: raise train.steps"
+        time.sleep(0.001)
+
+
+def stop_where(process: psutil.Process, there: Callable[[], bool]) -> None:
+    """Stop a process at a moment when something holds, and still does once it has stopped."""
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if there():
+            process.suspend()
+            while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                time.sleep(0.001)
+            if there():
+                return
+            process.resume()
+        time.sleep(0.001)
+    raise AssertionError("the process ended before: raise train.steps")

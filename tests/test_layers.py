@@ -22,7 +22,11 @@ MAY_IMPORT = {
     },
     "analysis": {"analysis", "config", "merging"},
 }
-EXCEPTIONS = {"analysis": {"simvq_moe.core.usage", "simvq_moe.training.progress"}}
+EXCEPTIONS = {
+    "analysis": {
+        *("simvq_moe.core.usage", "simvq_moe.moe.measures", "simvq_moe.training.progress"),
+    }
+}
 """Run directories are read with the same measures and times that wrote them."""
 PACKAGE = ROOT / "simvq_moe"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,15 @@ import pytest
 from simvq_moe.analysis.sweep import plan
 from simvq_moe.config import Config
 from simvq_moe.merging import merge_files
+from simvq_moe.training.encoding import encode_run
 from simvq_moe.training.engine import World
 from tests.launching import ROOT
 from tests.short_training import train_two_steps
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+TOKENIZER_OF = {"image_codes_language": "image_codes_tokenizer"}
+"""Recipes of language models that train on codes, and that of their tokenizer."""
 PLANS = [(file, plan([file])) for file in SWEEPS]
 ARMS = [
     pytest.param(run.config, id=f"{file.stem}-{run.group}-{run.arm}")
@@ -36,7 +40,14 @@ def test_the_header_of_a_recipe_says_question_command_hardware_minutes_and_numbe
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_a_config_trains_two_steps(file: Path, tmp_path: Path, world: World) -> None:
-    assert train_two_steps(merge_files(Config, [file]), tmp_path / "runs", world)["step"] == 2
+    config = merge_files(Config, [file])
+    if file.stem in TOKENIZER_OF:
+        tokenizer = merge_files(Config, [file.with_name(f"{TOKENIZER_OF[file.stem]}.yaml")])
+        train_two_steps(tokenizer, tmp_path / "tokenizer", world)
+        codes = tmp_path / "codes"
+        encode_run(tmp_path / "tokenizer" / tokenizer.name, None, codes, shard_samples=64)
+        config = replace(config, data=replace(config.data, source=str(codes)))
+    assert train_two_steps(config, tmp_path / "runs", world)["step"] == 2
 
 
 @pytest.mark.parametrize("config", ARMS)

@@ -15,11 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from simvq_moe.analysis import stats
 from simvq_moe.analysis.curves import curves_of, loads_of, profiles_of
-from simvq_moe.analysis.measures import PAIRED_MEASURES, USAGE_MEASURES
+from simvq_moe.analysis.measures import (
+    PAIRED_MEASURES,
+    ROUTER_MEASURES,
+    USAGE_MEASURES,
+    measure,
+)
+from simvq_moe.analysis.outcomes import held_out_tokens, value
+from simvq_moe.analysis.predictions import check_all
 from simvq_moe.analysis.results import (
     PREFIX,
     ArmResult,
@@ -29,9 +34,10 @@ from simvq_moe.analysis.results import (
     Results,
     RunResult,
 )
-from simvq_moe.analysis.runs import Arm, Group, Run
-from simvq_moe.analysis.verdict import verdict
-from simvq_moe.core.usage import null_usage, usage
+from simvq_moe.analysis.routings import routings_of
+from simvq_moe.analysis.runs import UNCOMPARED_KEYS, Arm, Group, Run
+from simvq_moe.analysis.verdict import negative, secondary, verdict
+from simvq_moe.core.usage import null_usage
 
 COST_METRICS = (
     "time/train_s",
@@ -39,9 +45,8 @@ COST_METRICS = (
     "speed/tokens_per_s",
     "parameters/total",
     "parameters/trainable",
+    "memory/peak_mib",
 )
-UNCOMPARED_KEYS = ("seed", "name", "arm", "runs_dir")
-"""Config keys that tell runs apart without changing what an arm is."""
 
 
 def compute(groups: Sequence[Group], out: Path) -> Results:
@@ -49,6 +54,7 @@ def compute(groups: Sequence[Group], out: Path) -> Results:
     titles = [title for title in dict.fromkeys(group.sweep for group in groups) if title]
     return Results(
         title=" · ".join(titles) or "Runs",
+        predictions=check_all(groups),
         groups=[group_result(group) for group in groups],
         runs=[
             _run_result(group, arm, run, out)
@@ -64,7 +70,9 @@ def group_result(group: Group) -> GroupResult:
     kind = _kind(group)
     seeds = sorted({run.seed for arm in group.arms for run in arm.runs})
     usage_metrics = [PREFIX[kind] + name for name in USAGE_MEASURES] if kind else []
-    metrics = list(dict.fromkeys([*group.outcomes, *usage_metrics, *COST_METRICS]))
+    router_metrics = [PREFIX[kind] + name for name in ROUTER_MEASURES] if kind == "experts" else []
+    outcomes = [*group.outcomes, *group.primary.values()]
+    metrics = list(dict.fromkeys([*outcomes, *usage_metrics, *router_metrics, *COST_METRICS]))
     arms = [_arm_result(group, arm, seeds, metrics) for arm in group.arms]
     extra = [PREFIX[kind] + name for name in PAIRED_MEASURES] if kind else []
     paired = _pair(group, arms, seeds, extra)
@@ -75,17 +83,22 @@ def group_result(group: Group) -> GroupResult:
         notes=group.notes,
         config=group.config,
         command=group.command,
-        verdict=verdict(arms, group.outcomes, paired),
+        verdict=verdict(arms, group.outcomes, group.primary, paired),
+        secondary=secondary(arms, group.outcomes, group.primary, paired),
+        negative=negative(arms, group.outcomes, paired),
         kind=kind,
         baseline=group.baseline,
         outcomes=list(group.outcomes),
+        primary=dict(group.primary),
+        pairs_needed=stats.pairs_needed(sum(pair.primary for pair in paired) or 1),
         seeds=seeds,
         arms=arms,
         null=_nulls(group, kind),
         paired=paired,
         curves=curves_of(group, kind),
         loads=loads_of(group) if kind == "experts" else [],
-        profiles=profiles_of(group) if kind == "codes" else [],
+        profiles=profiles_of(group) if kind else [],
+        routings=routings_of(group),
     )
 
 
@@ -118,48 +131,38 @@ def _arm_result(group: Group, arm: Arm, seeds: Sequence[int], metrics: Sequence[
     )
 
 
-def value(run: Run, name: str) -> float | None:
-    """A final number of a finished run; a usage measure not in its summary is recounted."""
-    if run.status != "finished":
-        return None
-    if name.startswith("parameters/"):
-        found = (run.meta.get("parameters") or {}).get(name.removeprefix("parameters/"))
-        return None if found is None else float(found)
-    if name in run.final:
-        return run.final[name] if math.isfinite(run.final[name]) else None
-    leaf = name.rsplit("/", 1)[-1]
-    if not name.startswith(tuple(PREFIX.values())) or leaf not in USAGE_MEASURES:
-        return None
-    layers = [usage(row).as_dict()[leaf] for row in run.layer_counts() if row.sum()]
-    return float(np.mean(layers)) if layers else None
-
-
 def _pair(
     group: Group, arms: Sequence[ArmResult], seeds: Sequence[int], extra: Sequence[str]
 ) -> list[Paired]:
-    """Every arm against the baseline, with Holm over outcomes x arms."""
+    """Every arm against the baseline, primary tests first, with Holm over them alone."""
     baseline = next((arm for arm in arms if arm.baseline), None)
     if baseline is None:
         return []
-    metrics = list(dict.fromkeys([*group.outcomes, *extra]))
+    metrics = list(dict.fromkeys([*group.outcomes, *group.primary.values(), *extra]))
     pairs = [
-        _compare(arm, baseline, name, seeds, outcome=name in group.outcomes)
+        _compare(arm, baseline, name, seeds, primary=_is_primary(group, arm.name, name))
         for name in metrics
         for arm in arms
         if not arm.baseline
     ]
-    adjusted = stats.holm([pair.p if pair.outcome else None for pair in pairs])
+    pairs.sort(key=lambda pair: not pair.primary)
+    adjusted = stats.holm([pair.p if pair.primary else None for pair in pairs])
     return [replace(pair, p_holm=p) for pair, p in zip(pairs, adjusted, strict=True)]
 
 
+def _is_primary(group: Group, arm: str, name: str) -> bool:
+    return group.primary.get(arm) == name if group.primary else name in group.outcomes
+
+
 def _compare(
-    arm: ArmResult, baseline: ArmResult, name: str, seeds: Sequence[int], *, outcome: bool
+    arm: ArmResult, baseline: ArmResult, name: str, seeds: Sequence[int], *, primary: bool
 ) -> Paired:
     differences = [
         None if a is None or b is None else a - b
         for a, b in zip(arm.values[name], baseline.values[name], strict=True)
     ]
-    found = stats.compare([d for d in differences if d is not None])
+    margin = measure(name).margin
+    found = stats.compare([d for d in differences if d is not None], margin)
     level, _ = stats.mean_sd(
         [
             b
@@ -170,10 +173,11 @@ def _compare(
     return Paired(
         arm=arm.name,
         metric=name,
-        outcome=outcome,
+        primary=primary,
         differences=differences,
         unpaired=[s for s, d in zip(seeds, differences, strict=True) if d is None],
         n=found.n,
+        agree=sum(d is not None and d * found.mean > 0 for d in differences),
         mean=found.mean,
         relative=found.mean / level if level else math.nan,
         sd=found.sd,
@@ -181,6 +185,8 @@ def _compare(
         p=found.p,
         p_min=found.p_min,
         p_holm=None,
+        margin=margin,
+        p_equivalent=found.p_equivalent,
     )
 
 
@@ -189,7 +195,7 @@ def _nulls(group: Group, kind: str | None) -> list[Null]:
     arms: dict[tuple[int, int, int], list[str]] = {}
     for arm in group.arms:
         for run in arm.runs:
-            if run.layers and (tokens := _held_out_tokens(run)) and run.status == "finished":
+            if run.layers and (tokens := held_out_tokens(run)) and run.status == "finished":
                 layer = run.layers[0]
                 key = (int(layer["slots"]), int(layer["top_k"]), tokens)
                 arms.setdefault(key, [])
@@ -210,14 +216,6 @@ def _nulls(group: Group, kind: str | None) -> list[Null]:
             )
         )
     return nulls
-
-
-def _held_out_tokens(run: Run) -> int:
-    """Tokens of the held-out set, from the summary or from the counts of the first layer."""
-    if "val/tokens" in run.final:
-        return int(run.final["val/tokens"])
-    counts = next(run.layer_counts(), None)
-    return 0 if counts is None else int(counts.sum()) // int(run.layers[0]["top_k"])
 
 
 def _config_differences(baseline: Arm, arm: Arm) -> dict[str, list[Any]]:

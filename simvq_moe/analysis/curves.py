@@ -16,7 +16,8 @@ from simvq_moe.core.usage import usage
 
 POINTS = 160
 """Most points of a line: more than the pixels of a small figure tell apart."""
-BANK_MEASURES = ("effective_rank", "condition", "identity_distance")
+MAP_MEASURES = ("effective_rank", "stable_rank", "condition", "identity_distance")
+MOVEMENT_MEASURES = ("indirect_movement", "staleness")
 NULL_SAMPLES = 16
 HELD_OUT = {"codes": "val/codes/", "experts": "val/moe/mean/"}
 TRAINING = {"codes": "codes/", "experts": "moe/mean/"}
@@ -56,7 +57,8 @@ class Loads:
 
 @dataclass(frozen=True)
 class Profile:
-    """Loads N f_i of codes from the most to the least used, at some of their ranks."""
+    """Loads N f_i from the most to the least used slot, at some of the ranks; of experts the mean
+    over layers of each rank's load."""
 
     arm: str
     """Empty for the uniform null."""
@@ -80,9 +82,25 @@ def curves_of(group: Group, kind: str | None) -> list[Curve]:
             curves += _curves(group, name, _logged(name))
     for name in ("val/codes/effective_rank", "train/loss"):
         curves += _curves(group, name, _logged(name))
-    for leaf in BANK_MEASURES:
-        curves += _curves(group, f"bank/mean/{leaf}", _bank_mean(leaf))
+    curves += _saturations(group)
+    for leaf in (*MAP_MEASURES, *MOVEMENT_MEASURES):
+        kinds = {kind for a in group.arms for r in a.runs for kind in r.bank_metrics(leaf)}
+        for kind in sorted(kinds):
+            found = _curves(group, f"bank/{kind}/{leaf}", _mean_of_banks(kind, leaf))
+            # where nothing moves there is nothing to draw
+            curves += [c for c in found if any(c.mean) or leaf in MAP_MEASURES]
     return curves
+
+
+def _saturations(group: Group) -> list[Curve]:
+    """Share of the final experts that tokens of the probe have at each evaluation before it."""
+    start = HELD_OUT["experts"] + "saturation_at/"
+
+    def series(run: Run) -> Series:
+        found = {int(n.removeprefix(start)): v for n, v in run.final.items() if n.startswith(start)}
+        return np.array(sorted(found)), np.array([found[step] for step in sorted(found)])
+
+    return _curves(group, start.rstrip("/"), series)
 
 
 def loads_of(group: Group) -> list[Loads]:
@@ -102,14 +120,21 @@ def profiles_of(group: Group) -> list[Profile]:
     nulls: dict[tuple[int, int], Profile] = {}
     for arm in group.arms:
         run = first_counted(arm)
-        for counts in run.layer_counts() if run else ():
-            if run is None or not counts.sum():
-                continue
+        layers = [counts for counts in run.layer_counts() if counts.sum()] if run else []
+        if run is None or not layers:
+            continue
+        experts = run.layers[0]["kind"] == "experts" and len({len(c) for c in layers}) == 1
+        for counts in [_mean_of_ranks(layers)] if experts else layers:
             found.append(_profile(arm.name, run.seed, counts))
+        for counts in layers:
             key = (len(counts), int(counts.sum()))
             if key not in nulls:
                 nulls[key] = _null_profile(*key)
     return found + list(nulls.values())
+
+
+def _mean_of_ranks(layers: Sequence[np.ndarray]) -> np.ndarray:
+    return np.mean([np.sort(counts / counts.sum())[::-1] for counts in layers], axis=0)
 
 
 def first_counted(arm: Arm) -> Run | None:
@@ -137,17 +162,17 @@ def _counted(run: Run, leaf: str) -> Series:
     return (np.array([run.step]), np.array([np.mean(layers)])) if layers else (empty, empty)
 
 
-def _bank_mean(leaf: str) -> Callable[[Run], Series]:
-    """Mean over the banks of a run, at the steps at which all of them are logged."""
+def _mean_of_banks(kind: str, leaf: str) -> Callable[[Run], Series]:
+    """Mean over the banks of one kind, at each step over those that are logged: one whose slots
+    were all drawn logs no idle movement."""
 
     def series(run: Run) -> Series:
-        names = {
-            name
-            for line in run.metrics
-            for name in line
-            if name.startswith("bank/") and name.endswith(f"/{leaf}")
-        }
-        return _mean([run.series(name) for name in sorted(names)])
+        logged: dict[float, list[float]] = {}
+        for name in run.bank_metrics(leaf).get(kind, ()):
+            for step, number in zip(*run.series(name), strict=True):
+                logged.setdefault(step, []).append(number)
+        steps = sorted(logged)
+        return np.array(steps), np.array([np.mean(logged[step]) for step in steps])
 
     return series
 

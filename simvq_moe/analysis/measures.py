@@ -7,11 +7,14 @@ is the last part of the name, so codes and experts share one row of the table be
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
 MISSING = "–"
 MINUS = "−"
+ALL_BANKS = "mean"
+"""In names of curves, "bank/mean/condition": all banks of a run, whatever they are."""
 USAGE_MEASURES = (
     "used",
     "dead",
@@ -25,6 +28,18 @@ USAGE_MEASURES = (
 """The usage measures of the result table, in its order."""
 PAIRED_MEASURES = ("entropy", "used", "max_vio")
 """Usage measures compared with the baseline beside the outcomes."""
+ROUTER_MEASURES = (
+    "router_entropy",
+    "confidence",
+    "boundary_margin",
+    "importance_cv2",
+    "fluctuation",
+    "co_activation",
+    "domain_information",
+    "token_information",
+    "output_similarity",
+)
+"""What routers do with the probe's tokens."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,8 @@ class Measure:
     """None: neither, such as a cost that is a choice."""
     log: bool = False
     """Drawn on a logarithmic axis."""
+    margin: float | None = None
+    """Largest difference that counts as none, for tests of equivalence."""
 
 
 MEASURES: dict[str, Measure] = {
@@ -51,7 +68,9 @@ MEASURES: dict[str, Measure] = {
     "stoi": Measure("STOI", 3, better="higher"),
     "pesq": Measure("PESQ", 2, better="higher"),
     "loss": Measure("loss", 4, better="lower"),
-    "bits_per_byte": Measure("bits/byte", 4, better="lower"),
+    "bits_per_byte": Measure("bits/byte", 4, better="lower", margin=0.005),
+    "bits_per_code": Measure("bits/code", 4, better="lower"),
+    "unigram_bits_per_code": Measure("bits/code by frequency alone", 4),
     "used": Measure("used", 1, "share", "higher"),
     "dead": Measure("dead", 1, "share", "lower"),
     "starved": Measure("starved", 1, "share", "lower"),
@@ -66,11 +85,16 @@ MEASURES: dict[str, Measure] = {
     "train_s": Measure("training (s)", 1, better="lower"),
     "wall_s": Measure("wall (s)", 1, better="lower"),
     "tokens_per_s": Measure("tokens/s", 0, better="higher"),
+    "mfu": Measure("MFU", 1, "share", "higher"),
     "total": Measure("parameters", 0),
     "trainable": Measure("trainable", 0),
+    "peak_mib": Measure("peak memory (MiB)", 0, better="lower"),
     "effective_rank": Measure("effective rank of W", 1),
     "condition": Measure("condition number of W", 1, log=True),
+    "stable_rank": Measure("stable rank of W", 1),
     "identity_distance": Measure("distance of W from the identity", 3),
+    "indirect_movement": Measure("movement of idle rows by W", 3),
+    "staleness": Measure("steps since a row was chosen", 1),
     "router_entropy": Measure("router entropy", 3),
     "confidence": Measure("router confidence p₁ − p₂", 3),
     "boundary_margin": Measure("boundary margin of the logits", 3),
@@ -100,6 +124,8 @@ def label(name: str) -> str:
     if name == "val/codes/effective_rank":
         return "effective rank of the used codes"
     text = measure(name).label
+    if name.startswith("bank/") and (kind := name.split("/")[1]) != ALL_BANKS:
+        return f"{text}: {kind}"
     return f"training {text}" if name.startswith("train/") else text
 
 
@@ -148,9 +174,11 @@ def percent(fraction: float | None) -> str:
 
 
 def probability(p: float | None) -> str:
-    """A p value: three significant digits at least down to 1e-4."""
+    """A p value: three significant digits at least down to 1e-4, where it ends."""
     if p is None or not math.isfinite(p):
         return MISSING
+    if p < 1e-4:
+        return "<\u00a00.0001"
     return f"{p:.4f}" if p < 0.1 else f"{p:.3f}"
 
 
@@ -163,7 +191,8 @@ def _fixed(value: float, decimals: int) -> str:
 
 
 def _signed(text: str) -> str:
-    return text if text.startswith(MINUS) else f"+{text}"
+    """With a sign, but for what rounds to nothing."""
+    return text if text.startswith(MINUS) or not re.search("[1-9]", text) else f"+{text}"
 
 
 def _decimals(name: str, value: float) -> int:

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from simvq_moe.analysis.curves import Curve, Loads, Profile
 from simvq_moe.analysis.measures import label, measure
+from simvq_moe.analysis.routings import RoutingOf
 
 INK = "#010203"
 ARM_COLOURS = (
@@ -75,7 +76,7 @@ def arm_styles(arms: Sequence[tuple[str, str, bool, bool]]) -> dict[str, ArmStyl
 def curve_figure(
     curves: Sequence[Curve], styles: Mapping[str, ArmStyle], null: float | None = None
 ) -> str:
-    """One metric over steps: a line is an arm's mean, thin lines are its seeds."""
+    """One metric over steps: a line is an arm's mean, its band spans the seeds."""
     metric = curves[0].metric
     with _drawing():
         figure, axes = _panel(label(metric), height=2.9)
@@ -83,9 +84,7 @@ def curve_figure(
             style = styles[curve.arm]
             colour = ARM_COLOURS[style.colour]
             marker = "o" if len(curve.steps) < 3 else None
-            if len(curve.runs) > 1:
-                for run in curve.runs:
-                    axes.plot(run.steps, run.values, color=colour, linewidth=0.7, alpha=0.45)
+            _spread(axes, curve, colour)
             axes.plot(
                 curve.steps,
                 curve.mean,
@@ -100,6 +99,19 @@ def curve_figure(
         _frame(axes, curves, metric)
         axes.set_xlabel("step")
         return _svg(figure, f"{label(metric)} over steps")
+
+
+def _spread(axes: Axes, curve: Curve, colour: str) -> None:
+    """From the lowest to the highest seed; as thin lines where they were logged at other steps."""
+    if len(curve.runs) < 2:
+        return
+    if all(run.steps == curve.steps for run in curve.runs):
+        values = np.array([run.values for run in curve.runs])
+        span = values.min(0), values.max(0)
+        axes.fill_between(curve.steps, *span, color=colour, alpha=0.13, linewidth=0)
+        return
+    for run in curve.runs:
+        axes.plot(run.steps, run.values, color=colour, linewidth=0.7, alpha=0.45)
 
 
 def heat_figure(loads: Loads, text: str, largest: float) -> str:
@@ -130,10 +142,38 @@ def heat_figure(loads: Loads, text: str, largest: float) -> str:
         return _svg(figure, f"Expert loads of {text}")
 
 
-def profile_figure(profiles: Sequence[Profile], styles: Mapping[str, ArmStyle]) -> str:
-    """Loads of codes from the most to the least used; a line falls where the dead codes begin."""
+def routing_figure(routing: RoutingOf, text: str, largest: tuple[float, float]) -> str:
+    """Experts by experts and domains by experts, each up to a common largest multiple of chance."""
+    tables = [
+        (routing.co_activation, "expert", "with expert", largest[0]),
+        (routing.specialization, "domain", "expert", largest[1]),
+    ]
+    tables = [table for table in tables if table[0]]
+    heights = [2.6 if name == "expert" else 0.9 for _, name, _, _ in tables]
     with _drawing():
-        figure, axes = _panel("load of a code (1 is fair)", height=3.3)
+        figure = Figure(
+            figsize=(WIDTH, 0.7 + sum(heights) + 0.5 * len(tables)), layout="constrained"
+        )
+        figure.suptitle(text, fontsize=10.5, color=INK, x=0.02, ha="left")
+        panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (values, name, across, top) in zip(panels, tables, strict=True):
+            norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=max(top, 1.5))
+            image = axes.imshow(
+                np.array(values), aspect="auto", cmap="RdBu_r", norm=norm, interpolation="none"
+            )
+            axes.set_xlabel(across)
+            axes.set_ylabel(name)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+            bar = figure.colorbar(image, ax=axes, ticks=[0, 1, round(max(top, 1.5), 1)], pad=0.02)
+            bar.set_label("1 is chance")
+        return _svg(figure, f"Co-activation and domains of {text}")
+
+
+def profile_figure(profiles: Sequence[Profile], styles: Mapping[str, ArmStyle], slots: str) -> str:
+    """Loads from the most to the least used; a line falls where the dead slots begin."""
+    with _drawing():
+        figure, axes = _panel(f"load of {slots} (1 is fair)", height=3.3)
         for profile in profiles:
             share = 100 * np.array(profile.ranks) / profile.slots
             if profile.arm:
@@ -147,8 +187,8 @@ def profile_figure(profiles: Sequence[Profile], styles: Mapping[str, ArmStyle]) 
         if positive:
             axes.set_ylim(min(positive) / 2, max(positive) * 2)
         axes.set_xlim(0, 100)
-        axes.set_xlabel("codes, from the most used (%)")
-        return _svg(figure, "Sorted loads of codes")
+        axes.set_xlabel(f"{slots}, from the most used (%)")
+        return _svg(figure, f"Sorted loads of {slots}")
 
 
 def _drawing() -> AbstractContextManager[None]:

@@ -6,28 +6,22 @@ Runs that are still going, failed or never started are named, not left out.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
-from PIL import Image
 
 from simvq_moe.analysis import plots, tables
 from simvq_moe.analysis.comparison import compute
 from simvq_moe.analysis.curves import Curve
 from simvq_moe.analysis.plots import ArmStyle
 from simvq_moe.analysis.results import GroupResult, Results
-from simvq_moe.analysis.runs import Arm, Group, find_groups
+from simvq_moe.analysis.runs import Group, find_groups
+from simvq_moe.analysis.samples import Sample, sample_of
 from simvq_moe.merging import ConfigError
-
-LARGEST_IMAGE = 120_000
-"""Bytes up to which a sample is embedded as it is; larger ones are recompressed."""
-IMAGE_WIDTH = 768
 
 
 @dataclass(frozen=True)
@@ -42,16 +36,6 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Held-out reconstructions of one arm."""
-
-    label: str
-    seed: int
-    source: str
-    """A data URI."""
-
-
-@dataclass(frozen=True)
 class Figures:
     """Everything drawn for one group."""
 
@@ -62,7 +46,8 @@ class Figures:
     profiles: list[Markup]
     banks: list[Markup]
     bank_arms: list[str]
-    pictures: list[Picture]
+    routings: list[Markup]
+    samples: list[Sample]
 
 
 def report(paths: Sequence[Path], out: Path) -> Report:
@@ -125,8 +110,11 @@ def _terminal_text(results: Results) -> str:
     parts = []
     for group in results.groups:
         table = tables.result_table(group, tables.TERMINAL_COLUMNS)
-        parts += [f"{group.name}: {group.question}", " ".join(group.verdict)]
+        parts += [f"{group.name}: {group.question}", *group.verdict]
         parts += [tables.markdown(table, beneath=False), ""]
+    tested = [one for one in results.predictions if one.evidence]
+    parts += [f"{one.name} {one.verdict}: {one.statement}" for one in tested]
+    parts += [""] * bool(tested)
     unfinished = tables.unfinished_table(results)
     if unfinished.rows:
         parts += ["Not finished, and in no mean:", tables.markdown(unfinished)]
@@ -151,38 +139,34 @@ def _draw(group: Group, result: GroupResult) -> Figures:
             Markup(plots.heat_figure(loads, f"{labels[loads.arm]}, seed {loads.seed}", largest))
             for loads in result.loads
         ],
-        profiles=[Markup(plots.profile_figure(result.profiles, styles))] if result.profiles else [],
+        profiles=[
+            Markup(plots.profile_figure(result.profiles, styles, result.kind or "slots"))
+            for _ in result.profiles[:1]
+        ],
         banks=[Markup(plots.curve_figure(curves, styles)) for curves in _by_metric(banks)],
         bank_arms=list(dict.fromkeys(curve.arm for curve in banks)),
-        pictures=[picture for arm in group.arms if (picture := _picture(arm))],
+        routings=_routing_figures(result, labels),
+        samples=[sample for arm in group.arms if (sample := sample_of(arm))],
     )
+
+
+def _routing_figures(result: GroupResult, labels: dict[str, str]) -> list[Markup]:
+    """One scale for all arms, so that they can be compared."""
+
+    def largest(tables: Iterable[list[list[float]]]) -> float:
+        return max((v for table in tables for row in table for v in row), default=1.0)
+
+    scale = (
+        largest(routing.co_activation for routing in result.routings),
+        largest(routing.specialization for routing in result.routings),
+    )
+    return [
+        Markup(plots.routing_figure(r, f"{labels[r.arm]}, seed {r.seed}, layer {r.layer}", scale))
+        for r in result.routings
+        if r.co_activation or r.specialization
+    ]
 
 
 def _by_metric(curves: Sequence[Curve]) -> list[list[Curve]]:
     metrics = dict.fromkeys(curve.metric for curve in curves)
     return [[curve for curve in curves if curve.metric == metric] for metric in metrics]
-
-
-def _picture(arm: Arm) -> Picture | None:
-    """The latest sample of the arm's first run that has one."""
-    for run in arm.runs:
-        if run.samples and (source := _data_uri(run.samples[-1])):
-            return Picture(arm.label, run.seed, source)
-    return None
-
-
-def _data_uri(file: Path) -> str | None:
-    """The image inline; a large one smaller; None if it can't be read (a run killed writing it)."""
-    try:
-        content = file.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            if len(content) <= LARGEST_IMAGE:
-                return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-            image = image.convert("RGB")
-            image.thumbnail((IMAGE_WIDTH, IMAGE_WIDTH))
-            stream = io.BytesIO()
-            image.save(stream, format="JPEG", quality=88)
-    except (OSError, SyntaxError):
-        return None
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

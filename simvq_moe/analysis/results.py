@@ -1,17 +1,22 @@
 """What report.json holds: every number that a report shows, in one stable structure.
 
-    {"title",
+    {"title", "level", "confidence", "least_pairs",
+     "predictions": [{"name", "statement", "rule", "needs", "verdict",
+                      "evidence": [{"group", "text", "metric", "arms", "seeds",
+                                    "values": [a seed], "n", "mean", "interval", "p", "margin",
+                                    "p_equivalent", "verdict"}]}],
      "groups": [{"name", "sweep", "question", "notes", "config", "command", "kind", "baseline",
-                 "outcomes", "seeds", "verdict": [sentence],
+                 "outcomes", "primary": {arm: outcome}, "pairs_needed", "seeds",
+                 "verdict": [sentence], "secondary": [sentence], "negative": [sentence],
                  "arms": [{"name", "label", "control", "baseline", "n", "status": [a seed],
                            "values": {metric: [a seed]}, "mean": {metric}, "sd": {metric},
                            "differs": {config key: [baseline's, its]}}],
                  "null": [{"arms", "slots", "top_k", "tokens", "draws", "ceiling",
                            "values": {metric}}],
-                 "paired": [{"arm", "metric", "outcome", "differences": [a seed], "unpaired",
-                             "n", "mean", "relative", "sd", "interval": [low, high],
-                             "p", "p_min", "p_holm"}],
-                 "curves", "loads", "profiles": what the figures draw}],
+                 "paired": [{"arm", "metric", "primary", "differences": [a seed], "unpaired",
+                             "n", "agree", "mean", "relative", "sd", "interval": [low, high],
+                             "p", "p_min", "p_holm", "margin", "p_equivalent"}],
+                 "curves", "loads", "profiles", "routings": what the figures draw}],
      "runs": [{"group", "arm", "seed", "status", "error", "step", "last", "path", "command",
                "environment"}]}
 
@@ -25,7 +30,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from simvq_moe.analysis import stats
 from simvq_moe.analysis.curves import Curve, Loads, Profile
+from simvq_moe.analysis.routings import RoutingOf
 
 PREFIX = {"codes": "val/codes/", "experts": "val/moe/mean/"}
 """Where the usage measures of a kind of slot are logged; experts: the mean over layers."""
@@ -72,13 +79,15 @@ class Paired:
 
     arm: str
     metric: str
-    outcome: bool
-    """One of the outcomes fixed beforehand: these, and only these, make up Holm's family."""
+    primary: bool
+    """One of the tests fixed beforehand: these, and only these, make up Holm's family."""
     differences: list[float | None]
     """Arm minus baseline; one entry a seed of the group, None for no pair."""
     unpaired: list[int]
     """Seeds planned on either side without a finished run on both."""
     n: int
+    agree: int
+    """Pairs whose difference has the sign of the mean."""
     mean: float
     relative: float
     """mean over the baseline's mean over the same seeds."""
@@ -87,6 +96,10 @@ class Paired:
     p: float | None
     p_min: float | None
     p_holm: float | None
+    margin: float | None
+    """Largest difference that counts as none, of the metrics that have one."""
+    p_equivalent: float | None
+    """p of the two one-sided t tests: small claims a difference within the margin."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +113,18 @@ class GroupResult:
     config: str
     command: str
     verdict: list[str]
-    """Sentences; the first is on the first outcome and says what n allows."""
+    """Sentences that answer the question and say what n allows."""
+    secondary: list[str]
+    """Sentences on all that was not named primary."""
+    negative: list[str]
+    """Sentences on what did not work, and on what could not be shown."""
     kind: str | None
     """What is chosen between: codes, experts, or None."""
     baseline: str
     outcomes: list[str]
+    primary: dict[str, str]
+    pairs_needed: int
+    """The fewest pairs with which the smallest p of Holm's family can be below the level."""
     seeds: list[int]
     arms: list[ArmResult]
     null: list[Null]
@@ -113,6 +133,7 @@ class GroupResult:
     curves: list[Curve]
     loads: list[Loads]
     profiles: list[Profile]
+    routings: list[RoutingOf]
 
     @property
     def baseline_arm(self) -> ArmResult | None:
@@ -126,6 +147,46 @@ class GroupResult:
     def errors(self) -> list[str]:
         """Outcomes that are no usage measure: the held-out error column."""
         return [name for name in self.outcomes if not name.startswith(tuple(PREFIX.values()))]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One case of a prediction: a number for each seed, and what they say together."""
+
+    group: str
+    text: str
+    """What the number is."""
+    metric: str
+    """It is printed like this one."""
+    arms: list[str]
+    """Names of the arms it is computed from."""
+    seeds: list[int]
+    values: list[float]
+    """One for each of the seeds."""
+    n: int
+    mean: float
+    interval: tuple[float, float] | None
+    p: float | None
+    """Exact two-sided permutation p of a mean of 0, not adjusted."""
+    margin: float | None
+    p_equivalent: float | None
+    verdict: str
+    """supported, contradicted or undecided."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A registered prediction and what became of it."""
+
+    name: str
+    statement: str
+    rule: str
+    """How it is decided, fixed before the runs."""
+    needs: str
+    """Arms without which it is not tested."""
+    verdict: str
+    """supported, contradicted, undecided or not tested."""
+    evidence: list[Evidence]
 
 
 @dataclass(frozen=True)
@@ -151,8 +212,14 @@ class Results:
     """All groups and all runs; report.json is this."""
 
     title: str
+    predictions: list[Prediction] = field(default_factory=list)
     groups: list[GroupResult] = field(default_factory=list)
     runs: list[RunResult] = field(default_factory=list)
+    level: float = stats.LEVEL
+    """Of significance."""
+    confidence: float = stats.CONFIDENCE
+    """Of intervals."""
+    least_pairs: int = stats.LEAST_PAIRS
 
     def as_json(self) -> dict[str, Any]:
         """Plain containers; nan and infinities, which JSON has not, become None."""

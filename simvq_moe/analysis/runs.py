@@ -21,9 +21,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from simvq_moe.analysis.measures import ALL_BANKS
 from simvq_moe.merging import ConfigError
 
 ENDED = ("finished", "failed", "interrupted")
+UNCOMPARED_KEYS = ("seed", "name", "arm", "runs_dir")
+"""Config keys that tell runs apart without changing what an arm is."""
 ERROR_OUTCOMES = ("val/mse", "val/bits_per_byte", "val/loss")
 
 
@@ -52,7 +55,7 @@ class Run:
     held_out_counts: np.ndarray | None = None
     """int64 [layer, slot]: draws over the whole held-out set at the last evaluation."""
     samples: tuple[Path, ...] = ()
-    """Images of held-out reconstructions, oldest first."""
+    """What was made of held-out data, oldest first: images, texts, folders of sounds."""
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -71,6 +74,22 @@ class Run:
         for layer, row in zip(self.layers, counts, strict=False):
             if layer["kind"] != "kept":
                 yield row[: layer["slots"]]
+
+    def bank_metrics(self, leaf: str) -> dict[str, list[str]]:
+        """Names under which a measure of banks is logged, by the kind of bank.
+
+        The kind is the end of a bank's name in meta.json: experts.down of
+        blocks.0.moe.experts.down; ALL_BANKS where names are not recorded.
+        """
+        names = self.meta.get("banks") or []
+        logged = {n for m in self.metrics for n in m if n.startswith("bank/")}
+        found: dict[str, list[str]] = {}
+        for metric in sorted(n for n in logged if n.endswith(f"/{leaf}")):
+            i = int(metric.split("/")[1])
+            words = names[i].split(".") if i < len(names) else [ALL_BANKS]
+            kind = ".".join([word for word in words if not word.isdigit()][-2:])
+            found.setdefault(kind, []).append(metric)
+        return found
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one metric where it is logged and finite."""
@@ -100,6 +119,11 @@ class Group:
     outcomes: tuple[str, ...]
     """Metrics that the question is decided on, fixed before the runs."""
     arms: tuple[Arm, ...]
+    primary: dict[str, str] = field(default_factory=dict)
+    """The arms that decide it, each with its outcome: the tests of Holm's adjustment. Empty: every
+    outcome of every arm."""
+    tuned: bool = False
+    """Whether a grid chose each arm's learning rate."""
     notes: str = ""
     config: str = ""
     sweep: str = ""
@@ -158,7 +182,7 @@ def read_run(path: Path, *, arm: str | None = None, planned: dict[str, Any] | No
         metrics=tuple(metrics),
         final=_numbers(summary) or dict(evaluations[-1] if evaluations else {}),
         held_out_counts=_read_counts(path / "usage.npz"),
-        samples=tuple(sorted((path / "samples").glob("*.png"))),
+        samples=tuple(sorted((path / "samples").glob("val_*"))),
     )
 
 
@@ -204,6 +228,8 @@ def _read_sweep(directory: Path) -> list[Group]:
             question=group.get("question", ""),
             baseline=group["baseline"],
             outcomes=tuple(group["outcomes"]),
+            primary=dict(group.get("primary") or {}),
+            tuned=any("lr" in arm for arm in group["arms"]),
             arms=tuple(_read_arm(directory, arm) for arm in group["arms"]),
             notes=group.get("notes") or "",
             config=str(group.get("config") or ""),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+LEVEL = 0.05
 CONFIDENCE = 0.95
 LEAST_PAIRS = 6
 """Fewer pairs can't reach p < 0.05: five give 2 / 2^5 = 0.0625 at best."""
@@ -40,10 +41,17 @@ class Comparison:
     """Two-sided paired permutation p; None without a pair."""
     p_min: float | None
     """The smallest p that n pairs can give at all."""
+    p_equivalent: float | None
+    """p of `tost`; None without a margin or a second pair."""
 
 
-def compare(differences: Sequence[float]) -> Comparison:
-    """What the paired differences say about their mean."""
+def compare(differences: Sequence[float], margin: float | None = None) -> Comparison:
+    """What the paired differences say about their mean.
+
+    Args:
+        differences: one a pair; what is not finite is left out.
+        margin: largest difference that counts as none.
+    """
     d = [x for x in differences if math.isfinite(x)]
     mean, sd = mean_sd(d)
     return Comparison(
@@ -53,6 +61,7 @@ def compare(differences: Sequence[float]) -> Comparison:
         interval=bca_interval(d),
         p=permutation_p(d),
         p_min=smallest_p(len(d)),
+        p_equivalent=tost(d, margin) if margin and len(d) > 1 else None,
     )
 
 
@@ -81,15 +90,22 @@ def permutation_p(differences: Sequence[float]) -> float | None:
     if len(differences) < 2:
         # one difference and its mirror image are all there is; scipy refuses so few
         return 1.0 if len(differences) else None
+    return float(permutation_ps(np.asarray(differences, dtype=float)))
+
+
+def permutation_ps(differences: np.ndarray) -> np.ndarray:
+    """`permutation_p` of many tests at once, [..., pair] -> [...]; at least two pairs."""
+    pairs = differences.shape[-1]
     test = stats.permutation_test(
-        (np.asarray(differences, dtype=float),),
+        (differences,),
         np.mean,
         permutation_type="samples",
         vectorized=True,
-        n_resamples=2 ** min(len(differences), EXACT_PAIRS),
+        n_resamples=2 ** min(pairs, EXACT_PAIRS),
+        axis=-1,
         rng=np.random.default_rng(0),
     )
-    return float(test.pvalue)
+    return np.asarray(test.pvalue)
 
 
 def bca_interval(differences: Sequence[float]) -> tuple[float, float] | None:

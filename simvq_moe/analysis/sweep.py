@@ -1,34 +1,22 @@
-"""Sweeps: arms x paired seeds, each run by the deepspeed launcher, one after the other.
+"""The plan of a sweep: arms x paired seeds, and what has become of each run.
 
-Finished runs are skipped and broken ones resumed, so that the same command always goes on from
-where it stopped. A failed run stays in the plan and in the report as failed.
+What is done already is read from the folders of the runs, so that the same command always goes on
+from where it stopped. A failed run stays in the plan and in the report as failed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
-import shutil
-import signal
 import socket
-import subprocess
-import sys
-import time
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from simvq_moe.config import Config
-from simvq_moe.merging import ConfigError, merge_files, to_yaml, with_overrides
-from simvq_moe.training.progress import duration
-
-SECONDS_BETWEEN_LINES = 5.0
-SECONDS_TO_SAVE = 60.0
-"""Grace of an interrupted run, after which it is killed."""
+from simvq_moe.merging import ConfigError, merge_files, suggestion, with_overrides
 
 
 @dataclass(frozen=True)
@@ -67,6 +55,18 @@ class GroupSpec:
 
 
 @dataclass(frozen=True)
+class RateGrid:
+    """Learning rates that each arm is tried with, on a seed of its own, before the paired seeds."""
+
+    seed: int
+    """Seed of these runs; none of the paired ones, so that no outcome has a say in its own rate."""
+    factors: tuple[float, ...]
+    """Factors on optimizer.lr."""
+    outcome: str = ""
+    """Measure that the best factor is best in; empty: the first outcome of each group."""
+
+
+@dataclass(frozen=True)
 class SweepSpec:
     """A sweep."""
 
@@ -80,6 +80,8 @@ class SweepSpec:
     """Paired seeds: the same initial weights and data order in every arm."""
     runs_dir: str = "runs"
     """Folder of all runs."""
+    lr_grid: RateGrid | None = None
+    """Chooses each arm's learning rate first; None: every arm has its config's."""
     set: dict[str, Any] = field(default_factory=dict)
     """Overrides for every run."""
 
@@ -97,6 +99,11 @@ class Run:
     def folder(self) -> Path:
         return self.config.run_dir
 
+    @property
+    def name(self) -> str:
+        """Its folder within the sweep's."""
+        return self.config.name.partition("/")[2]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -105,64 +112,101 @@ class Plan:
     spec: SweepSpec
     files: Sequence[Path]
     runs: list[Run]
+    arms: tuple[str, ...] = ()
+    """The arms that the sweep was restricted to, as they were asked for; empty: all."""
 
     @property
     def folder(self) -> Path:
         return Path(self.spec.runs_dir) / self.spec.name
 
 
-def plan(files: Sequence[Path]) -> Plan:
+def plan(files: Sequence[Path], arms: Sequence[str] = ()) -> Plan:
     """The runs of a sweep file; later files are merged on top.
 
+    Seeds are outermost, so that an unfinished sweep has whole pairs.
+
+    Args:
+        files: the sweep's YAML files.
+        arms: only these arms and their baselines: names in any group, or group/arm. Empty: all.
+
     Raises:
-        ConfigError: an unknown key, a baseline that is no arm, or a config that does not load.
+        ConfigError: an unknown key, a baseline that is no arm, an arm that is in no group, or a
+            config that does not load.
     """
     spec = merge_files(SweepSpec, files)
-    runs = []
+    _check(spec)
+    spec = _restricted(spec, arms)
+    configs = {
+        (name, arm): config
+        for name, group in spec.groups.items()
+        for arm, config in _configs(spec, name, group, files[0]).items()
+    }
+    runs = [
+        run_of(spec, group, arm, seed, config)
+        for seed in spec.seeds
+        for (group, arm), config in configs.items()
+    ]
+    return Plan(spec, files, runs, tuple(arms))
+
+
+def _check(spec: SweepSpec) -> None:
     for name, group in spec.groups.items():
         if group.baseline not in group.arms:
             raise ConfigError(
                 f"groups.{name}.baseline {group.baseline!r} is no arm: use one of "
                 f"{', '.join(group.arms)}"
             )
-        base = merge_files(Config, [files[0].parent / group.config])
-        for overrides in (spec.set, group.set):
-            base = with_overrides(base, overrides, f"{files[0]}: set")
-        arms = {
-            arm: with_overrides(base, one.set, f"{files[0]}: groups.{name}.arms.{arm}.set")
-            for arm, one in group.arms.items()
-        }
-        runs += [_run(spec, name, arm, s, arms[arm]) for s in spec.seeds for arm in group.arms]
-    return Plan(spec, files, runs)
+    grid = spec.lr_grid
+    if grid is not None and grid.seed in spec.seeds:
+        raise ConfigError(
+            f"lr_grid.seed {grid.seed} is one of the paired seeds {list(spec.seeds)}: use another"
+        )
+    if grid is not None and (not grid.factors or min(grid.factors) <= 0):
+        raise ConfigError(
+            f"lr_grid.factors {list(grid.factors)} must be positive: use [0.3, 1, 3] or the like"
+        )
 
 
-def _run(spec: SweepSpec, group: str, arm: str, seed: int, config: Config) -> Run:
-    name = f"{spec.name}/{group}/{arm}/seed{seed}"
+def _restricted(spec: SweepSpec, arms: Sequence[str]) -> SweepSpec:
+    """The sweep with these arms and their baselines alone, and without groups that have none."""
+    if not arms:
+        return spec
+    known = {
+        name for g, group in spec.groups.items() for a in group.arms for name in (a, f"{g}/{a}")
+    }
+    for arm in arms:
+        if arm not in known:
+            raise ConfigError(
+                f"--arms {arm!r} is in no group.{suggestion(arm, sorted(known))} They are "
+                f"{', '.join(sorted({a for group in spec.groups.values() for a in group.arms}))}"
+            )
+    groups = {}
+    for name, group in spec.groups.items():
+        named = [arm for arm in group.arms if arm in arms or f"{name}/{arm}" in arms]
+        if named:
+            kept = {a: one for a, one in group.arms.items() if a in (*named, group.baseline)}
+            primary = {a: outcome for a, outcome in group.primary.items() if a in kept}
+            groups[name] = replace(group, arms=kept, primary=primary)
+    return replace(spec, groups=groups)
+
+
+def _configs(spec: SweepSpec, name: str, group: GroupSpec, file: Path) -> dict[str, Config]:
+    base = merge_files(Config, [file.parent / group.config])
+    for overrides in (spec.set, group.set):
+        base = with_overrides(base, overrides, f"{file}: set")
+    return {
+        arm: with_overrides(base, one.set, f"{file}: groups.{name}.arms.{arm}.set")
+        for arm, one in group.arms.items()
+    }
+
+
+def run_of(
+    spec: SweepSpec, group: str, arm: str, seed: int, config: Config, folder: str = ""
+) -> Run:
+    """A run of an arm's config in its folder of the sweep's, group/arm/seed unless given."""
+    name = f"{spec.name}/{folder or f'{group}/{arm}/seed{seed}'}"
     config = replace(config, name=name, runs_dir=spec.runs_dir, arm=arm, seed=seed)
     return Run(group, arm, seed, config)
-
-
-def execute(plan: Plan, ranks: int) -> bool:
-    """Do what is not done yet; whether every run is finished.
-
-    Raises:
-        KeyboardInterrupt: after the run under way has saved a checkpoint.
-    """
-    write_plan(plan, ranks)
-    done = [run for run in plan.runs if status(run) == "finished"]
-    if done:
-        print(
-            f"{len(done)} of {len(plan.runs)} runs are finished and skipped, others go on",
-            file=sys.stderr,
-        )
-    clock = Clock(plan)
-    for number, run in enumerate(plan.runs, start=1):
-        if status(run) == "finished":
-            continue
-        label = f"[{number}/{len(plan.runs)}] {run.group}/{run.arm}/seed{run.seed}"
-        _launch(run, plan, ranks, label, clock)
-        write_plan(plan, ranks)
-    return all(status(run) == "finished" for run in plan.runs)
 
 
 def status(run: Run) -> str:
@@ -173,49 +217,60 @@ def status(run: Run) -> str:
     return json.loads(meta.read_text())["status"] if meta.is_file() else "pending"
 
 
-def write_plan(plan: Plan, ranks: int) -> None:
-    """sweep.json: the groups, arms and runs, for the report."""
-    groups = []
-    for name, group in plan.spec.groups.items():
-        arms = [
-            {
-                "name": arm,
-                "label": spec.label,
-                "control": spec.control,
-                "overrides": _dotted(spec.set),
-                "runs": [
-                    {
-                        "seed": run.seed,
-                        "dir": str(run.folder.relative_to(plan.folder)),
-                        "status": status(run),
-                    }
-                    for run in plan.runs
-                    if run.group == name and run.arm == arm
-                ],
-            }
-            for arm, spec in group.arms.items()
-        ]
-        groups.append(
-            {
-                "name": name,
-                "question": group.question,
-                "config": group.config,
-                "baseline": group.baseline,
-                "outcomes": list(group.outcomes),
-                "primary": dict(group.primary),
-                "notes": group.notes,
-                "arms": arms,
-            }
-        )
-    plan.folder.mkdir(parents=True, exist_ok=True)
+def write_plan(
+    plan: Plan, options: Sequence[str] = (), rates: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """sweep.json: the groups, arms and runs, for the report.
+
+    Args:
+        options: what the command had beside the sweep's files and arms.
+        rates: learning rates that a grid has chosen, by group/arm.
+    """
+    arms = ("--arms", ",".join(plan.arms)) if plan.arms else ()
     configs = [word for file in plan.files for word in ("--config", str(file))]
+    grid = plan.spec.lr_grid
     content = {
         "name": plan.spec.name,
         "title": plan.spec.title,
-        "command": shlex.join(["simvq-moe", "sweep", *configs, "--ranks", str(ranks)]),
-        "groups": groups,
+        "command": shlex.join(["simvq-moe", "sweep", *configs, *arms, *options]),
+        **({} if grid is None else {"lr_grid": asdict(grid)}),
+        "groups": [_group(plan, name, rates or {}) for name in plan.spec.groups],
     }
-    (plan.folder / "sweep.json").write_text(json.dumps(content, indent=1) + "\n")
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    replace_json(plan.folder / "sweep.json", content)
+
+
+def _group(plan: Plan, name: str, rates: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    group = plan.spec.groups[name]
+    arms = [
+        {
+            "name": arm,
+            "label": spec.label,
+            "control": spec.control,
+            "overrides": _dotted(spec.set),
+            **({"lr": dict(rates[f"{name}/{arm}"])} if f"{name}/{arm}" in rates else {}),
+            "runs": [
+                {
+                    "seed": run.seed,
+                    "dir": str(run.folder.relative_to(plan.folder)),
+                    "status": status(run),
+                }
+                for run in plan.runs
+                if run.group == name and run.arm == arm
+            ],
+        }
+        for arm, spec in group.arms.items()
+    ]
+    return {
+        "name": name,
+        "question": group.question,
+        "config": group.config,
+        "baseline": group.baseline,
+        "outcomes": list(group.outcomes),
+        "primary": dict(group.primary),
+        "notes": group.notes,
+        "arms": arms,
+    }
 
 
 def _dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -228,125 +283,17 @@ def _dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class Clock:
-    """Time left of a sweep, from the runs of the same group that it has seen to the end."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-
-    def left(self, current: Run, elapsed: float, share: float) -> float | None:
-        """Seconds left, with `share` of the current run done after `elapsed`; None: unknown."""
-        guess = elapsed / share if share > 0.05 else None
-        ahead = self.plan.runs[self.plan.runs.index(current) :]
-        every = [s for of_group in self.seconds.values() for s in of_group]
-        total = 0.0
-        for run in ahead:
-            if status(run) == "finished":
-                continue
-            seen = self.seconds[run.group] or every
-            expected = sum(seen) / len(seen) if seen else guess
-            if expected is None:
-                return None
-            total += max(expected - elapsed, 0.0) if run is current else expected
-        return total
+def replace_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file whole; tasks of a job array may do so at the same time."""
+    aside = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)
 
 
-def _launch(run: Run, plan: Plan, ranks: int, label: str, clock: Clock) -> None:
-    """Start the run under the deepspeed launcher and follow it to its end."""
-    configs = plan.folder / "configs"
-    configs.mkdir(exist_ok=True)
-    file = configs / f"{run.group}-{run.arm}-seed{run.seed}.yaml"
-    file.write_text(to_yaml(run.config))
-    run.folder.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with (run.folder / "launcher.log").open("a", buffering=1) as log:
-        process = subprocess.Popen(
-            command(file, ranks),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=_environment(ranks),
-            # its own group, for the launcher leaves the ranks behind when it alone is killed
-            start_new_session=True,
-        )
-        try:
-            _follow(
-                process,
-                log,
-                label,
-                lambda share: clock.left(run, time.monotonic() - started, share),
-            )
-        except BaseException:
-            _interrupt(process)
-            raise
-    if status(run) == "finished":
-        clock.seconds[run.group].append(time.monotonic() - started)
-    else:
-        print(f"{label} {status(run)}: see {run.folder / 'launcher.log'}", file=sys.stderr)
-
-
-def command(config: Path, ranks: int) -> list[str]:
-    """The launcher's command line for one run of a config on this machine."""
-    return [
-        launcher(),
-        "-q",
-        *("--num_accelerators", str(ranks)),
-        *("--master_port", str(_free_port())),
-        *("--module", "simvq_moe", "train", "--config", str(config)),
-    ]
-
-
-def launcher() -> str:
-    """Path of the deepspeed launcher that belongs to this Python, or else of the first on PATH."""
-    beside = Path(sys.executable).parent / "deepspeed"
-    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
-    if found is None:
-        raise ConfigError("the deepspeed launcher is not on PATH: pip install deepspeed")
-    return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _environment(ranks: int) -> dict[str, str]:
-    """The ranks share this machine's cores."""
-    import torch
-
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": accelerator} | os.environ
-
-
-def _follow(process: subprocess.Popen[str], log: Any, label: str, left: Any) -> None:
-    print(f"{label}  starting", file=sys.stderr, flush=True)
-    assert process.stdout is not None
-    printed = time.monotonic()
-    for line in process.stdout:
-        log.write(line)
-        if not line.startswith("step "):
-            continue
-        done, steps = (int(n) for n in line.split()[1].split("/"))
-        if time.monotonic() - printed > SECONDS_BETWEEN_LINES or done == steps:
-            printed = time.monotonic()
-            seconds = left(done / steps)
-            total = "" if seconds is None else f"  sweep ETA {duration(seconds)}"
-            print(f"{label}  {line.rstrip()}{total}", file=sys.stderr, flush=True)
-    process.wait()
-
-
-def _interrupt(process: subprocess.Popen[str]) -> None:
-    """Ask every process of the run to save and stop; kill what does not."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        try:
-            # until the last process has closed the pipe, not only the launcher
-            process.communicate(timeout=SECONDS_TO_SAVE)
-        except subprocess.TimeoutExpired:
-            continue
-        return
+def share(runs: Sequence[Run], index: int, count: int, *, whole_arms: bool) -> list[Run]:
+    """What task `index` of `count` does: every count-th run, or every run of every count-th arm."""
+    if not whole_arms:
+        return list(runs[index::count])
+    arms = list(dict.fromkeys((run.group, run.arm) for run in runs))
+    own = arms[index::count]
+    return [run for run in runs if (run.group, run.arm) in own]

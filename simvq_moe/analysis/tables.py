@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from simvq_moe.analysis.measures import (
     MISSING,
+    ROUTER_MEASURES,
     USAGE_MEASURES,
     difference,
     label,
@@ -19,7 +20,17 @@ from simvq_moe.analysis.measures import (
     probability,
     unit,
 )
-from simvq_moe.analysis.results import ArmResult, GroupResult, Null, Paired, Results, RunResult
+from simvq_moe.analysis.results import (
+    ArmResult,
+    Evidence,
+    GroupResult,
+    Null,
+    Paired,
+    Prediction,
+    Results,
+    RunResult,
+)
+from simvq_moe.analysis.stats import LEAST_PAIRS_INTERVAL
 
 SECONDS = "time/train_s"
 TERMINAL_COLUMNS = ("used", "perplexity", "entropy", "max_vio")
@@ -132,38 +143,106 @@ def window_note(group: GroupResult) -> list[str]:
     return notes
 
 
-def paired_table(group: GroupResult) -> Table:
-    """Each arm minus the baseline, over paired seeds."""
+def predictions_table(predictions: Sequence[Prediction]) -> Table:
+    """Every case of the predictions that could be tested, with the numbers that decide."""
+    header = ["prediction", "verdict", "case", "mean", "95 % interval", "n", "p", "p equivalent"]
+    rows = []
+    for one in predictions:
+        for i, found in enumerate(one.evidence):
+            cells = (
+                [Cell(one.name, one.statement), Cell(one.verdict)]
+                if not i
+                else [Cell(""), Cell("")]
+            )
+            rows.append(Row(cells + _evidence_cells(found), "" if not i else "more"))
+    return Table(header, rows)
+
+
+def evidence_line(found: Evidence) -> str:
+    """ "MaxVio, a minus b: +0.04 (95 % interval −0.02 to +0.09, p 0.313, n = 6)"."""
+    name, like = found.metric, found.mean
+    parts = []
+    if found.interval:
+        parts.append(f"95 % interval {_interval(name, found.interval, like, found.n)}")
+    parts += [f"p {probability(found.p)}"] if found.p is not None else []
+    if found.p_equivalent is not None:
+        parts.append(f"p of equivalence within {found.margin} {probability(found.p_equivalent)}")
+    numbers = ", ".join([*parts, f"n = {found.n}"])
+    return f"{found.group}: {found.text}: {_shown(name, like)}{unit(name)} ({numbers})"
+
+
+def _shown(name: str, value: float, like: float | None = None) -> str:
+    """Movements of rows are levels; all other evidence is of differences."""
+    return (number if name.startswith("bank/") else difference)(name, value, like=like)
+
+
+def _evidence_cells(found: Evidence) -> list[Cell]:
+    name, like = found.metric, found.mean
+    each = SEPARATOR.join(_shown(name, v, like) for v in found.values)
+    within = f" (± {found.margin})" if found.margin is not None else ""
+    return [
+        Cell(found.text, f"{found.group}: {found.verdict}"),
+        Cell(_shown(name, like) + unit(name), each if found.n > 1 else ""),
+        Cell(_interval(name, found.interval, like, found.n)),
+        Cell(str(found.n)),
+        Cell(probability(found.p)),
+        Cell(probability(found.p_equivalent) + within),
+    ]
+
+
+def router_table(group: GroupResult) -> Table:
+    """What the routers do with the probe's tokens, where anything was recorded."""
+    names = [group.metric(name) for name in ROUTER_MEASURES]
+    names = [
+        n for n in names if any(v is not None for a in group.arms for v in a.values.get(n, []))
+    ]
+    rows = [
+        Row([Cell(arm.label), *(_value_cell(arm, name) for name in names)]) for arm in group.arms
+    ]
+    return Table(["arm", *(label(name) for name in names)], rows if names else [])
+
+
+def paired_table(group: GroupResult, primary: bool | None = None) -> Table:
+    """Each arm minus the baseline, over paired seeds; only what is primary, or only what is not."""
+    pairs = [pair for pair in group.paired if primary is None or pair.primary == primary]
+    margins = sorted({pair.margin for pair in pairs if pair.margin is not None})
     header = ["metric, arm", "difference ± sd", "relative", "95 % interval"]
     header += ["n", "p", "p at best", "p Holm"]
+    if margins:
+        header.append(f"p equivalent (± {', '.join(map(str, margins))})")
     labels = {arm.name: arm.label for arm in group.arms}
-    return Table(header, [_paired_row(pair, labels[pair.arm]) for pair in group.paired])
+    rows = [_paired_row(pair, labels[pair.arm], bool(margins)) for pair in pairs]
+    return Table(header, rows)
 
 
-def _paired_row(pair: Paired, arm: str) -> Row:
+def _interval(name: str, interval: tuple[float, float] | None, like: float, n: int) -> str:
+    if interval is None:
+        return "n too small" if n < LEAST_PAIRS_INTERVAL else "all equal"
+    return " to ".join(difference(name, end, like=like) for end in interval)
+
+
+def _paired_row(pair: Paired, arm: str, equivalence: bool) -> Row:
     name, like = pair.metric, pair.mean
     each = [difference(name, d, like=like) for d in pair.differences]
     spread = number(name, pair.sd, like=like).removesuffix(" %")
     mean = difference(name, like) + (f" ± {spread}" if pair.n > 1 else "") + unit(name)
-    interval = "n too small" if pair.n < 3 else "all equal"
-    if pair.interval:
-        interval = " to ".join(difference(name, end, like=like) for end in pair.interval)
     share = unit(name) != ""
     return Row(
         [
-            Cell(f"{label(name)}, {arm}", "outcome" if pair.outcome else "secondary"),
+            Cell(f"{label(name)}, {arm}", "primary" if pair.primary else "secondary"),
             Cell(
                 mean if pair.n else MISSING,
                 SEPARATOR.join(each) if pair.n and len(each) > 1 else "",
             ),
             Cell(MISSING if share else percent(pair.relative)),
-            Cell(interval),
+            Cell(_interval(name, pair.interval, like, pair.n)),
             Cell(str(pair.n)),
             Cell(probability(pair.p)),
             Cell(probability(pair.p_min)),
             Cell(probability(pair.p_holm)),
+            *([Cell(probability(pair.p_equivalent))] if equivalence else []),
         ],
-        "" if pair.outcome else "secondary",
+        "" if pair.primary else "secondary",
     )
 
 
@@ -175,19 +254,27 @@ def unpaired_notes(group: GroupResult) -> list[str]:
     notes = []
     for arm in group.arms:
         missing = next((pair.unpaired for pair in group.paired if pair.arm == arm.name), [])
-        seeds = []
+        by_status: dict[tuple[str, str], list[int]] = {}
         for seed in missing:
             i = group.seeds.index(seed)
-            seeds.append(f"seed {seed} ({arm.status[i]}; {base.label} {base.status[i]})")
-        if seeds:
-            notes.append(f"No pair for {arm.label} at {', '.join(seeds)}.")
+            by_status.setdefault((arm.status[i], base.status[i]), []).append(seed)
+        parts = [
+            f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} "
+            f"({of_arm}; {base.label} {of_base})"
+            for (of_arm, of_base), seeds in by_status.items()
+        ]
+        if parts:
+            notes.append(f"No pair for {arm.label} at {', '.join(parts)}.")
     return notes
 
 
 def cost_table(group: GroupResult) -> Table:
     """What each arm took."""
     names = ("time/wall_s", SECONDS, "speed/tokens_per_s", "parameters/total")
-    names = (*names, "parameters/trainable")
+    names = (*names, "parameters/trainable", "memory/peak_mib")
+    names = tuple(
+        n for n in names if any(v is not None for a in group.arms for v in a.values.get(n, []))
+    )
     rows = [
         Row([Cell(arm.label), *(_value_cell(arm, name) for name in names)]) for arm in group.arms
     ]

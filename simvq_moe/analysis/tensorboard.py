@@ -1,17 +1,25 @@
-"""TensorBoard over a folder of runs, on this machine only."""
+"""TensorBoard over a folder of runs, on this machine only.
+
+TensorBoard calls a run by the folder of its events. It is given a folder of links, so that runs are
+called as in the folder of runs, and so that it does not search checkpoints for events.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
-import threading
+import tempfile
+import time
 from pathlib import Path
 
 from tensorboard import default, program
 
 from simvq_moe.merging import ConfigError
 
-IMAGES_KEPT = 200
-"""Steps of each heat map that the slider reaches; TensorBoard's own default is 10."""
+SAMPLES_KEPT = 200
+"""Steps of each heat map and histogram that the slider reaches; TensorBoard's own default is 10."""
+SECONDS_BETWEEN_LOOKS = 5
+"""For new runs, and TensorBoard's for new events."""
 
 
 def serve(runs_dir: Path, port: int) -> int:
@@ -22,23 +30,45 @@ def serve(runs_dir: Path, port: int) -> int:
     """
     if not runs_dir.is_dir():
         raise ConfigError(f"{runs_dir} does not exist: give the folder that holds the runs")
-    print(start(runs_dir, port), file=sys.stderr)
-    print("Ctrl-C stops it", file=sys.stderr)
-    threading.Event().wait()
-    return 0
+    with tempfile.TemporaryDirectory(prefix="simvq_moe_dashboard_") as links:
+        link_runs(runs_dir, Path(links))
+        print(start(Path(links), port), file=sys.stderr)
+        print("Ctrl-C stops it", file=sys.stderr)
+        while True:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            link_runs(runs_dir, Path(links))
 
 
-def start(runs_dir: Path, port: int) -> str:
+def link_runs(runs_dir: Path, links: Path) -> None:
+    """Link the events of every run at or below runs_dir under the run's own name; drop the links
+    of runs that are gone."""
+    for name, folders, _ in os.walk(runs_dir):
+        if "tensorboard" not in folders:
+            continue
+        folders.clear()  # checkpoints and samples
+        inside = os.path.relpath(name, runs_dir)
+        link = links / (Path(name).resolve().name if inside == "." else inside)
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((Path(name) / "tensorboard").resolve(), target_is_directory=True)
+    for name, folders, _ in os.walk(links):
+        for folder in folders:
+            link = Path(name, folder)
+            if link.is_symlink() and not link.exists():
+                link.unlink()
+
+
+def start(folder: Path, port: int) -> str:
     """Start the server in the background; its address."""
     server = program.TensorBoard(plugins=default.get_plugins())
     server.configure(
         argv=[
             "tensorboard",
-            *("--logdir", str(runs_dir)),
+            *("--logdir", str(folder)),
             *("--host", "127.0.0.1"),
             *("--port", str(port)),
-            *("--reload_interval", "5"),
-            *("--samples_per_plugin", f"images={IMAGES_KEPT},histograms={IMAGES_KEPT}"),
+            *("--reload_interval", str(SECONDS_BETWEEN_LOOKS)),
+            *("--samples_per_plugin", f"images={SAMPLES_KEPT},histograms={SAMPLES_KEPT}"),
         ]
     )
     try:

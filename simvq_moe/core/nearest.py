@@ -129,7 +129,7 @@ def numbered(
     """The ids that a rule other than the distance gave z.
 
     Raises:
-        ValueError: z holds NaN, which has no place among any codes.
+        NotFiniteError: z holds NaN, which has no place among any codes.
     """
     return ids if torch.compiler.is_exporting() else _numbered(ids, z.detach())
 
@@ -140,7 +140,7 @@ def numbered(
 def _numbered(ids: Tensor, z: Tensor) -> Tensor:
     bad = int(z.isnan().any(1).sum())
     if bad:
-        raise ValueError(
+        raise NotFiniteError(
             f"{bad} of {len(z)} latents are not finite: lower the learning rate or clip"
         )
     return ids.clone()

@@ -15,7 +15,7 @@ import torch
 @contextmanager
 def own_stream() -> Iterator[None]:
     """Random numbers drawn inside leave those drawn after it unchanged, however many they are."""
-    seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, (), device="cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

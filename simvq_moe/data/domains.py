@@ -16,27 +16,37 @@ class Domains:
     names: tuple[str, ...]
     of_document: Int64[np.ndarray, " documents"]
     """Numbers of `names`, in the order of the documents."""
+    end_of_text: int = 0
+    """The token that ends a document and belongs to it."""
 
     def of_tokens(
         self, tokens: Integer[np.ndarray, " tokens"], positions: Int[np.ndarray, "*some"]
     ) -> Int64[np.ndarray, "*some"]:
-        """Domains of the tokens at these positions; token 0 ends a document and belongs to it."""
-        return self.of_document[np.searchsorted(np.flatnonzero(tokens == 0), positions)]
+        """Domains of the tokens at these positions."""
+        ends = np.flatnonzero(tokens == self.end_of_text)
+        return self.of_document[np.searchsorted(ends, positions)]
 
     def save(self, path: Path) -> None:
-        np.savez(path, names=np.array(self.names), of_document=self.of_document)
+        np.savez(
+            path,
+            names=np.array(self.names),
+            of_document=self.of_document,
+            end_of_text=np.int64(self.end_of_text),
+        )
 
 
 def load_domains(path: Path) -> Domains:
     """What `Domains.save` has written."""
     with np.load(path) as saved:
-        return Domains(tuple(saved["names"].tolist()), saved["of_document"])
+        # caches of before other tokenizers could be given have no such entry
+        end = int(saved["end_of_text"]) if "end_of_text" in saved else 0
+        return Domains(tuple(saved["names"].tolist()), saved["of_document"], end)
 
 
-def number_domains(names: list[str]) -> Domains:
+def number_domains(names: list[str], end_of_text: int = 0) -> Domains:
     """The domains of documents, from the name of each document's domain."""
     distinct, of_document = np.unique(np.array(names), return_inverse=True)
-    return Domains(tuple(distinct.tolist()), of_document.astype(np.int64))
+    return Domains(tuple(distinct.tolist()), of_document.astype(np.int64), end_of_text)
 
 
 def domain_of(name: str, *, rows: bool) -> str:

@@ -9,13 +9,47 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int64
 from torch import Tensor
 
 Indices = Int[np.ndarray, " batch"] | Int[Tensor, " batch"]
+
+
+class Share(NamedTuple):
+    """This rank's part of every global batch.
+
+    Ranks share every micro-batch, so that it is the same one whatever their number.
+    """
+
+    batch: int
+    """Samples of a step, over all ranks."""
+    accumulation: int
+    """Micro-batches of a step."""
+    rank: int
+    ranks: int
+
+    def of(self, samples: Int64[np.ndarray, " batch"]) -> Int64[np.ndarray, "accumulation local"]:
+        """Those of this rank in each micro-batch."""
+        return samples.reshape(self.accumulation, self.ranks, -1)[:, self.rank]
+
+
+class StepBatches(NamedTuple):
+    """What a rank reads for one step."""
+
+    micro_batches: list[Tensor]
+    position: dict[int, Any]
+    """Where reading goes on after it, by lane of a stream; an order is its step alone."""
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """A set of samples that is read by index."""
+
+    def batch(self, indices: Any) -> Tensor: ...
 
 
 class BatchOrder:
@@ -60,6 +94,13 @@ class BatchOrder:
             pieces.append(self._permutation(epoch)[window])
         return np.concatenate(pieces)
 
+    def batches(self, samples: Batches, share: Share, step: int) -> Iterator[StepBatches]:
+        """What a rank reads from step on, endlessly."""
+        while True:
+            parts = share.of(self.indices(step))
+            yield StepBatches([samples.batch(part) for part in parts], {})
+            step += 1
+
     def _permutation(self, epoch: int) -> Int64[np.ndarray, " examples"]:
         if epoch not in self._permutations:
             # two are enough for batches that straddle an epoch's end
@@ -77,13 +118,14 @@ def held_out_by_name(names: Sequence[str], share: float) -> list[bool]:
     A name's side doesn't depend on the other names, so a data set may grow without moving training
     examples into the held-out part. Where chance held out none, or all, one name changes sides.
     """
-    places = [_place(name) for name in names]
+    places = [place_of(name) for name in names]
     lowest, highest = min(places, default=0.0), max(places, default=0.0)
     if lowest == highest:
         return [False] * len(places)
     return [place != highest and (place < share or place == lowest) for place in places]
 
 
-def _place(name: str) -> float:
-    """A uniform number of [0, 1) that is the same on every machine."""
+def place_of(name: str) -> float:
+    """A uniform number of [0, 1) that is the same on every machine: held out are those below the
+    share."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64

@@ -5,12 +5,12 @@ RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), causal attentio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +22,27 @@ from simvq_moe.moe.router import NoisyTopKRouter, Routing, TopKRouter
 
 ROTARY_BASE = 10_000.0
 INITIAL_STD = 0.02
+
+
+class Documents(NamedTuple):
+    """The documents in packed windows; the end of a document belongs to it."""
+
+    mask: Bool[Tensor, "batch tokens tokens"]
+    """Which keys a query sees: those before it in its document, and itself."""
+    positions: Int[Tensor, "batch tokens"]
+    """From the start of the document, or of the window."""
+
+
+def documents_of(tokens: Int[Tensor, "batch tokens"], end_of_text: Int[Tensor, ""]) -> Documents:
+    """Where documents lie in windows of tokens, from the ends of text in them."""
+    ends = tokens == end_of_text
+    starts = ends.roll(1, dims=1)
+    starts[:, 0] = True
+    number = starts.cumsum(1)
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    first = torch.where(starts, place, 0).cummax(1).values
+    mask = (number[:, :, None] == number[:, None]) & (place[:, None] >= place)
+    return Documents(mask, place - first)
 
 
 class Attention(nn.Module):
@@ -43,16 +64,27 @@ class Attention(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens width"]
+        self, x: Float[Tensor, "batch tokens width"], documents: Documents | None = None
     ) -> Float[Tensor, "batch tokens width"]:
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(self._turn(q), self._turn(k), v, is_causal=True)
+        # the size said, for a batch may be empty
+        shape = (batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = self.qkv(x).view(shape).permute(2, 0, 3, 1, 4)
+        positions = None if documents is None else documents.positions[:, None]
+        q, k = self._turn(q, positions), self._turn(k, positions)
+        if documents is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.mask[:, None])
         return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
 
-    def _turn(self, x: Float[Tensor, "batch heads tokens channels"]) -> Tensor:
-        tokens = x.shape[-2]
-        cos, sin = self.cos[:tokens].to(x.dtype), self.sin[:tokens].to(x.dtype)
+    def _turn(
+        self,
+        x: Float[Tensor, "batch heads tokens channels"],
+        positions: Int[Tensor, "batch 1 tokens"] | None = None,
+    ) -> Tensor:
+        where = slice(x.shape[-2]) if positions is None else positions
+        cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
         even, odd = x.chunk(2, dim=-1)
         return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
 
@@ -66,10 +98,17 @@ class Block(nn.Module):
         self.attention = Attention(width, heads, context)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
+        self,
+        x: Float[Tensor, "batch tokens width"],
+        token_ids: Int[Tensor, "batch tokens"],
+        documents: Documents | None = None,
     ) -> tuple[Float[Tensor, "batch tokens width"], Routing | None]:
-        """Outputs, and how a mixture routed the tokens."""
-        x = x + compiled_in_training(self.attention, self.attention_norm(x))
+        """Outputs, and how a mixture routed the tokens.
+
+        Args:
+            documents: those that attention is kept inside of; None: all is one.
+        """
+        x = x + compiled_in_training(self.attention, self.attention_norm(x), documents)
         y, routing = self.feed_forward(x, token_ids)
         return x + y, routing
 
@@ -188,7 +227,12 @@ class LanguageModel(nn.Module):
         tied_head: the embedding is also the matrix of the head.
         activation_checkpointing: keep only the inputs of blocks for the backward pass, which runs
             them again (arXiv:1604.06174).
+        document_mask: keep attention inside a document and count positions from its start; the
+            end of each still predicts the first token of the next, so every token is a target.
     """
+
+    end_of_text: Tensor | None
+    """The token that ends a document; None: attention sees the whole window."""
 
     def __init__(
         self,
@@ -203,6 +247,7 @@ class LanguageModel(nn.Module):
         moe_every: int = 1,
         tied_head: bool = True,
         activation_checkpointing: bool = False,
+        document_mask: bool = False,
     ) -> None:
         super().__init__()
         self.context = context
@@ -218,6 +263,9 @@ class LanguageModel(nn.Module):
             )
             self.norm = nn.RMSNorm(width)
             self.head = None if tied_head else nn.Linear(width, vocabulary, bias=False)
+        # a part of the model, for it is known with the tokenizer alone
+        end = torch.tensor(0) if document_mask else None
+        self.register_buffer("end_of_text", end)
         self._initialize()
 
     def forward(
@@ -248,6 +296,7 @@ class LanguageModel(nn.Module):
         *,
         temperature: float = 1.0,
         top_k: int = 0,
+        ranges: Sequence[range] = (),
         generator: torch.Generator | None = None,
     ) -> Int[Tensor, "batch total"]:
         """tokens and a continuation, each new token drawn after at most `context` before it.
@@ -260,6 +309,7 @@ class LanguageModel(nn.Module):
             new_tokens: length of the continuation.
             temperature: of the softmax that is drawn from; 0: the best token.
             top_k: draw from so many best tokens; 0: from all.
+            ranges: the ids that new tokens are drawn from, in turn; (): all.
             generator: source of random numbers, on any device; None: torch's own.
 
         Raises:
@@ -269,10 +319,13 @@ class LanguageModel(nn.Module):
             raise ValueError("generate: tokens (batch, 0) is empty: give at least one token")
         was_training = self.training
         self.eval()
-        for _ in range(new_tokens):
+        ranges = ranges or (range(self.embedding.num_embeddings),)
+        for i in range(new_tokens):
             x, _ = self._run_blocks(tokens[:, -self.context :])
-            drawn = draw(self._scores(x[:, -1]), temperature, top_k, generator)
-            tokens = torch.cat([tokens, drawn.to(tokens)], dim=1)
+            ids = ranges[i % len(ranges)]
+            scores = self._scores(x[:, -1])[:, ids.start : ids.stop]
+            drawn = draw(scores, temperature, top_k, generator)
+            tokens = torch.cat([tokens, drawn.to(tokens) + ids.start], dim=1)
         self.train(was_training)
         return tokens
 
@@ -310,13 +363,15 @@ class LanguageModel(nn.Module):
         self, tokens: Int[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch tokens width"], list[Routing]]:
         x = self.embedding(tokens)
+        end = self.end_of_text
+        documents = None if end is None else documents_of(tokens, end)
         again = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         routings = []
         for block in self.blocks:
             if again:
-                x, routing = checkpoint(block, x, tokens, use_reentrant=False)
+                x, routing = checkpoint(block, x, tokens, documents, use_reentrant=False)
             else:
-                x, routing = compiled_in_training(block, x, tokens)
+                x, routing = compiled_in_training(block, x, tokens, documents)
             routings += [] if routing is None else [routing]
         return x, routings
 
@@ -369,7 +424,7 @@ def draw(
     return shares.multinomial(1, generator=generator)
 
 
-def compiled_in_training(module: nn.Module, *inputs: Tensor) -> Any:
+def compiled_in_training(module: nn.Module, *inputs: Tensor | Documents | None) -> Any:
     """module(*inputs), in training by its compiled code where there is some: elsewhere shapes vary,
     and each would be compiled anew."""
     if module.training or module._compiled_call_impl is None:

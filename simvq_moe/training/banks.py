@@ -15,6 +15,7 @@ from simvq_moe.core.usage import UsageCounter
 from simvq_moe.moe import MoE
 from simvq_moe.quantizers import GroupVQ
 from simvq_moe.training.engine import World
+from simvq_moe.training.engine_sharding import gathered
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class Banks:
         self.names = [one.name for one in self.followed]
 
     def mark(self) -> None:
-        """Call before the last step of a window, which is the one that is measured."""
+        """Call on every rank before the last step of a window, which is the one that is measured."""
         for one in self.followed:
-            one.dynamics.mark()
+            with gathered(one.dynamics.bank):
+                one.dynamics.mark()
 
     def measure(self, counts: Sequence[np.ndarray], steps: int, world: World) -> dict[str, float]:
         """Measures after that step, by name; every rank must call it.
@@ -53,7 +55,8 @@ class Banks:
         metrics: dict[str, float] = {}
         for i, one in enumerate(self.followed):
             drawn = torch.from_numpy(counts[one.layer])
-            step = one.dynamics.step(drawn, steps=steps, total=world.sum)
+            with gathered(one.dynamics.bank):
+                step = one.dynamics.step(drawn, steps=steps, total=world.sum)
             metrics |= {f"bank/{i:02d}/{name}": value for name, value in step.as_dict().items()}
         return metrics
 

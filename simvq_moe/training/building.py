@@ -11,6 +11,8 @@ from simvq_moe.config import Config, QuantizerConfig
 from simvq_moe.core.streams import own_stream
 from simvq_moe.models.audio_discriminators import Discriminators
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
+from simvq_moe.models.image_discriminator import PatchDiscriminator
+from simvq_moe.models.image_losses import LPIPS, vgg_file
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.quantizers import (
@@ -39,7 +41,7 @@ def build_model(config: Config) -> AnyModel:
             quantizer = build_quantizer(config.quantizer)
         if config.task == "audio_tokenizer":
             return _audio_tokenizer(config, quantizer)
-        return ImageTokenizer(quantizer, **asdict(config.image_tokenizer))
+        return _image_tokenizer(config, quantizer)
     moe = asdict(config.moe)
     names = ("balance", "z_loss", "router_codebook", "router_commitment")
     weights = {name.removesuffix("_loss"): moe.pop(f"{name}_weight") for name in names}
@@ -50,8 +52,33 @@ def build_model(config: Config) -> AnyModel:
         config.data.context,
         **asdict(config.language_model),
         activation_checkpointing=config.train.activation_checkpointing,
+        document_mask=config.data.document_mask,
         loss_weights=weights,
         moe=moe | {"vocabulary": config.data.vocabulary},
+    )
+
+
+def _image_tokenizer(config: Config, quantizer: AnyQuantizer) -> ImageTokenizer:
+    image, lpips, discriminator = config.image_tokenizer, None, None
+    file = vgg_file(image.lpips_file)
+    if image.lpips_weight and file.is_file():  # it is missed in training alone, see `check_source`
+        lpips = LPIPS.load(file)
+    if image.adversarial_weight:
+        with own_stream():
+            discriminator = PatchDiscriminator(
+                image.discriminator_hidden, image.discriminator_layers, image.generator_loss
+            )
+    shape = ("architecture", "hidden", "downsamplings", "residual_blocks")
+    names = ("mse", "l1", "ssim", "lpips", "adversarial")
+    return ImageTokenizer(
+        quantizer,
+        **{name: getattr(image, name) for name in (*shape, "channel_multipliers", "attention")},
+        loss_weights={name: getattr(image, f"{name}_weight") for name in names},
+        lpips=lpips,
+        discriminator=discriminator,
+        adaptive=image.adversarial_weighting == "adaptive",
+        # a step is as many forward passes
+        adversarial_start=image.adversarial_start * config.train.accumulation,
     )
 
 

@@ -4,12 +4,14 @@ A checkpoint is a folder of whole tensors by name, in safetensors: `model_<r>` t
 `optimizer_<r>` Adam's moments, with tensors dealt out to ranks in turn, so that nobody holds all;
 `trainer.pt` and `rank_<r>.pt` are what the training loop keeps. Every rank writes into a temporary
 folder; once all have, rank 0 adds a manifest, renames the folder and moves `latest`, a note for
-people. A folder without a manifest, or with a file of other content, is passed over.
+people. A folder without a manifest, or with a file of other content, is passed over. If one rank
+can't write, all learn of it, and what is half written is removed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -30,6 +32,7 @@ from torch import Tensor
 from simvq_moe.config import TrainConfig
 from simvq_moe.merging import ConfigError
 from simvq_moe.training.engine import World
+from simvq_moe.training.faults import WriteFailed, together, writing
 
 logger = logging.getLogger(__name__)
 
@@ -67,33 +70,34 @@ def save(
         config: says which checkpoints are kept.
         shared: state of the loop that all ranks have in common; rank 0's is written.
         own: state of the loop on this rank: tensors, numbers, strings, and containers of them.
+
+    Raises:
+        WriteFailed: on all ranks, if one can't write, say for a full disk; what was saved before is
+            as it was.
     """
     from simvq_moe.training import engine_state  # imports deepspeed, which only training needs
 
     temporary = folder / f"{step}.tmp"
+    tensors = _own_part(engine_state.whole_tensors(engine), world)
+    states = {f"rank_{world.rank}.pt": own | {"rng": _rng_state(world.device)}}
     if world.is_main:
-        for left_over in folder.glob("*.tmp"):
-            shutil.rmtree(left_over)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    files = _write_part(engine_state.whole_tensors(engine), temporary, world)
-    torch.save(own | {"rng": _rng_state(world.device)}, temporary / f"rank_{world.rank}.pt")
-    files.append(f"rank_{world.rank}.pt")
-    if world.is_main:
-        torch.save(shared, temporary / "trainer.pt")
-        files.append("trainer.pt")
+        states["trainer.pt"] = shared
     manifest = {
         "format": FORMAT,
         "step": step,
         "world_size": world.size,
         "zero_stage": engine.zero_optimization_stage(),
         "counters": engine_state.counters(engine),
-        "files": _from_all({name: _seal(temporary / name) for name in files}, world),
     }
-    if world.is_main:
-        _commit(temporary, folder / str(step), manifest)
-        _clean_up(folder, step, config)
-    world.barrier()
+    try:
+        together(world, lambda: _make_room(temporary) if world.is_main else None)
+        seals = together(world, lambda: _write_part(temporary, tensors, states))
+        manifest["files"] = {name: seal for of_rank in seals for name, seal in of_rank.items()}
+        together(world, lambda: _finish(temporary, manifest, config) if world.is_main else None)
+    except WriteFailed:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def restore(engine: Any, folder: Path, world: World, seed: int) -> Restored | None:
@@ -178,8 +182,8 @@ def committed_steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
 
 
-def _write_part(wholes: Iterator[Any], target: Path, world: World) -> list[str]:
-    """Write every world.size-th tensor with its moments; the files' names."""
+def _own_part(wholes: Iterator[Any], world: World) -> dict[str, dict[str, Tensor]]:
+    """Every world.size-th tensor and its moments, by the file that they go to."""
     model: dict[str, Tensor] = {}
     optimizer: dict[str, Tensor] = {}
     for i, whole in enumerate(wholes):
@@ -187,10 +191,34 @@ def _write_part(wholes: Iterator[Any], target: Path, world: World) -> list[str]:
             model[whole.name] = whole.weight.cpu()
             for moment, tensor in whole.moments.items():
                 optimizer[_key(whole.name, moment)] = tensor.cpu()
-    names = [f"{kind}_{world.rank}.safetensors" for kind in ("model", "optimizer")]
-    for name, tensors in zip(names, (model, optimizer), strict=True):
-        save_file(tensors, target / name)
-    return names
+    parts = {"model": model, "optimizer": optimizer}
+    return {f"{kind}_{world.rank}.safetensors": part for kind, part in parts.items()}
+
+
+def _make_room(temporary: Path) -> None:
+    with writing(temporary):
+        for left_over in temporary.parent.glob("*.tmp"):
+            shutil.rmtree(left_over)
+        temporary.mkdir(parents=True)
+
+
+def _write_part(
+    target: Path, tensors: dict[str, dict[str, Tensor]], states: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Write files of tensors and of other state; their names and seals."""
+    seals: dict[str, Any] = {}
+    for name, part in tensors.items():
+        with writing(target / name):
+            save_file(part, target / name)
+            seals[name] = _seal(target / name)
+    for name, state in states.items():
+        # in memory first, for torch says no more than that writing failed
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with writing(target / name):
+            (target / name).write_bytes(buffer.getbuffer())
+            seals[name] = _seal(target / name)
+    return seals
 
 
 @contextmanager
@@ -231,13 +259,11 @@ def _seal(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
-def _from_all(own: dict[str, Any], world: World) -> dict[str, Any]:
-    """Every rank's entries; complete once all ranks have theirs."""
-    if world.size == 1:
-        return own
-    found: list[Any] = [None] * world.size
-    dist.all_gather_object(found, own)
-    return {name: entry for entries in found for name, entry in entries.items()}
+def _finish(temporary: Path, manifest: dict[str, Any], config: TrainConfig) -> None:
+    folder, step = temporary.parent, manifest["step"]
+    with writing(folder / str(step)):
+        _commit(temporary, folder / str(step), manifest)
+        _clean_up(folder, step, config)
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:

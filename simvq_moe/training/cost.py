@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from simvq_moe.config import Config
@@ -15,6 +18,7 @@ from simvq_moe.moe import MoE
 from simvq_moe.moe.hyper import HyperRouter
 from simvq_moe.moe.prototype import CosineRouter, DistanceRouter
 from simvq_moe.moe.router import NoisyTopKRouter, Router, TopKRouter
+from simvq_moe.training.activations import sample_cost
 
 
 class Parts(NamedTuple):
@@ -34,12 +38,28 @@ class Product(NamedTuple):
     """Whether both factors have a gradient."""
 
 
-def cost_of(model: nn.Module, config: Config, world_size: int) -> dict[str, Any]:
-    """`parameter_counts`, and of a language model `flops_per_token`, in a run on so many ranks."""
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process had: on its accelerator, or else in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def cost_of(
+    model: nn.Module, config: Config, world_size: int, *, run_samples: bool = False
+) -> dict[str, Any]:
+    """`parameter_counts`, and `flops_per_token` in a run on so many ranks.
+
+    Args:
+        run_samples: count the operations of a tokenizer as well, for which it runs, some seconds.
+    """
     cost: dict[str, Any] = {"parameters": parameter_counts(model)}
+    samples = config.train.batch_size // (world_size * config.train.accumulation)
     if isinstance(model, LanguageModel):
-        sequences = config.train.batch_size // (world_size * config.train.accumulation)
-        cost["flops_per_token"] = flops_per_token(model, sequences * config.data.context)
+        cost["flops_per_token"] = flops_per_token(model, samples * config.data.context)
+    elif run_samples:
+        cost["flops_per_token"] = sample_cost(model, config).flops_per_token(samples)
     return cost
 
 
@@ -51,6 +71,13 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
         "total": int(sum(size * part.everywhere for size, part in of)),
         "active": int(sum(size * part.met for size, part in of)),
     }
+
+
+def expert_parameters(model: nn.Module) -> int:
+    """Learned parameters that belong to one expert each, of all experts on whatever ranks."""
+    parts = _of_experts(model)
+    learned = (p for p in model.parameters() if p.requires_grad and id(p) in parts)
+    return int(sum(p.numel() * parts[id(p)].everywhere for p in learned))
 
 
 def flops_per_token(model: LanguageModel, batch_tokens: int) -> int:

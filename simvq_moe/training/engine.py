@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from simvq_moe.config import Config, OptimizerConfig
 from simvq_moe.core.bank import Bank
 from simvq_moe.moe.router import Router
+from simvq_moe.training.engine_optimizer import make_optimizer
 from simvq_moe.training.engine_settings import engine_settings, import_deepspeed
+from simvq_moe.training.engine_sharding import keep_heads, mark_pieces
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,19 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def start_distributed() -> World:
-    """Join the ranks that the launcher started, or be the only one."""
+def start_distributed(timeout_s: float = 0.0) -> World:
+    """Join the ranks that the launcher started, or be the only one.
+
+    Args:
+        timeout_s: seconds after which another one will have found a hang: no collective call gives
+            up before twice that time, or half an hour.
+    """
     deepspeed = import_deepspeed()
+    timeout = timedelta(seconds=max(1800.0, 2 * timeout_s))
     cuda = torch.cuda.is_available()
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
     else:
         store = Path(tempfile.mkdtemp(prefix="simvq_moe_")) / "store"
         deepspeed.init_distributed(
@@ -85,19 +94,28 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     if any(moe.is_moe_param(p) for p in model.parameters()):
         split = moe.split_params_into_different_moe_groups_for_optimizer(groups)
         groups = [group for group in split if group["params"]]
-    optimizer = AdamW(
-        groups,
-        lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        fused=world.device.type == "cuda" or None,
-    )
+    settings = engine_settings(config)
+    optimizer = make_optimizer(groups, config.optimizer, settings, world.device)
+    sharded = config.train.zero_stage == 3
+    if sharded:
+        mark_pieces(model)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         lr_scheduler=partial(_schedule, config=config),
-        config=engine_settings(config),
+        config=settings,
     )
+    if sharded:
+        keep_heads(model)
+    if config.train.zero_stage == 0:
+        optimizer.register_step_pre_hook(partial(_clip, engine, config.train.clip))
     return engine
+
+
+def _clip(engine: Any, largest: float, *_: Any) -> None:
+    """At stage 0 DeepSpeed clips, but tells no norm."""
+    found = nn.utils.clip_grad_norm_(engine.module.parameters(), largest or math.inf)
+    engine._global_grad_norm = found
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:

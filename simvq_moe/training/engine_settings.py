@@ -20,9 +20,6 @@ from simvq_moe.merging import ConfigError, suggestion
 NEVER = 1_000_000_000
 """Steps between DeepSpeed's own log lines."""
 
-NEVER = 1_000_000_000
-"""Steps between DeepSpeed's own log lines."""
-
 DECIDED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
@@ -73,16 +70,31 @@ def engine_settings(config: Config) -> dict[str, Any]:
     ours: dict[str, Any] = {
         "train_batch_size": train.batch_size,
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": train.clip,
+        # at stage 0 the engine's norm is ours, and clipping with it
+        "gradient_clipping": train.clip if train.zero_stage else 0.0,
         "zero_optimization": {"stage": train.zero_stage},
         "bf16": {"enabled": train.dtype == "bf16"},
+        "fp16": {"enabled": train.dtype == "fp16"},  # with a dynamic scale of the loss
         "steps_per_print": NEVER,
     }
     if train.deepspeed_config is None:
         return ours
     theirs = _read(Path(train.deepspeed_config))
+    if train.zero_stage == 0 and "zero_optimization" in theirs:
+        raise ConfigError(
+            f"train.deepspeed_config {train.deepspeed_config!r} sets 'zero_optimization', which "
+            "train.zero_stage 0 switches off: drop it there, or use train.zero_stage 1"
+        )
     zero = ours["zero_optimization"] | theirs.get("zero_optimization", {})
     return ours | theirs | {"zero_optimization": zero}
+
+
+def check_device(config: Config) -> None:
+    """Raise `ConfigError` for a precision that this machine's devices don't train in."""
+    if config.train.dtype == "fp16" and not torch.cuda.is_available():
+        raise ConfigError(
+            "train.dtype 'fp16' needs a GPU, and there is none here: use 'bf16' or 'fp32'"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The state of a DeepSpeed engine as whole float32 tensors by name, and back.
 
-ZeRO cuts one flat copy of a group's parameters, and Adam's moments of it, over all ranks; expert
-parallelism cuts stacked experts over the ranks of a group. Whole tensors fit any number of ranks,
-either ZeRO stage and any such group.
+ZeRO cuts one flat copy of a group's parameters, and Adam's moments of it, over all ranks, stage 3
+each parameter as well; expert parallelism cuts stacked experts over the ranks of a group. Whole
+tensors fit any number of ranks, any ZeRO stage and any such group.
 """
 
 from __future__ import annotations
@@ -12,18 +12,25 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
 from simvq_moe.moe.expert_parallel import ParallelExperts
+from simvq_moe.training.engine_sharding import is_sharded
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of every parameter."""
+OF_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic scale of the loss changes."""
 
 
 class Whole(NamedTuple):
@@ -38,15 +45,23 @@ class Whole(NamedTuple):
 def whole_tensors(engine: Any) -> Iterator[Whole]:
     """Every entry of the state dict in its order, one at a time; all ranks go through together."""
     groups = split_tensors(engine.module)
-    _link_moments(engine.optimizer)
+    if _adam(engine).state:
+        _link_moments(engine)
+    else:
+        # every step so far was skipped
+        _make_moments(engine)
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
         group, moments = groups.get(name), {}
-        if _is_trained(tensor):
+        if not tensor.requires_grad:
+            with GatheredParameters(tensor, enabled=is_sharded(tensor)):
+                weight = tensor.detach().clone()
+        elif engine.zero_optimization_stage() == 0:
+            weight = tensor.detach().clone()
+            moments = {moment: engine.optimizer.state[tensor][moment] for moment in MOMENTS}
+        else:
             weight = safe_get_full_fp32_param(tensor)
             for moment in MOMENTS:
                 moments[moment] = gathered(safe_get_full_optimizer_state(tensor, moment), group)
-        else:
-            weight = tensor.detach().clone()
         yield Whole(name, gathered(weight, group), moments)
 
 
@@ -58,37 +73,74 @@ def load_tensors(engine: Any, read: Callable[[str, str | None], Tensor]) -> None
     """
     model, groups = engine.module, split_tensors(engine.module)
     weights = {name: local_part(read(name, None), groups.get(name)) for name in model.state_dict()}
+    sharded = {name for name, p in model.named_parameters() if is_sharded(p)}
+    whole = {name: weight for name, weight in weights.items() if name not in sharded}
     # with bf16 this rounds as the optimizer does after a step
-    model.load_state_dict(weights)
-    _make_moments(engine.optimizer)
+    model.load_state_dict(whole, strict=not sharded)
+    _make_moments(engine)
     for name, p in model.named_parameters():
-        if _is_trained(p):
-            safe_set_full_fp32_param(p, weights[name].to(p.device))
-            for moment in MOMENTS:
-                part = local_part(read(name, moment), groups.get(name))
-                safe_set_full_optimizer_state(p, part.to(p.device), moment)
+        weight = weights[name].to(p.device)
+        if name in sharded:
+            with GatheredParameters(p, modifier_rank=0), torch.no_grad():
+                p.copy_(weight)
+        if p.requires_grad:
+            parts = {moment: local_part(read(name, moment), groups.get(name)) for moment in MOMENTS}
+            _load_into_optimizer(engine, p, weight, parts)
 
 
-def counters(engine: Any) -> dict[str, int]:
-    """How far engine, optimizer and schedule have come."""
-    zero = engine.optimizer
-    state = zero.optimizer.state[zero.single_partition_of_fp32_groups[0]]
+def _load_into_optimizer(
+    engine: Any, p: nn.Parameter, weight: Tensor, parts: dict[str, Tensor]
+) -> None:
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        safe_set_local_fp32_param(p, _own_shard(p, weight))
+    elif stage > 0:
+        safe_set_full_fp32_param(p, weight)
+    for moment, part in parts.items():
+        part = part.to(p.device)
+        if stage == 0:
+            engine.optimizer.state[p][moment].copy_(part)
+        elif stage == 3:
+            safe_set_local_optimizer_state(p, _own_shard(p, part), moment)
+        else:
+            safe_set_full_optimizer_state(p, part, moment)
+
+
+def _own_shard(p: Any, whole: Tensor) -> Tensor:
+    """This rank's shard of a parameter; DeepSpeed fills the last one up with zeros.
+
+    Its own `safe_set_full_fp32_param` fails where there is something to fill.
+    """
+    size, rank = p.ds_tensor.numel(), dist.get_rank(p.ds_process_group)
+    shard = whole.flatten()[rank * size : (rank + 1) * size]
+    return F.pad(shard, (0, size - len(shard)))
+
+
+def counters(engine: Any) -> dict[str, Any]:
+    """How far engine, optimizer, schedule and, with fp16, the scale of the loss have come."""
+    states = _adam(engine).state
     return {
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
         "skipped_steps": engine.skipped_steps,
-        "optimizer_step": int(state["step"]),
+        "optimizer_step": int(states[_trained_tensors(engine)[0]]["step"]),
         "schedule_step": engine.lr_scheduler.last_epoch,
+        "loss_scale": _loss_scale(engine),
     }
 
 
-def load_counters(engine: Any, saved: dict[str, int]) -> None:
+def load_counters(engine: Any, saved: dict[str, Any]) -> None:
     """Go on from there; after `load_tensors`."""
     engine.global_steps = saved["global_steps"]
     engine.global_samples = saved["global_samples"]
     engine.skipped_steps = saved["skipped_steps"]
-    for state in engine.optimizer.optimizer.state.values():
-        state["step"].fill_(saved["optimizer_step"])
+    for state in _adam(engine).state.values():
+        if isinstance(state["step"], Tensor):
+            state["step"].fill_(saved["optimizer_step"])
+        else:
+            state["step"] = saved["optimizer_step"]
+    if engine.fp16_enabled():
+        vars(engine.optimizer.loss_scaler).update(saved["loss_scale"])
     schedule, done = engine.lr_scheduler, saved["schedule_step"]
     # the rates follow from the step alone, so the schedule takes its last step once more;
     # a count of 1 would make torch warn of a schedule ahead of its optimizer
@@ -133,25 +185,48 @@ def local_part(whole: Tensor, group: Any | None) -> Tensor:
     return whole.chunk(dist.get_world_size(group))[dist.get_rank(group)]
 
 
-def _is_trained(tensor: Tensor) -> bool:
-    """Whether ZeRO has it, on this rank or another."""
-    return hasattr(tensor, "_hp_mapping")
+def _loss_scale(engine: Any) -> dict[str, float]:
+    if not engine.fp16_enabled():
+        return {}
+    return {name: vars(engine.optimizer.loss_scaler)[name] for name in OF_LOSS_SCALE}
 
 
-def _make_moments(zero: Any) -> None:
-    """The optimizer's state, which torch creates only with the first step."""
-    for flat, group in zip(
-        zero.single_partition_of_fp32_groups, zero.optimizer.param_groups, strict=True
-    ):
-        zero.optimizer.state[flat] = {
-            "step": torch.zeros((), device=flat.device if group["fused"] else "cpu"),
-            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+def _adam(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer itself, which ZeRO wraps."""
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+
+
+def _trained_tensors(engine: Any) -> list[Tensor]:
+    """What Adam steps: parameters, or flat fp32 copies of this rank's share of them."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return [p for p in engine.module.parameters() if p.requires_grad]
+    if stage == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return engine.optimizer.single_partition_of_fp32_groups
+
+
+def _make_moments(engine: Any) -> None:
+    """The optimizer's state, which is otherwise created with the first step."""
+    adam = _adam(engine)
+    for tensor in _trained_tensors(engine):
+        adam.state[tensor] = {
+            "step": _start_of_steps(adam, tensor.device),
+            **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
         }
-    _link_moments(zero)
+    _link_moments(engine)
 
 
-def _link_moments(zero: Any) -> None:
-    """Let parameters find their moments: DeepSpeed does so once, in the step of the first group,
-    when the other groups have none."""
-    zero._hp_optimizer_states_linked = False
-    zero._lazy_init_hp_params_optimizer_state()
+def _start_of_steps(adam: torch.optim.Optimizer, device: torch.device) -> Tensor | int:
+    """0 in the form that the optimizer counts in: torch's in a tensor, DeepSpeed's in a number."""
+    if not isinstance(adam, torch.optim.AdamW):
+        return 0
+    return torch.zeros((), device=device if adam.defaults["fused"] else "cpu")
+
+
+def _link_moments(engine: Any) -> None:
+    """At stages 1 and 2 let parameters find their moments: DeepSpeed does so once, in the step of
+    the first group, when the other groups have none."""
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()

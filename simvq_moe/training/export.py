@@ -11,54 +11,45 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from simvq_moe.config import Config, QuantizerConfig, on_one_rank
+from simvq_moe.config import Config, QuantizerConfig
 from simvq_moe.core.bank import Bank
-from simvq_moe.data.text import END_OF_TEXT
-from simvq_moe.merging import ConfigError, merge_files, to_yaml
+from simvq_moe.data.tokenizer import end_of_text
+from simvq_moe.merging import ConfigError, to_yaml
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
-from simvq_moe.training import checkpoint
 from simvq_moe.training.building import AnyModel, build_model
 from simvq_moe.training.engine import World
 from simvq_moe.training.evaluation import evaluate
+from simvq_moe.training.image_measures import optional_measures
+from simvq_moe.training.loading import FOLDED, load_run
 from simvq_moe.training.tasks import TOKENIZER, build_task, check_source
 
-FOLDED = "model.safetensors"
-"""Weights of a folded model."""
 LARGEST_DIFFERENCE = 1e-9
 """Between outputs before and after folding, in float64, relative to the largest output."""
 
 
-def load_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
-    """The config of a run and the weights of its latest checkpoint, or of a folded model.
+def evaluate_run(
+    run_dir: Path, source: str | None, *, lpips: bool = False, rfid: bool = False
+) -> dict[str, float]:
+    """Measures of the run's model over its held-out set, or over that of another source.
 
-    Raises:
-        ConfigError: it is neither, or the run has no whole checkpoint.
+    Args:
+        lpips, rfid: of image tokenizers, also these measures, which need networks.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir} holds no config.yaml: give the folder of a run")
-    config = on_one_rank(merge_files(Config, [run_dir / "config.yaml"]))
-    if (run_dir / FOLDED).is_file():
-        return config, load_file(run_dir / FOLDED)
-    step = checkpoint.latest_step(run_dir / "checkpoints")
-    if step is None:
-        raise ConfigError(f"{run_dir} has no checkpoint: train it first")
-    return config, checkpoint.load_weights(run_dir / "checkpoints" / str(step))
-
-
-def evaluate_run(run_dir: Path, source: str | None) -> dict[str, float]:
-    """Measures of the run's model over its held-out set, or over that of another source."""
     config, weights = load_run(run_dir)
     if source is not None:
-        config = replace(config, data=replace(config.data, source=source))
+        config = replace(config, data=replace(config.data, source=source, held_out_source=None))
+    if (lpips or rfid) and config.task != "image_tokenizer":
+        raise ConfigError(f"--{'lpips' if lpips else 'rfid'}: task {config.task!r} has no images")
+    measures = optional_measures(config.image_tokenizer, lpips=lpips, rfid=rfid)
     check_source(config)
     tokenizer = run_dir / TOKENIZER
-    task = build_task(config, tokenizer if tokenizer.is_file() else None)
+    task = build_task(config, tokenizer if tokenizer.is_file() else None, measures)
     task.model.load_state_dict(weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task.model.to(device)
@@ -85,13 +76,13 @@ def generate_text(
     if not isinstance(model, LanguageModel) or not (run_dir / TOKENIZER).is_file():
         raise ConfigError(
             f"{run_dir} is a run of task {config.task!r} without a {TOKENIZER}: give the folder of "
-            "a language model's run"
+            "a language model's run, and --out for one on codes"
         )
     model.load_state_dict(weights)
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(run_dir / TOKENIZER))
-    beginning = [tokenizer.token_to_id(END_OF_TEXT), *tokenizer.encode(prompt).ids]
+    beginning = [end_of_text(tokenizer), *tokenizer.encode(prompt).ids]
     whole = model.generate(
         torch.tensor([beginning]),
         tokens,

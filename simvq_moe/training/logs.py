@@ -16,6 +16,8 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from simvq_moe.config import Config
+from simvq_moe.training.dead_slots import DeadSlots
 from simvq_moe.training.measures import Layer
 from simvq_moe.training.tensorboard import TensorBoard
 
@@ -24,19 +26,23 @@ class RunLog:
     """The records of one run.
 
     Args:
-        run_dir: the run's folder.
+        config: the run's; its folder exists.
         layers: the counted layers.
         step: the step that the run goes on from, 0 for a new one.
     """
 
-    def __init__(self, run_dir: Path, layers: Sequence[Layer], step: int) -> None:
-        self.run_dir = run_dir
+    def __init__(self, config: Config, layers: Sequence[Layer], step: int) -> None:
+        self.run_dir = run_dir = config.run_dir
         self.layers = layers
+        self.step, self.steps_to_do = step, config.train.steps
+        self.dead = DeadSlots(len(layers))
         self.steps: dict[str, list[int]] = {"": [], "val_": []}
         self.counts: dict[str, list[np.ndarray]] = {"": [], "val_": []}
         self._go_on_from(step)
         self.metrics = (run_dir / "metrics.jsonl").open("a")
-        self.tensorboard = TensorBoard(run_dir / "tensorboard", layers, step)
+        self.tensorboard = TensorBoard(
+            run_dir / "tensorboard", layers, step, config, _command(run_dir)
+        )
 
     def write(
         self,
@@ -48,10 +54,12 @@ class RunLog:
         """One line of metrics.jsonl, then TensorBoard; counts are kept for usage.npz."""
         self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         self.metrics.flush()
+        self.step = step
+        self.dead.add(step, counts)
         self._keep("", step, counts)
         if held_out_counts is not None:
             self._keep("val_", step, held_out_counts)
-        self.tensorboard.write(step, metrics, counts, held_out_counts)
+        self.tensorboard.write(step, metrics, counts, held_out_counts, self.dead)
 
     def write_samples(self, step: int, pixels: np.ndarray) -> None:
         """samples/val_<step>.png and the same picture in TensorBoard; (height, width, 3) uint8."""
@@ -104,7 +112,7 @@ class RunLog:
     def close(self) -> None:
         self.write_usage()
         self.metrics.close()
-        self.tensorboard.close()
+        self.tensorboard.close(finished=self.step == self.steps_to_do)
 
     def _keep(self, which: str, step: int, counts: Sequence[np.ndarray]) -> None:
         slots = max((layer.slots for layer in self.layers), default=0)
@@ -124,6 +132,15 @@ class RunLog:
                     n = int((saved[f"{which}steps"] <= step).sum())
                     self.steps[which] = saved[f"{which}steps"][:n].tolist()
                     self.counts[which] = list(saved[f"{which}counts"][:n])
+            for at, counts in zip(self.steps[""], self.counts[""], strict=True):
+                rows = zip(self.layers, counts, strict=True)
+                self.dead.add(at, [row[: layer.slots] for layer, row in rows])
+
+
+def _command(run_dir: Path) -> str:
+    """The command that started the run, from its meta.json."""
+    meta = run_dir / "meta.json"
+    return json.loads(meta.read_text())["command"] if meta.is_file() else ""
 
 
 def _step_of(line: str) -> float:

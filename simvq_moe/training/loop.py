@@ -1,48 +1,65 @@
 """The training loop: one DeepSpeed engine, any number of ranks, exact to resume.
 
 A step's global batch follows from the seed and the step alone, and each rank takes its share, so
-the position is the step number. All ranks agree at every step whether to go on: a signal or a
-non-finite loss on one of them stops all, and what a bad step did is never saved.
+the position is the step number. All ranks agree at every step whether to go on: a signal, a loss
+that is not finite or a full disk on one of them stops all, and what a bad step did is never saved.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from simvq_moe.config import Config
 from simvq_moe.core.nearest import NotFiniteError
 from simvq_moe.core.usage import counters
-from simvq_moe.data.order import BatchOrder
+from simvq_moe.data.documents import CorruptDataError
+from simvq_moe.data.order import BatchOrder, Share, StepBatches
+from simvq_moe.data.prefetch import Prefetched
+from simvq_moe.data.streaming import TextStream
 from simvq_moe.merging import ConfigError
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe.after_step import after_step
 from simvq_moe.training import checkpoint
 from simvq_moe.training.banks import Banks
-from simvq_moe.training.cost import cost_of
+from simvq_moe.training.cost import cost_of, peak_memory
+from simvq_moe.training.devices import device_peak
 from simvq_moe.training.engine import World, make_engine
+from simvq_moe.training.engine_sharding import ready
 from simvq_moe.training.evaluation import evaluate, take_counts
+from simvq_moe.training.faults import (
+    Agreement,
+    Interrupted,
+    TrainingFailed,
+    Undo,
+    WriteFailed,
+    said_by_any,
+    together,
+    writing,
+)
 from simvq_moe.training.logs import RunLog
 from simvq_moe.training.measures import layers_of, usage_metrics
+from simvq_moe.training.phases import Phase, Phases, profiled
 from simvq_moe.training.probe import Probe
 from simvq_moe.training.progress import Progress
-from simvq_moe.training.tasks import SAMPLES, TOKENIZER, Task, build_task, source_of
+from simvq_moe.training.samples import make_samples
+from simvq_moe.training.tasks import TOKENIZER, Task, build_task, source_of
+from simvq_moe.training.watchdog import Watchdog
+from simvq_moe.training.window import Window, of_this_rank
 
+logger = logging.getLogger(__name__)
 
-class TrainingFailed(RuntimeError):
-    """The run can't go on; one line says why and what was saved."""
-
-
-class Interrupted(Exception):
-    """A signal asked to stop; a checkpoint was saved."""
+SKIPPED_IN_A_ROW = 10
+"""Steps, after which a run that skips them ends."""
 
 
 class Trainer:
@@ -59,15 +76,17 @@ class Trainer:
         self.began = time.monotonic()
         self.task = _build_in_turn(config, world)
         self.step = 0
-        self.order = BatchOrder(
-            examples=len(self.task.train), batch=config.train.batch_size, seed=config.seed
-        )
+        self.position: dict[int, Any] = {}
+        self.unread: CorruptDataError | None = None
         if self.task.start is not None:
+            self.reader = Prefetched(self._batches(), 0)
             # before the engine, which copies the parameters
-            self.task.start(self._batch(self._shares().flatten()))
+            self.task.start(torch.cat(self._read()).to(world.device))
+            self.position = {}
         self.counters = counters(self.task.model)
         self.banks = Banks(self.task.model, self.counters)
-        self.cost = cost_of(self.task.model, config, world.size)
+        self.peak = config.train.peak_flops or device_peak(world.device, config.train.dtype)
+        self.cost = cost_of(self.task.model, config, world.size, run_samples=bool(self.peak))
         self.engine = make_engine(self.task.model, config, world)
         if config.train.compile:
             assert isinstance(self.task.model, LanguageModel)
@@ -76,32 +95,50 @@ class Trainer:
         self.checkpoints = config.run_dir / "checkpoints"
         self.train_seconds = 0.0
         self.window = Window()
+        self.phases = Phases(world.device)
         restored = checkpoint.restore(self.engine, self.checkpoints, world, config.seed)
         if restored is not None:
             self._take_up(restored)
         elif self.task.tokenizer is not None and world.is_main:
             shutil.copyfile(self.task.tokenizer, config.run_dir / TOKENIZER)
         self.resumed_from = self.step
+        self.reader = Prefetched(self._batches(), config.data.prefetch)
         self.probe = Probe(self.task, config.train, world, config.run_dir, self.step)
-        self.log = RunLog(config.run_dir, self.layers, self.step) if world.is_main else None
+        with writing(f"records of {config.run_dir}"):
+            self.log = RunLog(config, self.layers, self.step) if world.is_main else None
+        self.unwritten: WriteFailed | None = None
+        # fp16 leaves out steps as well, until the scale of the loss is right
+        skips = config.train.on_not_finite == "skip" or config.train.dtype == "fp16"
+        self.undo = Undo(self.task.model) if skips else None
+        self.skipped_in_a_row = 0
+        self.watchdog = Watchdog(config.run_dir, world, config.train.timeout_s)
 
     def run(self) -> dict[str, float]:
         """Train to the last step; the final held-out measures and the cost.
 
         Raises:
             Interrupted: a signal asked to stop; a checkpoint was saved.
-            TrainingFailed: a loss or a gradient is not finite.
+            TrainingFailed: a loss or a gradient is not finite, or something can't be written.
         """
+        self.watchdog.start(self.step + 1)
+        traced = self.config.train.profile and self.world.is_main
+        folder = self.config.run_dir / "profile" if traced else None
+        with self.phases.collectives_timed(), profiled(folder) as step_done:
+            return self._run(step_done)
+
+    def _run(self, step_done: Callable[[], None]) -> dict[str, float]:
         train = self.config.train
         progress = Progress(train.steps, self.step)
         held_out: dict[str, float] = {}
         while self.step < train.steps:
             stop = self._update()
+            step_done()
             last = self.step == train.steps
             evaluated = None
             if last or self.step % train.eval_every == 0:
                 evaluated = held_out, _ = self._evaluate()
-            if self._is_logged(self.step):
+            # of steps that were all skipped there is nothing to say
+            if self._is_logged(self.step) and self.window.steps:
                 metrics = self._write_log(evaluated)
                 if self.world.is_main:
                     progress.show(self.step, metrics)
@@ -117,14 +154,20 @@ class Trainer:
                 "time/train_s": self.train_seconds,
                 "time/wall_s": time.monotonic() - self.began,
                 "speed/tokens_per_s": self._tokens(self.step) / max(self.train_seconds, 1e-9),
+                "memory/peak_mib": peak_memory(self.world.device) / 2**20,
             }
         )
 
     def close(self) -> None:
         """Finish the records, also after a failure."""
+        self.watchdog.stop()
+        self.reader.close()
         if self.log is not None:
-            self.log.close()
-            self.probe.write()
+            # each checkpoint has written them; a full disk has been reported
+            with suppress(OSError):
+                self.probe.write()
+            with suppress(OSError):
+                self.log.close()
 
     def _is_logged(self, step: int) -> bool:
         train = self.config.train
@@ -136,120 +179,207 @@ class Trainer:
             self.banks.mark()
         started = time.monotonic()
         self.engine.train()
+        if self.undo is not None:
+            self.undo.mark()
         parts = self.config.train.accumulation
-        agreement = Agreement(self.world)
-        for i, part in enumerate(self._shares()):
-            loss, terms = self._forward(part)
-            self.window.add({"loss": loss, **terms}, 1 / parts)
+        agreement, sums = Agreement(self.world), Window()
+        with self._phase("data"):
+            micro_batches = self._read()
+        for i, micro_batch in enumerate(micro_batches):
+            with self._phase("data"):
+                batch = micro_batch.to(self.world.device)
+            with self._phase("forward"):
+                loss, terms = self._forward(batch)
+            sums.add({"loss": loss, **terms}, 1 / parts)
             if i == parts - 1:
-                agreement.ask(self.stop_asked(), self.window.sums["loss"])
-            self.engine.backward(loss)
-            self.engine.step()
-        after_step(self.task.model)
-        stop, finite = agreement.answer()
-        if not finite:
-            raise TrainingFailed(f"step {self.step + 1}: loss not finite; {self._last_good()}")
+                failed = self.unwritten is not None or self.unread is not None
+                agreement.ask(self.stop_asked(), sums.sums["loss"], failed)
+            with self._phase("backward"):
+                self.engine.backward(loss)
+            with self._phase("optimizer"):
+                self.engine.step()
+        with self._phase("communication"):
+            stop, finite, failed = agreement.answer()
+        if failed:
+            unread = said_by_any(self.world, self.unread)
+            raise TrainingFailed(self._not_read(unread) or self._not_saved(self.unwritten))
         norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if not math.isfinite(norm):
-            raise TrainingFailed(f"step {self.step + 1}: gradient norm {norm}; {self._last_good()}")
-        self.window.add({"grad_norm": torch.tensor(norm, device=self.world.device)}, 1.0)
+        if finite and math.isfinite(norm):
+            with self._phase("optimizer"):
+                after_step(self.task.model)
+            sums.add({"grad_norm": torch.tensor(norm, device=self.world.device)})
+            self.window.add(sums.sums)
+            self.window.steps += 1
+            self.skipped_in_a_row = 0
+        else:
+            self._leave_out(finite, norm)
         self.step += 1
-        self.window.steps += 1
         self.window.seconds += time.monotonic() - started
         self.train_seconds += time.monotonic() - started
         return stop
 
-    def _shares(self) -> np.ndarray:
-        """This rank's indices of each micro-batch of the step, (accumulation, samples).
+    def _phase(self, phase: Phase) -> AbstractContextManager[None]:
+        self.watchdog.move(self.step + 1, phase)
+        return self.phases.phase(phase)
 
-        Ranks share every micro-batch, so that it is the same one whatever their number.
-        """
-        indices = self.order.indices(self.step)
-        shape = (self.config.train.accumulation, self.world.size, -1)
-        return indices.reshape(shape)[:, self.world.rank]
+    def _leave_out(self, finite: bool, norm: float) -> None:
+        """Undo a step that the engine did not take, or end the run."""
+        what = f"gradient norm {norm}" if finite else "loss not finite"
+        if self.undo is None or (not finite and self.config.train.on_not_finite == "stop"):
+            raise TrainingFailed(f"step {self.step + 1}: {what}; {self._last_good()}")
+        self.undo.undo()
+        if finite and self.engine.fp16_enabled():
+            return
+        if self.skipped_in_a_row + 1 == SKIPPED_IN_A_ROW:
+            raise TrainingFailed(
+                f"steps up to {self.step + 1}: {what}, {SKIPPED_IN_A_ROW} skipped in a row; "
+                f"{self._last_good()}"
+            )
+        self.skipped_in_a_row += 1
+        if self.world.is_main:
+            skipped = self.engine.skipped_steps
+            logger.warning("step %d is skipped: %s (%d so far)", self.step + 1, what, skipped)
 
-    def _batch(self, indices: np.ndarray) -> Tensor:
-        return self.task.train.batch(indices).to(self.world.device)
+    def _batches(self) -> Iterator[StepBatches]:
+        """This rank's batches of all steps from here on."""
+        train, data = self.config.train, self.task.train
+        share = Share(train.batch_size, train.accumulation, self.world.rank, self.world.size)
+        if isinstance(data, TextStream):
+            return data.batches(share, self.position)
+        order = BatchOrder(examples=len(data), batch=share.batch, seed=self.config.seed)
+        return order.batches(data, share, self.step)
 
-    def _forward(self, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+    def _read(self) -> list[Tensor]:
+        """The micro-batches of the next step; where they are broken, others of their shape, so that
+        this rank makes the same collective calls as the others."""
         try:
-            return self.engine(self._batch(indices))
+            found = next(self.reader)
+        except CorruptDataError as error:
+            self.unread = error
+            parts = self.config.train.accumulation
+            samples = self.config.train.batch_size // (parts * self.world.size)
+            shape = (samples, self.config.data.context + 1)
+            return [torch.zeros(shape, dtype=torch.int64) for _ in range(parts)]
+        self.position = found.position
+        return found.micro_batches
+
+    def _forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        try:
+            loss, terms = self.engine(batch)
         except NotFiniteError:
-            # a loss of every parameter, so that this rank makes the same collective calls as others
+            return self._not_a_number(batch), {}
+        if self.config.train.on_not_finite == "skip":
+            # the engine leaves out what has no finite gradient
+            loss = loss * torch.where(loss.isfinite(), 1.0, math.nan)
+        return loss, terms
+
+    def _not_a_number(self, batch: Tensor) -> Tensor:
+        """A loss of NaN, by which this rank makes the same collective calls as the others."""
+        try:
+            return math.nan * self.engine(torch.zeros_like(batch))[0]
+        except NotFiniteError:
+            # not the batch, then, but parameters, which are the others' as well
             parameters = [p.sum() for p in self.task.model.parameters() if p.requires_grad]
-            return math.nan * torch.stack(parameters).sum(), {}
+            return math.nan * torch.stack(parameters).sum()
 
     def _last_good(self) -> str:
-        step = checkpoint.latest_step(self.checkpoints)
-        saved = (
-            "no checkpoint yet" if step is None else f"checkpoint {self.checkpoints / str(step)}"
-        )
         return (
-            f"step {self.step} was the last good one ({saved}); lower optimizer.lr or set "
-            "train.clip, with another --name"
+            f"step {self.step - self.skipped_in_a_row} was the last good one ({self._saved()}); "
+            "lower optimizer.lr or set train.clip, with another --name"
         )
 
+    def _not_read(self, unread: str) -> str:
+        return unread and f"step {self.step + 1}: {unread} (newest: {self._saved()})"
+
+    def _not_saved(self, failure: WriteFailed | None) -> str:
+        return (
+            f"stopped at step {self.step}: {failure} (newest: {self._saved()}); make room, and the "
+            "same command goes on"
+        )
+
+    def _saved(self) -> str:
+        if not self.world.is_main:
+            return ""  # it reads the files, and rank 0 is the one to tell
+        step = checkpoint.latest_step(self.checkpoints)
+        return "no checkpoint yet" if step is None else f"checkpoint {self.checkpoints / str(step)}"
+
     def _evaluate(self) -> tuple[dict[str, float], list[np.ndarray]]:
-        measures, counts = evaluate(self.task, self.world, self.config.train.eval_batch_size)
-        return measures | self.probe.measure(self.step), counts
+        self.watchdog.move(self.step, "evaluation")
+        with ready(self.task.model):
+            measures, counts = evaluate(self.task, self.world, self.config.train.eval_batch_size)
+            return measures | self.probe.measure(self.step), counts
 
     def _write_log(
         self, evaluated: tuple[dict[str, float], list[np.ndarray]] | None
     ) -> dict[str, float]:
         """Close the window: its means and counts over all ranks, written by rank 0."""
-        names = sorted(self.window.sums)
-        sums = torch.stack([self.window.sums[name] for name in names]) / self.window.steps
-        means = (self.world.sum(sums) / self.world.size).tolist()
+        self.watchdog.move(self.step, "records")
+        self.window.take(self.phases)
+        metrics = {"time": self.train_seconds} | self.window.means(self.world)
         counts = take_counts(self.counters, self.world)
-        metrics = {"time": self.train_seconds}
-        metrics |= {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
         metrics["train/lr"] = self.engine.get_lr()[0]
+        if self.undo is not None:
+            metrics["train/skipped_steps"] = float(self.engine.skipped_steps)
         metrics |= usage_metrics(self.layers, counts)
         metrics |= self.banks.measure(counts, self.window.steps, self.world)
-        metrics["speed/tokens_per_s"] = self._tokens(self.window.steps) / self.window.seconds
+        metrics |= self._speed()
         self.window = Window()
         held_out, held_out_counts = evaluated or ({}, None)
+        samples = make_samples(self.task, self.step, self.world.device) if evaluated else None
         if self.log is not None:
-            self.log.write(self.step, metrics | held_out, counts, held_out_counts)
-            if evaluated:
-                self.log.write_pictures(self.step, self.probe.pictures(), self.probe.rows)
-        if evaluated:
-            self._write_samples()
+            with self._recording():
+                self.log.write(self.step, metrics | held_out, counts, held_out_counts)
+                if samples is not None:
+                    self.log.write_pictures(self.step, self.probe.pictures(), self.probe.rows)
+                    samples.write(self.log, self.step, self.task.sample_rate)
         return metrics
 
-    @torch.no_grad()
-    def _write_samples(self) -> None:
-        if self.task.continuations is not None:
-            # on every rank, for they may share experts
-            written = self.task.continuations(self.step)
-            if self.log is not None:
-                self.log.write_text(self.step, written)
-        if self.log is None or (self.task.picture is None and self.task.sounds is None):
-            return
-        self.engine.eval()
-        shown = min(SAMPLES, len(self.task.held_out))
-        every = len(self.task.held_out) // shown
-        batch = self.task.held_out.batch(np.arange(shown) * every).to(self.world.device)
-        if self.task.picture is not None:
-            self.log.write_samples(self.step, self.task.picture(batch))
-        if self.task.sounds is not None:
-            self.log.write_sounds(self.step, self.task.sounds(batch), self.task.sample_rate)
+    def _speed(self) -> dict[str, float]:
+        """Throughput of the window, and its share of the peak of all devices, where that is known:
+        model FLOPs utilization (PaLM, arXiv:2204.02311, appendix B)."""
+        tokens_per_s = self._tokens(self.window.steps) / self.window.seconds
+        speed = {"speed/tokens_per_s": tokens_per_s}
+        if self.peak:
+            flops_per_s = tokens_per_s * self.cost["flops_per_token"]
+            speed["speed/mfu"] = flops_per_s / (self.peak * self.world.size)
+        return speed | {"memory/peak_mib": peak_memory(self.world.device) / 2**20}
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """What can't be written ends the run where all ranks agree the next time, not here."""
+        try:
+            with writing(f"records of {self.config.run_dir}"):
+                yield
+        except WriteFailed as failure:
+            self.unwritten = failure
+
+    def _check_records(self) -> None:
+        if self.unwritten is not None:
+            raise self.unwritten
 
     def _save(self) -> None:
+        self.watchdog.move(self.step, "checkpoint")
         if self.log is not None:
-            self.log.write_usage()
-            self.probe.write()
+            with self._recording():
+                self.log.write_usage()
+                self.probe.write()
         shared = {
             "data_digest": self.task.data_digest,
             "train_seconds": self.train_seconds,
             "stale": self.banks.state(),
         }
+        self.window.take(self.phases)
         own = {
+            "lanes": self.position,
             "window": self.window.state(),
             "counts": [counter.counts for counter in self.counters],
         }
         where = (self.engine, self.checkpoints, self.step, self.world)
-        checkpoint.save(*where, self.config.train, shared=shared, own=own)
+        try:
+            together(self.world, self._check_records)
+            checkpoint.save(*where, self.config.train, shared=shared, own=own)
+        except WriteFailed as failure:
+            raise TrainingFailed(self._not_saved(failure)) from failure
 
     def _take_up(self, restored: checkpoint.Restored) -> None:
         shared = restored.shared
@@ -261,72 +391,15 @@ class Trainer:
         self.step = restored.step
         self.train_seconds = shared["train_seconds"]
         self.banks.take_up(shared["stale"])
-        own = _of_this_rank(restored.own, self.world)
+        # checkpoints of before there were streams have none
+        self.position = {k: v for own in restored.own for k, v in own.get("lanes", {}).items()}
+        own = of_this_rank(restored.own, self.world)
         self.window = Window(**own["window"])
         for counter, counts in zip(self.counters, own["counts"], strict=True):
             counter.counts.copy_(counts)
 
     def _tokens(self, steps: int) -> int:
         return steps * self.config.train.batch_size * self.task.tokens_per_sample
-
-
-class Agreement:
-    """All ranks learn whether one was asked to stop or has a loss that is not finite.
-
-    The exchange goes on during the backward pass. An update from a loss that is not finite is
-    never saved: the run ends before the next checkpoint.
-    """
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-
-    def ask(self, stop: bool, loss: Tensor) -> None:
-        """Tell the others; every rank must."""
-        finite = loss.detach().isfinite().to(torch.int32).reshape(())
-        self.flags = torch.stack([torch.full_like(finite, stop), 1 - finite])
-        self.pending = dist.all_reduce(self.flags, async_op=True) if self.world.size > 1 else None
-
-    def answer(self) -> tuple[bool, bool]:
-        """Whether to stop after this step, and whether every rank's loss is finite."""
-        if self.pending is not None:
-            self.pending.wait()
-        asked, not_finite = self.flags.tolist()
-        return asked > 0, not_finite == 0
-
-
-class Window:
-    """Sums since the last logged step; part of a checkpoint, so that a resumed window is whole."""
-
-    def __init__(
-        self, steps: int = 0, seconds: float = 0.0, sums: dict[str, Tensor] | None = None
-    ) -> None:
-        self.steps, self.seconds = steps, seconds
-        self.sums = sums or {}
-
-    def add(self, terms: Mapping[str, Tensor], weight: float) -> None:
-        """Add scalars by name; they stay on the device."""
-        for name, value in terms.items():
-            value = value.detach().double() * weight
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "seconds": self.seconds, "sums": self.sums}
-
-
-def _of_this_rank(ranks: Sequence[Mapping[str, Any]], world: World) -> Mapping[str, Any]:
-    """What this rank has kept; of another number of ranks, what leaves means of the window and
-    sums of the counts over ranks as they were."""
-    if len(ranks) == world.size:
-        return ranks[world.rank]
-    windows, by_counter = [rank["window"] for rank in ranks], [rank["counts"] for rank in ranks]
-    sums = {
-        name: torch.stack([window["sums"][name] for window in windows]).mean()
-        for name in windows[0]["sums"]
-    }
-    counts = [
-        torch.stack(counts).sum(0) * int(world.is_main) for counts in zip(*by_counter, strict=True)
-    ]
-    return {"window": windows[0] | {"sums": sums}, "counts": counts}
 
 
 def _build_in_turn(config: Config, world: World) -> Task:

@@ -16,15 +16,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from simvq_moe.config import TrainConfig
-from simvq_moe.data.text import TokenWindows
+from simvq_moe.data.codes import CodeSequences
+from simvq_moe.data.tokens import TokenWindows
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.moe import measures as of
 from simvq_moe.moe.router import NOBODY, Routing
 from simvq_moe.training.engine import World
+from simvq_moe.training.engine_sharding import gathered
 from simvq_moe.training.tasks import Task
 from simvq_moe.training.tensorboard import CELL, heat_map
 
@@ -94,7 +96,7 @@ class Probe:
             self.layers = [m for m in task.model.modules() if isinstance(m, Mixture)]
         if not self.layers:
             return
-        assert isinstance(task.held_out, TokenWindows)
+        assert isinstance(task.held_out, TokenWindows | CodeSequences)
         self.tokens = choose_tokens(task.held_out, train.probe_tokens)
         self.experts, self.top_k = self.layers[0].num_experts, self.layers[0].top_k
         chance = of.uniform_routing(len(self.tokens.inputs), self.experts, self.top_k)
@@ -109,7 +111,11 @@ class Probe:
             return {}
         self.model.eval()
         inputs, routings = self._route()
-        outputs = [_similarities(layer, x) for layer, x in zip(self.layers, inputs, strict=True)]
+        outputs = []
+        for layer, x in zip(self.layers, inputs, strict=True):
+            assert isinstance(layer, nn.Module)
+            with gathered(layer):
+                outputs.append(_similarities(layer, x))
         if not self.world.is_main:
             return {}
         self.evaluations = [e for e in self.evaluations if e.step < step]
@@ -226,7 +232,7 @@ class Probe:
         )
 
 
-def choose_tokens(held_out: TokenWindows, tokens: int) -> Tokens:
+def choose_tokens(held_out: TokenWindows | CodeSequences, tokens: int) -> Tokens:
     """Windows of about so many tokens, evenly spread, so that they come from many documents."""
     number = min(len(held_out), max(1, tokens // held_out.context))
     indices = np.linspace(0, len(held_out) - 1, number).round().astype(np.int64)

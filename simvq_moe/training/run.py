@@ -24,12 +24,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from simvq_moe.config import Config, on_one_rank
+from simvq_moe.config import Config, without_other_tasks
 from simvq_moe.config_checks import check, check_ranks
-from simvq_moe.merging import ConfigError, first_difference, merge_files, to_yaml
+from simvq_moe.data.streaming import TextStream
+from simvq_moe.merging import ConfigError, first_difference, mapping_to_yaml, merge_files, to_yaml
 from simvq_moe.training import checkpoint
-from simvq_moe.training.building import build_model
-from simvq_moe.training.cost import cost_of
+from simvq_moe.training.cluster import fitting_gpus, read_cluster
+from simvq_moe.training.codes_task import fit_to_codes
+from simvq_moe.training.dry_run import estimate
 from simvq_moe.training.engine import (
     World,
     import_deepspeed,
@@ -37,9 +39,11 @@ from simvq_moe.training.engine import (
     launched_ranks,
     start_distributed,
 )
-from simvq_moe.training.engine_settings import engine_settings
+from simvq_moe.training.engine_settings import check_device, engine_settings
+from simvq_moe.training.faults import Interrupted, TrainingFailed, WriteFailed, writing
+from simvq_moe.training.image_measures import check_networks
 from simvq_moe.training.logs import write_json, write_text
-from simvq_moe.training.loop import Interrupted, Trainer, TrainingFailed
+from simvq_moe.training.loop import Trainer
 from simvq_moe.training.slurm import adopt_slurm
 from simvq_moe.training.tasks import check_source
 
@@ -55,9 +59,12 @@ def train(config: Config) -> int:
         ConfigError: the config can't run here; nothing was written.
     """
     adopt_slurm(os.environ)
+    config = fit_to_codes(config)
     main = launched_rank() == 0
     check_launch(config, launched_ranks())
-    if is_finished(config):
+    check_device(config)
+    before = _steps_before(config)
+    if is_finished(config) and before in (None, config.train.steps):
         if main:
             print(f"{config.run_dir} is finished: nothing to do", file=sys.stderr)
         return FINISHED
@@ -66,10 +73,12 @@ def train(config: Config) -> int:
     try:
         with _signals() as stop_asked, _alone_in(config.run_dir, main):
             if main:
-                print(to_yaml(config), file=sys.stderr)
-                write_text(config.run_dir / "config.yaml", to_yaml(config))
+                _begin(config, before)
             with _noise_to(config.run_dir / "log.txt", visible=main):
                 return _run(config, stop_asked)
+    except WriteFailed as failure:
+        print(f"{config.run_dir}: {failure}", file=sys.stderr)
+        return FAILED
     except ConfigError:
         # found out only with the data at hand; the corrected config may take the same name
         if main and new:
@@ -79,9 +88,11 @@ def train(config: Config) -> int:
 
 def check_launch(config: Config, world_size: int) -> None:
     """Raise `ConfigError` for whatever would keep this config from running on so many ranks."""
+    config = fit_to_codes(config)
     check(config)
     check_ranks(config, world_size)
     check_source(config)
+    check_networks(config)
     engine_settings(config)
     saved = config.run_dir / "config.yaml"
     if saved.is_file():
@@ -95,20 +106,66 @@ def check_launch(config: Config, world_size: int) -> None:
             checkpoint.check_form(config.run_dir / "checkpoints")
 
 
+FREE_TO_CHANGE = (
+    *("zero_stage", "activation_checkpointing", "compile", "profile", "peak_flops"),
+    *("log_every", "eval_every", "save_every", "keep_checkpoints", "keep_every"),
+    *("on_not_finite", "timeout_s"),
+)
+"""Keys of `train` that change, when a run goes on, where numbers lie, how they are computed and how
+often they are looked at, but not what they are."""
+
+
 def _laid_out_as(new: Config, old: Config) -> Config:
-    """old, with what only says where numbers lie and not what they are as in new."""
+    """old, with what a run may change when it goes on as in new, and more steps as well."""
+    kept = {name: getattr(new.train, name) for name in FREE_TO_CHANGE}
+    steps = max(old.train.steps, new.train.steps)
+    # how data are read is free as well, so that a run may go on past broken ones
+    data = replace(old.data, prefetch=new.data.prefetch, on_corrupt=new.data.on_corrupt)
     return replace(
         old,
+        data=data,
         moe=replace(old.moe, expert_parallel=new.moe.expert_parallel),
-        train=replace(old.train, zero_stage=new.train.zero_stage),
+        train=replace(old.train, steps=steps, **kept),
     )
 
 
-def dry_run(config: Config) -> int:
-    """Print the resolved config, and on standard output what the model costs; write nothing."""
-    check_launch(config, launched_ranks())
-    print(to_yaml(config), file=sys.stderr)
-    print(json.dumps(cost_of(build_model(on_one_rank(config)), config, launched_ranks())))
+def _steps_before(config: Config) -> int | None:
+    """Steps that the folder's run was to have; None: there is none."""
+    saved = config.run_dir / "config.yaml"
+    return merge_files(Config, [saved]).train.steps if saved.is_file() else None
+
+
+def _begin(config: Config, before: int | None) -> None:
+    """Say and write down what is trained; a run that is given more steps is not finished."""
+    print(mapping_to_yaml(without_other_tasks(config)), file=sys.stderr)
+    steps = config.train.steps
+    if before is not None and before < steps:
+        print(
+            f"{config.run_dir} is given {steps} steps in place of {before}: it goes on from its "
+            "last checkpoint, and from there the learning rate is that of the longer run",
+            file=sys.stderr,
+        )
+    with writing(config.run_dir):
+        if before != steps:
+            (config.run_dir / "summary.json").unlink(missing_ok=True)
+        write_text(config.run_dir / "config.yaml", to_yaml(config))
+
+
+def dry_run(config: Config, cluster_file: Path | None = None) -> int:
+    """Print the resolved config and what the run would cost, the costs on standard output as JSON;
+    write nothing.
+
+    Args:
+        cluster_file: YAML of the machines to predict the step time on.
+    """
+    config = fit_to_codes(config)
+    check(config)
+    cluster = None if cluster_file is None else read_cluster(cluster_file)
+    ranks = launched_ranks() if cluster is None else fitting_gpus(config, cluster)[-1]
+    check_launch(config, ranks)
+    text, costs = estimate(config, ranks, cluster)
+    print(mapping_to_yaml(without_other_tasks(config)), text, sep="\n", file=sys.stderr)
+    print(json.dumps(costs))
     return FINISHED
 
 
@@ -119,7 +176,7 @@ def is_finished(config: Config) -> bool:
 
 def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    world = start_distributed()
+    world = start_distributed(config.train.timeout_s)
     meta = _meta(config, world) | {"started": started}
     _write_meta(config, world, meta | {"status": "running", "error": None})
     status, error, code = "finished", None, FINISHED
@@ -133,16 +190,18 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
         with contextlib.closing(trainer):
             summary = trainer.run()
         if world.is_main:
-            write_json(config.run_dir / "summary.json", {"status": "finished", **summary})
+            _write_summary(config, summary)
     except Interrupted as stop:
         status, error, code = "interrupted", str(stop), INTERRUPTED
     except TrainingFailed as failure:
         status, error, code = "failed", str(failure), FAILED
     except Exception:
         error = traceback.format_exc().strip().splitlines()[-1]
-        _write_meta(config, world, meta | {"status": "failed", "error": error})
+        with contextlib.suppress(WriteFailed):
+            _write_meta(config, world, meta | {"status": "failed", "error": error})
         raise
-    _write_meta(config, world, meta | {"status": status, "error": error})
+    with contextlib.suppress(WriteFailed):
+        _write_meta(config, world, meta | {"status": status, "error": error})
     if world.is_main:
         print(f"{config.run_dir}: {error or describe_result(summary)}", file=sys.stderr)
     world.barrier()
@@ -150,9 +209,18 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
     return code
 
 
+def _write_summary(config: Config, summary: Mapping[str, float]) -> None:
+    path = config.run_dir / "summary.json"
+    try:
+        with writing(path):
+            write_json(path, {"status": "finished", **summary})
+    except WriteFailed as failure:
+        raise TrainingFailed(f"{failure}; make room, and give the same command again") from failure
+
+
 def describe_result(summary: Mapping[str, float]) -> str:
     """A finished run in one line."""
-    shown = ("val/loss", "val/bits_per_byte", "val/psnr")
+    shown = ("val/loss", "val/bits_per_byte", "val/bits_per_code", "val/psnr")
     shown += ("val/codes/used", "val/codes/perplexity", "val/moe/mean/used", "val/moe/mean/entropy")
     parts = [f"{name} {summary[name]:.4g}" for name in shown if name in summary]
     return ", ".join(["finished", *parts])
@@ -175,18 +243,23 @@ def _meta(config: Config, world: World) -> dict[str, Any]:
 
 
 def _describe(trainer: Trainer) -> dict[str, Any]:
+    train = trainer.task.train
     return {
         "layers": [vars(layer) for layer in trainer.layers],
         "banks": trainer.banks.names,
         **trainer.cost,
-        "samples": {"train": len(trainer.task.train), "held_out": len(trainer.task.held_out)},
+        "samples": {
+            "train": None if isinstance(train, TextStream) else len(train),
+            "held_out": len(trainer.task.held_out),
+        },
         "tokens_per_sample": trainer.task.tokens_per_sample,
     }
 
 
 def _write_meta(config: Config, world: World, meta: dict[str, Any]) -> None:
     if world.is_main:
-        write_json(config.run_dir / "meta.json", meta)
+        with writing(config.run_dir / "meta.json"):
+            write_json(config.run_dir / "meta.json", meta)
 
 
 def _commit() -> str | None:
@@ -246,6 +319,7 @@ def _noise_to(file: Path, *, visible: bool) -> Iterator[None]:
         root, ours = logging.getLogger(), logging.getLogger("simvq_moe")
         console = logging.StreamHandler(sys.stderr)
         console.setLevel(logging.WARNING)
+        ours.setLevel(logging.INFO)
         root.addHandler(handler)
         if visible:
             ours.addHandler(console)

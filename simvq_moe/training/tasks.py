@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from simvq_moe.config import Config
 from simvq_moe.core.bank import effective_rank
-from simvq_moe.data import audio, images, text
+from simvq_moe.data import audio, images, streaming, text
+from simvq_moe.data.sources import check_stream
+from simvq_moe.data.streaming import TextStream
+from simvq_moe.data.tokens import Corpus
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
@@ -25,6 +28,9 @@ from simvq_moe.moe.routers import start_from_data
 from simvq_moe.quantizers import AnyQuantizer, Quantizer
 from simvq_moe.training.audio_measures import AudioMeasures
 from simvq_moe.training.building import build_model
+from simvq_moe.training.codes_task import CodesTask, fit_to_codes, is_of_codes
+from simvq_moe.training.engine_sharding import gathered
+from simvq_moe.training.image_measures import ImageMeasures, as_bytes
 
 EMBEDDED = {
     "image_tokenizer": "photos",
@@ -57,7 +63,7 @@ class Task:
     """A model with its data and measures; `model(batch)` returns the loss and its terms."""
 
     model: nn.Module
-    train: DataSet
+    train: DataSet | TextStream
     held_out: DataSet
     data_digest: str
     """Differs when the data differ: a run goes on with the data that it began with."""
@@ -89,24 +95,38 @@ def source_of(config: Config) -> str:
 
 def check_source(config: Config) -> None:
     """Raise `ConfigError` for a source that does not exist or holds nothing readable."""
+    if is_of_codes(config):
+        fit_to_codes(config)
+        return
+    if config.data.streaming:
+        for source in config.data.sources or (source_of(config),):
+            check_stream(source)
+        return
     reader = {"image_tokenizer": images, "audio_tokenizer": audio, "language_model": text}
     reader[config.task].check_source(source_of(config))
+    if config.data.held_out_source is not None:
+        images.check_source(config.data.held_out_source)
 
 
-def build_task(config: Config, tokenizer: Path | None = None) -> Task:
+def build_task(
+    config: Config, tokenizer: Path | None = None, measures: ImageMeasures | None = None
+) -> Task:
     """Data and model of the config; the seed fixes the model's initial weights.
 
     Args:
         tokenizer: file of the text tokenizer; None: the one trained on the source.
+        measures: of held-out images; None: those that need no network.
     """
     if config.task == "image_tokenizer":
-        return _image_task(config)
+        return _image_task(config, measures or ImageMeasures())
     if config.task == "audio_tokenizer":
         return _audio_task(config)
+    if is_of_codes(config):
+        return _codes_task(config)
     return _language_task(config, tokenizer)
 
 
-def _image_task(config: Config) -> Task:
+def _image_task(config: Config, measures: ImageMeasures) -> Task:
     data = config.data
     train, held_out = images.image_crops(
         source_of(config),
@@ -114,40 +134,30 @@ def _image_task(config: Config) -> Task:
         crops=data.crops,
         held_out_crops=data.held_out_crops,
         seed=data.seed,
+        held_out_source=data.held_out_source,
+        shorter_side=data.shorter_side,
+        memory=data.decoded_megabytes * 2**20,
     )
     model = build_model(config)
     assert isinstance(model, ImageTokenizer)
 
     def evaluate(batch: Tensor) -> dict[str, Tensor]:
-        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
-        reconstruction, _ = model.reconstruct(batch)
-        error = (reconstruction - batch).double().square().mean(dim=(1, 2, 3))
-        # per image over RGB; the pixels span 2, from -1 to 1
-        psnr = 10 * torch.log10(4 / error.clamp_min(1e-10))
-        similarity = ssim(reconstruction, batch, data_range=(-1.0, 1.0), reduction="none")
-        assert isinstance(similarity, Tensor)
-        sums = {"mse": error, "psnr": psnr, "ssim": similarity.double()}
-        return {k: v.sum() for k, v in sums.items()} | {"images": torch.tensor(float(len(batch)))}
+        # also where a rank has none left: others may wait for its part of the parameters
+        reconstruction = model.reconstruct(batch)[0]
+        return measures.to(batch.device).sums(batch, reconstruction)
 
     def summarize(sums: Mapping[str, float]) -> dict[str, float]:
-        means = {f"val/{k}": sums[k] / sums["images"] for k in ("mse", "psnr", "ssim")}
-        return {
-            "val/loss": means["val/mse"],
-            **means,
-            **_rank_of_used_codes(model.quantizer),
-        }
+        means = measures.means(sums)
+        return {"val/loss": means["val/mse"], **means, **_rank_of_used_codes(model.quantizer)}
 
     def picture(batch: Tensor) -> np.ndarray:
-        rows = torch.stack([batch, model.reconstruct(batch)[0]])
-        pixels = ((rows.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        grid = pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        rows = as_bytes(torch.stack([batch, model.reconstruct(batch)[0]]))
+        grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         return grid.cpu().numpy()
 
     side = data.image_size // 2**config.image_tokenizer.downsamplings
-    digest = hashlib.blake2b(train.images.numpy().tobytes(), digest_size=16).hexdigest()
     return Task(
-        *(model, train, held_out, digest, side**2, evaluate, summarize),
+        *(model, train, held_out, train.digest(), side**2, evaluate, summarize),
         start=model.initialize,
         picture=picture,
     )
@@ -169,8 +179,8 @@ def _audio_task(config: Config) -> Task:
     measures = AudioMeasures(data.sample_rate)
 
     def evaluate(batch: Tensor) -> dict[str, Tensor]:
-        # a rank may have none left
-        reconstruction = model.reconstruct(batch)[0] if len(batch) else batch
+        # also where a rank has none left: others may wait for its part of the parameters
+        reconstruction = model.reconstruct(batch)[0]
         return measures.to(batch.device).sums(batch, reconstruction)
 
     def summarize(sums: Mapping[str, float]) -> dict[str, float]:
@@ -199,22 +209,32 @@ def _rank_of_used_codes(quantizer: AnyQuantizer) -> dict[str, float]:
         return {}
     counts = quantizer.usage.double()
     weights = (counts / counts.sum())[:, None]
-    codes = quantizer.codebook(torch.float64).detach()
+    with gathered(quantizer):
+        codes = quantizer.codebook(torch.float64).detach()
     centred = (codes - (weights * codes).sum(0)) * weights.sqrt()
     return {"val/codes/effective_rank": effective_rank(torch.linalg.svdvals(centred))}
 
 
+def _codes_task(config: Config) -> Task:
+    of = CodesTask(config)
+    manifest = of.manifest
+    return Task(
+        *(of.model, of.train, of.held_out, manifest.digest, manifest.context),
+        *(of.evaluate, of.summarize),
+        start=partial(start_from_data, of.model) if config.moe.router_init == "data" else None,
+        picture=of.picture if of.decoder.is_image else None,
+        sounds=None if of.decoder.is_image else of.sounds,
+        sample_rate=manifest.sample_rate,
+    )
+
+
 def _language_task(config: Config, tokenizer: Path | None) -> Task:
     data = config.data
-    corpus = text.token_windows(
-        source_of(config),
-        vocabulary=data.vocabulary,
-        context=data.context,
-        cache_dir=data.cache_dir,
-        tokenizer=tokenizer,
-    )
+    train, corpus = _text(config, tokenizer)
     model = build_model(config)
     assert isinstance(model, LanguageModel)
+    if model.end_of_text is not None:
+        model.end_of_text.fill_(corpus.end_of_text)
 
     def evaluate(batch: Tensor) -> dict[str, Tensor]:
         logits, _ = model.logits(batch[:, :-1])
@@ -232,10 +252,8 @@ def _language_task(config: Config, tokenizer: Path | None) -> Task:
             "val/bits_per_byte": sums["nats"] / math.log(2) / sums["bytes"],
         }
 
-    # the cache folder is named by the content of documents and tokenizer
-    digest = corpus.tokenizer.parent.name
     return Task(
-        *(model, corpus.train, corpus.held_out, digest, data.context, evaluate, summarize),
+        *(model, train, corpus.held_out, corpus.digest, data.context, evaluate, summarize),
         start=partial(start_from_data, model) if config.moe.router_init == "data" else None,
         picture=None,
         tokenizer=corpus.tokenizer,
@@ -243,7 +261,32 @@ def _language_task(config: Config, tokenizer: Path | None) -> Task:
     )
 
 
-def _continuations(model: LanguageModel, corpus: text.Corpus, seed: int, step: int) -> str:
+def _text(config: Config, tokenizer: Path | None) -> tuple[DataSet | TextStream, Corpus]:
+    """The training set, and the corpus that the held-out set and the tokenizer are of."""
+    data = config.data
+    common = {
+        "vocabulary": data.vocabulary,
+        "context": data.context,
+        "cache_dir": data.cache_dir,
+        "tokenizer": data.tokenizer if tokenizer is None else str(tokenizer),
+        "on_corrupt": data.on_corrupt,
+    }
+    if not data.streaming:
+        corpus = text.token_windows(source_of(config), **common)
+        assert corpus.train is not None
+        return corpus.train, corpus
+    return streaming.text_stream(
+        data.sources or (source_of(config),),
+        weights=data.source_weights,
+        held_out_share=data.held_out_share,
+        held_out_documents=data.held_out_documents,
+        shuffle_buffer=data.shuffle_buffer,
+        seed=config.seed,
+        **common,
+    )
+
+
+def _continuations(model: LanguageModel, corpus: Corpus, seed: int, step: int) -> str:
     """Random numbers are those of seed and step, and the generator of the training is not used."""
     shown = min(CONTINUED, len(corpus.held_out))
     windows = corpus.held_out.batch(np.arange(shown) * (len(corpus.held_out) // shown))

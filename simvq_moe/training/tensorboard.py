@@ -1,27 +1,35 @@
-"""Usage live in TensorBoard: margins over layers, layer x expert heat maps, load histograms."""
+"""Usage live in TensorBoard: an overview, margins over layers, heat maps, histograms, dead slots.
+
+Two levels of detail: tags under at_a_glance/ and the layout's first category show a whole run,
+all others show each layer.
+"""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-from torch.utils.tensorboard.writer import SummaryWriter
+from tensorboard.plugins.hparams import plugin_data_pb2
+from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
+from simvq_moe.config import Config, without_other_tasks
 from simvq_moe.core.usage import usage
+from simvq_moe.merging import flatten, mapping_to_yaml
+from simvq_moe.training.dead_slots import DeadSlots
 from simvq_moe.training.measures import Layer, layer_names
+from simvq_moe.training.tensorboard_layout import AT_A_GLANCE, MARGIN_MEASURES, layout, result_names
 
 TOP_LOAD = 4.0
 """Load (1 is fair) at which the colour scale ends: the same in every run, so that maps compare."""
 CELL = 8
 """Pixels a side of a slot in a heat map."""
-MARGIN_MEASURES = ("used", "perplexity", "entropy", "gini", "max_vio")
-PROBE_MEASURES = (
-    *("fluctuation", "router_entropy", "confidence", "boundary_margin", "importance_cv2"),
-    *("co_activation", "domain_information", "token_information", "output_similarity"),
-)
-"""Router measures on the probe that have a chart."""
+FIRST_COLUMNS = ("arm", "optimizer.lr", "seed", "task", "train.steps")
+"""Of the HParams table."""
 
 
 class TensorBoard:
@@ -31,13 +39,24 @@ class TensorBoard:
         folder: where the events go.
         layers: the counted layers.
         step: events after this step are dropped; the run goes on from there.
+        config: shown as text, and as a row of the HParams table.
+        command: shown as text.
     """
 
-    def __init__(self, folder: Path, layers: Sequence[Layer], step: int) -> None:
+    def __init__(
+        self, folder: Path, layers: Sequence[Layer], step: int, config: Config, command: str
+    ) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         self.layers = layers
         self.roots = layer_names(layers)
         self.writer.add_custom_scalars(layout(layers))
+        self.text("at_a_glance/command", _verbatim(command), step)
+        self.text(
+            "at_a_glance/config", _verbatim(mapping_to_yaml(without_other_tasks(config))), step
+        )
+        columns, self.row, self.finished = rows_of_table(config, layers)
+        for summary in (columns, self.row):
+            self._file().add_summary(summary)
 
     def write(
         self,
@@ -45,10 +64,23 @@ class TensorBoard:
         metrics: Mapping[str, float],
         counts: Sequence[np.ndarray],
         held_out_counts: Sequence[np.ndarray] | None,
+        dead: DeadSlots,
     ) -> None:
-        """Scalars of a logged step, and the counts as margins, heat maps and histograms."""
+        """Scalars of a logged step, and the counts as margins, heat maps and histograms.
+
+        Args:
+            step: the step.
+            metrics: by name.
+            counts: draws of each layer's slots in the window that ends here.
+            held_out_counts: over the held-out set, where it was evaluated.
+            dead: how long each slot has gone without a draw.
+        """
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
+            if name in AT_A_GLANCE:
+                self.writer.add_scalar(f"at_a_glance/{name}", value, step)
+        if held_out_counts is not None:
+            self.text("at_a_glance/dead", dead.table(self.roots, step), step)
         for root, load in self._margins(counts).items():
             self.writer.add_scalar(root, load, step)
         for prefix, found in (("", counts), ("val/", held_out_counts)):
@@ -68,8 +100,15 @@ class TensorBoard:
     def text(self, name: str, text: str, step: int) -> None:
         self.writer.add_text(name, text, step)
 
-    def close(self) -> None:
+    def close(self, *, finished: bool) -> None:
+        if finished:
+            self._file().add_summary(self.finished)
         self.writer.close()
+
+    def _file(self) -> FileWriter:
+        found = self.writer.file_writer
+        assert found is not None
+        return found
 
     def _margins(self, counts: Sequence[np.ndarray]) -> dict[str, float]:
         scalars: dict[str, float] = {}
@@ -77,6 +116,12 @@ class TensorBoard:
             load = loads(n)
             scalars |= {f"{root}/load_min": float(load.min()), f"{root}/load_mean": 1.0}
             scalars[f"{root}/load_max"] = float(load.max())
+        counted = [root for root in self.roots if not root.startswith("moe_kept")]
+        if not counted:  # a dense model
+            return {}
+        scalars["at_a_glance/load_min"] = min(scalars[f"{root}/load_min"] for root in counted)
+        scalars["at_a_glance/load_mean"] = 1.0
+        scalars["at_a_glance/load_max"] = max(scalars[f"{root}/load_max"] for root in counted)
         measured = [
             usage(n).as_dict()
             for layer, n in zip(self.layers, counts, strict=True)
@@ -141,27 +186,36 @@ def heat_map(load: np.ndarray, cell: int = CELL) -> np.ndarray:
     return pixels.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
-def layout(layers: Sequence[Layer]) -> dict[str, dict[str, list]]:
-    """Custom-scalars charts: margins min-mean-max of the load in each layer, and over layers."""
-    charts: dict[str, dict[str, list]] = {}
-    if len(layers) > 1:
-        charts["usage over layers"] = {
-            m: ["Margin", [f"layers/{m}_{end}" for end in ("mean", "min", "max")]]
-            for m in MARGIN_MEASURES
-        }
-    if layers:
-        charts["load of each layer (1 is fair)"] = {
-            root: ["Margin", [f"{root}/load_{end}" for end in ("mean", "min", "max")]]
-            for root in layer_names(layers)
-        }
-    if any(layer.kind == "codes" for layer in layers):
-        names = ("used", "perplexity", "entropy", "gini")
-        charts["codes"] = {
-            m: ["Multiline", [f"^codes/(mean/)?{m}$", f"^val/codes/(mean/)?{m}$"]] for m in names
-        }
-    if any(layer.kind == "experts" for layer in layers):
-        charts["routers on the probe, each layer"] = {
-            m: ["Multiline", [rf"^val/moe/(\d+|mean)/{m}$"]] for m in PROBE_MEASURES
-        }
-    charts["loss"] = {"training and held out": ["Multiline", ["^train/loss$", "^val/loss$"]]}
-    return charts
+def rows_of_table(config: Config, layers: Sequence[Layer]) -> tuple[Any, Any, Any]:
+    """Summaries for the HParams table: its columns, this run's values, and that it is finished.
+
+    The columns are every key of every task, for TensorBoard takes them from one run for all.
+    """
+    mine = without_other_tasks(config)
+    cells = {
+        key: _cell(value, default)
+        for (key, value), default in zip(
+            flatten(config).items(), flatten(Config()).values(), strict=True
+        )
+    }
+    results = dict.fromkeys(result_names(layers), 0.0)
+    columns, _, _ = hparams(cells, results)
+    stored = columns.value[0].metadata.plugin_data
+    kind: Any = plugin_data_pb2  # its names are made when it is imported
+    table = kind.HParamsPluginData.FromString(stored.content)
+    for column in table.experiment.hparam_infos:
+        # those that differ between runs come first, and of all only five are shown unasked
+        column.differs = column.name in FIRST_COLUMNS
+    own = {key: value for key, value in cells.items() if key.split(".")[0] in mine}
+    stored.content = table.SerializeToString()
+    return columns, *hparams(own, results)[1:]
+
+
+def _cell(value: Any, default: Any) -> bool | int | float | str:
+    """A column has one type: what may be None, or several values, is text."""
+    return str(value) if default is None or not isinstance(value, bool | int | float) else value
+
+
+def _verbatim(text: str) -> str:
+    """Indented, so that Markdown leaves it as it is."""
+    return textwrap.indent(text, "    ")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from simvq_moe.analysis.measures import ROUTER_MEASURES
 from simvq_moe.core.usage import usage
 
 STEPS = range(100, 801, 100)
@@ -52,8 +53,10 @@ def write_sweep(
     noise: float = 0.01,
     codes: tuple[FakeArm, ...] = CODES_ARMS,
     experts: tuple[FakeArm, ...] = EXPERTS_ARMS,
+    primary: dict[str, str] | None = None,
 ) -> Path:
-    """A sweep of a codes group and an experts group; `noise` is relative, over seeds."""
+    """A sweep of a codes group and an experts group; `noise` is relative, over seeds; `primary`
+    names tests of the codes."""
     groups = []
     for name, arms, outcomes in (
         ("codes", codes, ["val/mse", "val/codes/used"]),
@@ -68,6 +71,7 @@ def write_sweep(
                 "config": f"configs/{name}.yaml",
                 "baseline": arms[0].name,
                 "outcomes": outcomes,
+                "primary": (primary or {}) if name == "codes" else {},
                 "notes": "Gates sum to 1 in every arm." if name == "experts" else "",
                 "arms": [
                     {
@@ -106,7 +110,9 @@ def write_run(
     kind = "experts" if experts else "codes"
     slots, layers, top_k = (64, 3, 4) if experts else (512, 1, 1)
     rng = np.random.default_rng([seed, *arm.name.encode()])
-    error = arm.error * (1 + noise * rng.normal())
+    # half of the noise is that of the seed, which pairs share
+    shared = np.random.default_rng([seed, experts]).normal()
+    error = arm.error * (1 + noise * (shared + rng.normal()) / 2**0.5)
     counts = np.stack([_counts(rng, arm, slots, layers, top_k, step) for step in STEPS])
     lines = [_line(arm, kind, step, error, c) for step, c in zip(STEPS, counts, strict=True)]
     (path / "config.yaml").write_text(_config(arm, kind, seed))
@@ -115,6 +121,11 @@ def write_run(
     summary = {k: v for k, v in lines[-1].items() if k.startswith("val/")}
     summary |= {"step": 800, "val/tokens": HELD_OUT_TOKENS, "speed/tokens_per_s": 52_000.4}
     summary |= {"time/train_s": 19.5 + rng.normal(), "time/wall_s": 24.5 + rng.normal()}
+    summary |= {"memory/peak_mib": 700 + rng.normal()}
+    if experts:
+        summary |= {f"val/moe/mean/saturation_at/{s}": s / 900 for s in list(STEPS)[:-1]}
+        summary |= {f"val/moe/mean/{name}": float(rng.uniform()) for name in ROUTER_MEASURES}
+        _write_probe(path / "probe.npz", rng, slots, layers, top_k)
     (path / "summary.json").write_text(json.dumps(summary))
     write_meta(path, arm, seed, kind=kind, slots=slots, layers=layers, top_k=top_k)
     if not experts:
@@ -122,6 +133,19 @@ def write_run(
         pixels = rng.integers(0, 256, (4, 20, 3), dtype=np.uint8)
         image = Image.fromarray(pixels).resize((640, 128), Image.Resampling.BICUBIC)
         image.save(path / "samples" / "val_000800.png")
+
+
+def _write_probe(
+    file: Path, rng: np.random.Generator, slots: int, layers: int, top_k: int, tokens: int = 256
+) -> None:
+    """Two evaluations of a router that chooses at random."""
+    ids = rng.random((2, layers, tokens, slots)).argsort(-1)[..., :top_k].astype(np.int8)
+    domains = rng.integers(0, 3, tokens)
+    counts = np.zeros((2, layers, slots, 3), dtype=np.int64)
+    step, layer, token, _ = np.indices(ids.shape)
+    np.add.at(counts, (step, layer, ids, domains[token]), 1)
+    names = np.array(["code", "prose", "(others)"])
+    np.savez(file, ids=ids, domains=domains, domain_counts=counts, domain_names=names)
 
 
 def write_meta(
@@ -149,6 +173,10 @@ def write_meta(
         "seed": seed,
         "layers": [{"kind": kind, "slots": slots, "top_k": top_k}] * layers,
         "parameters": {"total": 120_345, "trainable": 104_000},
+        "banks": [
+            f"blocks.{i}.moe.experts.down" if kind == "experts" else "quantizer.bank"
+            for i in range(layers)
+        ],
     }
     (path / "meta.json").write_text(json.dumps(meta | changes))
 
@@ -179,6 +207,7 @@ def _line(arm: FakeArm, kind: str, step: int, error: float, counts: np.ndarray) 
             line[f"bank/{i:02d}/effective_rank"] = 3 + 29 * late + i
             line[f"bank/{i:02d}/condition"] = float(np.exp(step / 100))
             line[f"bank/{i:02d}/identity_distance"] = 1 - late
+            line[f"bank/{i:02d}/indirect_movement"] = 0.2 + 0.01 * i
     return line
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
+from printed import missing
+from scipy import stats as reference
 from synthetic import CODES_ARMS, FakeArm, write_meta, write_run, write_sweep
 
 from simvq_moe.analysis.comparison import compute
-from simvq_moe.analysis.measures import difference, mean_and_sd, number
+from simvq_moe.analysis.measures import difference, mean_and_sd, number, percent, probability
 from simvq_moe.analysis.report import report
 from simvq_moe.analysis.runs import find_groups, read_run
 from simvq_moe.core.usage import null_usage, usage
@@ -41,50 +42,48 @@ def content(small: Path) -> dict[str, Any]:
 
 
 class Page(HTMLParser):
-    """Cells of the result table, and every address the page refers to."""
+    """What stands in cells and sentences, and every address the page refers to."""
+
+    UNREAD = ("svg", "style", "pre", "code", "title")
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.in_results = self.in_cell = False
-        self.cells: list[str] = []
+        self.texts: list[str] = []
         self.addresses: list[str] = []
+        self.inside: list[str] = []
+        self.section = ""
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        named = dict(attrs)
-        self.in_results |= tag == "table" and named.get("class") == "results"
-        self.in_cell |= self.in_results and tag == "td"
+        if tag == "section":
+            self.section = dict(attrs).get("id") or ""
+        if tag in self.UNREAD:
+            self.inside.append(tag)
         self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
 
     def handle_endtag(self, tag: str) -> None:
-        self.in_results &= tag != "table"
-        self.in_cell &= tag != "td"
+        if self.inside and tag == self.inside[-1]:
+            self.inside.pop()
 
     def handle_data(self, data: str) -> None:
-        if self.in_cell and data.strip():
-            self.cells.append(data.strip())
+        read = not self.inside and self.section not in ("configuration", "reproduce", "curves")
+        if read and data.strip():
+            self.texts.append(data)
 
 
-def numbers(content: Any) -> Iterator[float]:
-    if isinstance(content, dict | list):
-        for part in content.values() if isinstance(content, dict) else content:
-            yield from numbers(part)
-    elif isinstance(content, int | float) and not isinstance(content, bool):
-        yield float(content)
+def test_every_printed_number_stands_in_the_json(small: Path, content: dict[str, Any]):
+    for name in ("report.html", "report.md"):
+        absent, printed = missing(printed_texts((small / name).read_text()), content)
+        assert not absent
+        assert printed > 500
 
 
-def test_every_number_of_the_result_table_stands_in_the_json(small: Path, content: dict[str, Any]):
-    page = Page((small / "report.html").read_text())
-    known = np.array(list(numbers(content["groups"])))
-    printed = [n for cell in page.cells for n in re.findall(r"[−\d][\d,.]*", cell)]
-    assert len(printed) > 200
-    for text in printed:
-        plain = text.replace("−", "-").replace(",", "").rstrip(".")
-        decimals = len(plain.partition(".")[2])
-        half = 0.5 * 10.0**-decimals + 1e-12
-        # shares are printed in percent
-        near = np.abs(known - float(plain)) <= half
-        assert near.any() or (np.abs(100 * known - float(plain)) <= half).any(), text
+def printed_texts(text: str) -> list[str]:
+    """Cells and sentences of a report, without figures, commands and configs."""
+    if not text.startswith("<!doctype"):
+        text = text.partition("## How to reproduce")[0]
+        return [cell for line in text.splitlines() for cell in line.split("|")]
+    return Page(text).texts
 
 
 def test_values_are_those_of_the_run_directories(small: Path, content: dict[str, Any]):
@@ -268,4 +267,156 @@ def test_numbers_are_printed_with_the_digits_of_their_measure():
     assert mean_and_sd("val/mse", 0.0020612, 0.0000753) == "0.002061 ± 0.000075"
     assert mean_and_sd("val/codes/used", 0.94, 0.005) == "94.0 ± 0.5 %"
     assert difference("val/codes/used", -0.052) == "−5.2"
-    assert difference("val/moe/mean/max_vio", -0.001) == "+0.00"
+    # what rounds to nothing has no sign
+    assert difference("val/moe/mean/max_vio", -0.001) == "0.00"
+    assert percent(-0.0001) == percent(0.0001) == "0.0 %"
+    assert percent(-0.0006) == "−0.1 %"
+    assert percent(0.0006) == "+0.1 %"
+    assert probability(2e-6) == "<\u00a00.0001"
+    assert probability(2 / 2**6) == "0.0312"
+
+
+PRIMARY = {"better": "val/mse"}
+
+
+def with_primary(
+    tmp_path: Path, better: FakeArm, seeds: int = 8, noise: float = 0.05
+) -> dict[str, Any]:
+    arms = (KNOWN[0], better, FakeArm("control", "narrow", 2.5e-3, 0.3, control=True))
+    write_sweep(tmp_path / "s", seeds=seeds, noise=noise, codes=arms, experts=(), primary=PRIMARY)
+    return compute(find_groups([tmp_path / "s"]), tmp_path).as_json()["groups"][0]
+
+
+def test_a_primary_test_alone_is_adjusted_and_answers_first(tmp_path: Path):
+    group = with_primary(tmp_path, KNOWN[1])
+    first, *others = group["paired"]
+    assert (first["arm"], first["metric"], first["primary"]) == ("better", "val/mse", True)
+    assert first["p_holm"] == first["p"] == pytest.approx(2 / 2**8)
+    assert not any(pair["primary"] or pair["p_holm"] for pair in others)
+    assert group["verdict"][0].startswith("Yes: against VQ, better lowers MSE by 0.00")
+    assert "the control narrow" in group["verdict"][1]
+    assert all("stablished" not in s for s in [*group["verdict"][1:], *group["secondary"]])
+    assert any("lower with the control narrow" in s for s in group["secondary"])
+
+
+def test_an_effect_for_the_worse_is_answered_as_plainly(tmp_path: Path):
+    group = with_primary(tmp_path, FakeArm("better", "better", 4e-3, 0.3))
+    start = "No, on the contrary: against VQ, better raises MSE by 0.00"
+    assert group["verdict"][0].startswith(start)
+    assert any("MSE is worsened by better" in s for s in group["negative"])
+    assert any("does not beat: the control narrow" in s for s in group["negative"])
+
+
+def test_no_effect_of_a_primary_test_is_not_shown(tmp_path: Path):
+    group = with_primary(tmp_path, FakeArm("better", "better", 3e-3, 0.3))
+    assert group["verdict"][0].startswith("Not shown: against VQ, better changes MSE by")
+    assert "95 % interval" in group["verdict"][0]
+    assert any("MSE is not shown to be changed by better" in s for s in group["negative"])
+
+
+def test_too_few_pairs_say_how_many_would_do(tmp_path: Path):
+    group = with_primary(tmp_path, KNOWN[1], seeds=5)
+    assert group["verdict"][0].startswith("Not shown")
+    assert "n = 5 pairs can't reach p < 0.05" in group["verdict"][1]
+    assert "6 pairs would" in group["verdict"][1]
+    assert group["pairs_needed"] == 6
+
+
+def test_a_primary_test_without_a_run_is_named(tmp_path: Path):
+    write_sweep(tmp_path / "s", codes=KNOWN, experts=(), primary={"gone": "val/mse"})
+    group = compute(find_groups([tmp_path / "s"]), tmp_path).as_json()["groups"][0]
+    assert group["verdict"] == ["The primary test of gone on MSE has no pair of finished runs."]
+
+
+def test_equivalence_is_tested_within_the_margin_of_the_measure(tmp_path: Path):
+    same = (FakeArm("base", "base", 2.3, 0.3), FakeArm("same", "same", 2.3, 0.3))
+    write_sweep(tmp_path / "s", seeds=6, noise=3e-4, codes=(), experts=same)
+    written = report([tmp_path / "s"], tmp_path / "out")
+    (pair, *others) = json.loads(written.json.read_text())["groups"][0]["paired"]
+    bits = {}
+    for arm in ("base", "same"):
+        files = [tmp_path / f"s/experts/{arm}/seed{i}/summary.json" for i in range(6)]
+        bits[arm] = np.array([json.loads(f.read_text())["val/bits_per_byte"] for f in files])
+    tests = [
+        reference.ttest_1samp(bits["same"] - bits["base"], bound, alternative=side)[1]
+        for bound, side in ((-0.005, "greater"), (0.005, "less"))
+    ]
+    assert pair["margin"] == 0.005
+    assert pair["p_equivalent"] == pytest.approx(max(tests))
+    assert pair["p_equivalent"] < 0.05
+    assert all(other["p_equivalent"] is None for other in others)
+    assert "p equivalent (± 0.005)" in written.html.read_text()
+
+
+def test_every_paired_number_follows_from_the_run_directories(small: Path, content: dict[str, Any]):
+    for group in content["groups"]:
+        for pair in group["paired"]:
+            found = {}
+            for name in (pair["arm"], group["baseline"]):
+                for seed in group["seeds"]:
+                    run = small.parent / f"sweep/{group['name']}/{name}/seed{seed}/summary.json"
+                    if run.is_file():
+                        found[name, seed] = json.loads(run.read_text())[pair["metric"]]
+            expected = [
+                found[pair["arm"], s] - found[group["baseline"], s]
+                if {(pair["arm"], s), (group["baseline"], s)} <= found.keys()
+                else None
+                for s in group["seeds"]
+            ]
+            known = [d for d in expected if d is not None]
+            assert pair["differences"] == pytest.approx(expected)
+            assert pair["mean"] == pytest.approx(np.mean(known))
+            assert pair["n"] == len(known)
+            assert pair["p_min"] == 2 / 2 ** len(known)
+            assert pair["agree"] == sum(d * np.mean(known) > 0 for d in known)
+
+
+def test_figures_draw_what_the_run_directories_hold(small: Path, content: dict[str, Any]):
+    experts = content["groups"][1]
+    sweep = small.parent / "sweep/experts"
+    counts = np.load(sweep / "aux/seed0/usage.npz")["val_counts"][-1]
+    loads = next(one for one in experts["loads"] if one["arm"] == "aux")
+    shares = counts / counts.sum(1, keepdims=True)
+    np.testing.assert_allclose(loads["layers"], 64 * shares, rtol=1e-4)
+    profile = next(one for one in experts["profiles"] if one["arm"] == "aux")
+    ranked = 64 * np.sort(shares, axis=1)[:, ::-1].mean(0)
+    np.testing.assert_allclose(profile["loads"], ranked[np.array(profile["ranks"]) - 1], rtol=1e-4)
+    curve = next(c for c in experts["curves"] if (c["metric"], c["arm"]) == ("train/loss", "aux"))
+    files = [sweep / f"aux/seed{seed}/metrics.jsonl" for seed in (0, 1)]
+    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    for run, logged in zip(curve["runs"], lines, strict=True):
+        assert run["steps"] == [line["step"] for line in logged]
+        np.testing.assert_allclose(run["values"], [x["train/loss"] for x in logged], rtol=1e-4)
+    moved = [c for c in experts["curves"] if c["metric"] == "bank/experts.down/indirect_movement"]
+    assert {curve["arm"] for curve in moved} == {"expert-out", "router-qw"}
+    np.testing.assert_allclose(moved[0]["mean"], 0.21)
+
+
+def test_co_activation_and_domains_are_counted_in_the_probe(small: Path, content: dict[str, Any]):
+    found = content["groups"][1]["routings"][0]
+    probe = np.load(small.parent / "sweep/experts/base/seed0/probe.npz")
+    ids, domains = probe["ids"][-1, 1], probe["domains"]
+    a, b = found["experts"][:2]
+    has_a, has_b = ((ids == one).any(1) for one in (a, b))
+    assert found["layer"] == 1
+    together = (has_a & has_b).sum() / has_a.sum() * 63 / 3
+    assert found["co_activation"][0][1] == pytest.approx(together, rel=5e-3)
+    share = has_a[domains == 2].sum() / (domains == 2).sum() * 64 / 4
+    assert found["specialization"][2][0] == pytest.approx(share, rel=5e-3)
+
+
+def test_sounds_and_texts_are_part_of_the_page(tmp_path: Path):
+    write_run(tmp_path / "runs/a", KNOWN[0], 0)
+    write_run(tmp_path / "runs/b", KNOWN[1], 0)
+    for name in ("a", "b"):
+        shutil.rmtree(tmp_path / f"runs/{name}/samples")
+        folder = tmp_path / f"runs/{name}/samples/val_000800"
+        folder.mkdir(parents=True)
+        for kind in ("original", "reconstruction"):
+            soundfile.write(folder / f"0_{kind}.wav", np.zeros(800), 16_000)
+    write_run(tmp_path / "runs/c", KNOWN[0], 0, experts=True)
+    (tmp_path / "runs/c/samples").mkdir()
+    (tmp_path / "runs/c/samples/val_000800.txt").write_text("def <b>:\n    pass")
+    html = report([tmp_path / "runs"], tmp_path / "out").html.read_text()
+    assert html.count('<audio controls preload="none" src="data:audio/wav;base64,') == 4
+    assert "def &lt;b&gt;:\n    pass" in html

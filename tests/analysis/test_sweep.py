@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
-from simvq_moe.analysis.sweep import plan
+from simvq_moe.analysis.sweep import plan, share
+from simvq_moe.analysis.sweep_runs import Clock, Machine, command
 from simvq_moe.merging import ConfigError, first_difference
-from tests.launching import metrics, run, start
+from tests.launching import ROOT, environment, metrics, run, start
 
 SWEEP = """
 name: small
@@ -69,6 +73,76 @@ def test_a_bad_sweep_is_one_line(folder: Path, extra: str, words: list[str]) -> 
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+def test_arms_restrict_the_plan_to_them_and_their_baselines(folder: Path) -> None:
+    second = "groups: {more: {question: q, config: base.yaml, baseline: a, outcomes: [val/mse], "
+    second += "primary: {b: val/mse}, arms: {a: {label: A}, b: {label: B}, c: {label: C}}}}"
+    (folder / "more.yaml").write_text(f"{second}\nseeds: [0, 1]\n")
+    files = [folder / "sweep.yaml", folder / "more.yaml"]
+    found = plan(files, ["simvq", "more/c"])
+    pairs = [("codes", "vq"), ("codes", "simvq"), ("more", "a"), ("more", "c")]
+    assert [(r.seed, r.group, r.arm) for r in found.runs] == [
+        (s, *p) for s in (0, 1) for p in pairs
+    ]
+    assert found.spec.groups["more"].primary == {}
+    assert {run.group for run in plan(files, ["c"]).runs} == {"more"}
+    with pytest.raises(ConfigError, match="--arms 'simqv' is in no group"):
+        plan(files, ["simqv"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
+def test_tasks_of_an_array_share_every_run_once_and_whole_arms_where_asked(
+    folder: Path, count: int
+) -> None:
+    (folder / "more.yaml").write_text("seeds: [0, 1]\n")
+    runs = plan([folder / "sweep.yaml", folder / "more.yaml"]).runs
+    for whole_arms in (False, True):
+        shares = [share(runs, i, count, whole_arms=whole_arms) for i in range(count)]
+        assert sorted(run.name for one in shares for run in one) == sorted(run.name for run in runs)
+        sizes = [len(one) for one in shares]
+        assert max(sizes) - min(sizes) <= (2 if whole_arms else 1)
+        if whole_arms:
+            arms = [{run.arm for run in one} for one in shares]
+            assert sum(len(one) for one in arms) == 3
+
+
+def test_runs_side_by_side_share_cores_and_gpus() -> None:
+    cpus = Machine(ranks=2, parallel=3, cores=16, gpus=())
+    assert (cpus.threads, cpus.gpus_of(1)) == (2, [])
+    assert Machine(ranks=2, parallel=3, cores=2, gpus=()).threads == 1
+    pairs = Machine(ranks=2, parallel=3, cores=16, gpus=("0", "1", "2", "5"))
+    assert [pairs.gpus_of(slot) for slot in range(3)] == [["0", "1"], ["2", "5"], ["0", "1"]]
+    crowded = Machine(ranks=1, parallel=3, cores=16, gpus=("0",))
+    assert [crowded.gpus_of(slot) for slot in range(3)] == [["0"]] * 3
+
+
+def test_one_rank_needs_no_launcher_and_dealt_gpus_no_number() -> None:
+    assert command(Path("a.yaml"), 1)[:3] == [sys.executable, "-m", "simvq_moe"]
+    assert "--num_accelerators" in command(Path("a.yaml"), 2)
+    assert "--num_accelerators" not in command(Path("a.yaml"), 2, ["2", "5"])
+
+
+def test_time_left_counts_runs_that_wait_on_those_under_way() -> None:
+    clock = Clock()
+    assert clock.left([], ["a"], 2) is None
+    clock.seen["a"] += [10.0, 20.0]
+    assert clock.left([], ["a"], 2) == 15
+    # the third begins where the first of two ends; unseen groups are taken for the seen one
+    assert clock.left([], ["a", "a", "b"], 2) == 30
+
+
+def in_background(*args: str, cwd: Path) -> subprocess.Popen[str]:
+    """A sweep once every run that it does at a time has logged a step."""
+    process = start(*args, cwd=cwd)
+    assert process.stderr is not None
+    begun: set[str] = set()
+    for line in process.stderr:
+        if "step " in line:
+            begun.add(line.split()[1])
+        if len(begun) == int(args[-1]):
+            break
+    return process
+
+
 @pytest.mark.distributed
 def test_a_sweep_runs_reports_failures_and_skips_what_is_finished(folder: Path) -> None:
     command = ("sweep", "--config", "sweep.yaml", "--ranks", "2")
@@ -96,18 +170,73 @@ def test_a_sweep_runs_reports_failures_and_skips_what_is_finished(folder: Path) 
 
 
 @pytest.mark.distributed
-def test_an_interrupted_sweep_saves_its_run_and_goes_on_from_there(folder: Path) -> None:
-    (folder / "long.yaml").write_text("set: {train: {steps: 600, save_every: 600}}\nname: long\n")
-    command = ("sweep", "--config", "sweep.yaml", "--config", "long.yaml", "--ranks", "2")
-    process = start(*command, cwd=folder)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "step " in line:
-            break
-    os.kill(process.pid, signal.SIGINT)
+@pytest.mark.parametrize(("ranks", "number"), [("2", signal.SIGINT), ("1", signal.SIGTERM)])
+def test_an_interrupted_sweep_saves_every_run_under_way(
+    folder: Path, ranks: str, number: signal.Signals
+) -> None:
+    (folder / "long.yaml").write_text("set: {train: {steps: 900, save_every: 900}}\nname: long\n")
+    files = ("--config", "sweep.yaml", "--config", "long.yaml", "--arms", "vq,simvq")
+    parallel = "1" if ranks == "2" else "2"
+    process = in_background("sweep", *files, "--ranks", ranks, "--parallel", parallel, cwd=folder)
+    os.kill(process.pid, number)
     process.communicate(timeout=120)
     assert process.returncode == 130
-    run_dir = folder / "runs" / "long" / "codes" / "vq" / "seed0"
-    assert json.loads((run_dir / "meta.json").read_text())["status"] == "interrupted"
-    stopped_at = int((run_dir / "checkpoints" / "latest").read_text())
-    assert 0 < stopped_at < 600
+    for arm in ("vq", "simvq")[: int(parallel)]:
+        run_dir = folder / "runs" / "long" / "codes" / arm / "seed0"
+        assert json.loads((run_dir / "meta.json").read_text())["status"] == "interrupted"
+        stopped_at = int((run_dir / "checkpoints" / "latest").read_text())
+        assert 0 < stopped_at < 900
+
+
+@pytest.mark.distributed
+def test_a_killed_run_is_failed_and_the_others_go_on(folder: Path) -> None:
+    (folder / "long.yaml").write_text("set: {train: {steps: 300}}\nname: long\n")
+    files = ("--config", "sweep.yaml", "--config", "long.yaml", "--arms", "simvq")
+    process = in_background("sweep", *files, "--parallel", "2", cwd=folder)
+    root = folder / "runs" / "long" / "codes"
+    training = next(
+        child
+        for child in psutil.Process(process.pid).children()
+        if any("codes-vq-seed0" in word for word in child.cmdline())
+    )
+    training.kill()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    statuses = [
+        json.loads((root / arm / "seed0" / "meta.json").read_text())["status"]
+        for arm in ("vq", "simvq")
+    ]
+    assert statuses == ["failed", "finished"]
+    assert "killed by signal 9" in (root / "vq" / "seed0" / "meta.json").read_text()
+    content = json.loads((folder / "runs" / "long" / "sweep.json").read_text())
+    assert content["command"].endswith("--arms simvq --ranks 1 --parallel 2")
+    assert [arm["name"] for arm in content["groups"][0]["arms"]] == ["vq", "simvq"]
+    assert "SimVQ" in out
+
+
+@pytest.mark.distributed
+def test_a_job_array_does_its_runs_in_tasks_and_the_last_one_reports(folder: Path) -> None:
+    srun = folder / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/usr/bin/env bash\nwhile [[ "$1" == --* ]]; do shift 2; done\nexec "$@"\n')
+    srun.chmod(0o755)
+    ours = environment()
+    ours |= {"PATH": f"{srun.parent}:{ours['PATH']}", "SLURM_SUBMIT_DIR": str(folder)}
+    ours |= {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "3"}
+    command = ["bash", str(ROOT / "launch" / "slurm_sweep.sbatch"), "--config", "sweep.yaml"]
+    command += ["--arms", "simvq"]
+    root = folder / "runs" / "small"
+    for task, done in ((3, ["vq"]), (4, ["vq", "simvq"])):
+        environ = ours | {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": str(70 + task)}
+        found = subprocess.run(
+            command, env=environ, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert found.returncode == 0, found.stderr
+        finished = [
+            arm
+            for arm in ("vq", "simvq")
+            if (root / "codes" / arm / "seed0" / "summary.json").is_file()
+        ]
+        assert finished == done
+        assert (root / "report" / "report.json").is_file() == (task == 4)
+    assert "the other tasks' runs go on" not in found.stderr

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from simvq_moe.data.domains import Domains, domain_of
-from simvq_moe.data.text import TokenWindows, token_windows
+from simvq_moe.data.text import token_windows
+from simvq_moe.data.tokens import TokenWindows
 
 
 @pytest.mark.parametrize(

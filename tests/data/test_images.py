@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from simvq_moe.data.images import PHOTOS, check_source, image_crops
+from simvq_moe.data.images import PHOTOS, ImageCrops, LazyCrops, check_source, image_crops
+from simvq_moe.data.pictures import FilePicture
 from simvq_moe.merging import ConfigError
 
 SIZE = 8
@@ -42,13 +43,19 @@ def many(tmp_path):
     return tmp_path
 
 
-def crops(source, count=50, held_out=20, size=SIZE, seed=0):
-    return image_crops(str(source), size=size, crops=count, held_out_crops=held_out, seed=seed)
+def crops(source, count=50, held_out=20, size=SIZE, seed=0, **options):
+    """Both sets, in memory."""
+    train, late = image_crops(
+        str(source), size=size, crops=count, held_out_crops=held_out, seed=seed, **options
+    )
+    assert isinstance(train, ImageCrops)
+    assert isinstance(late, ImageCrops)
+    return train, late
 
 
 def test_photos_give_the_default_set_without_importing_their_packages():
     before = set(sys.modules)
-    train, held_out = image_crops("photos", size=32, crops=18_000, held_out_crops=1_026, seed=0)
+    train, held_out = crops("photos", 18_000, 1_026, 32)
     assert not {"skimage", "sklearn", "pooch"} & (set(sys.modules) - before)
     assert train.images.shape == (18_000, 3, 32, 32)
     assert held_out.images.shape == (1_026, 3, 32, 32)
@@ -184,3 +191,144 @@ def test_only_damaged_images_are_an_error(tmp_path):
 def test_sources_with_an_image_pass_the_check(few):
     check_source("photos")
     check_source(str(few))
+
+
+def lazy(source, count=50, held_out=20, **options):
+    """The same crops, of which none are kept in memory."""
+    return image_crops(
+        str(source), size=SIZE, crops=count, held_out_crops=held_out, seed=0, memory=0, **options
+    )
+
+
+@pytest.mark.parametrize("shorter_side", [0, 16])
+@pytest.mark.parametrize("folder", ["few", "many"])
+def test_a_set_too_large_for_memory_has_the_same_crops(folder, shorter_side, request):
+    source = request.getfixturevalue(folder)
+    eager = image_crops(
+        str(source), size=4, crops=50, held_out_crops=20, seed=0, shorter_side=shorter_side
+    )
+    late = image_crops(
+        str(source),
+        size=4,
+        crops=50,
+        held_out_crops=20,
+        seed=0,
+        shorter_side=shorter_side,
+        memory=0,
+    )
+    for a, b in zip(eager, late, strict=True):
+        assert isinstance(a, ImageCrops)
+        assert isinstance(b, LazyCrops)
+        assert len(a) == len(b)
+        indices = np.random.default_rng(0).permutation(len(a))
+        torch.testing.assert_close(b.batch(indices), a.batch(indices), rtol=0, atol=0)
+
+
+def test_crops_are_kept_up_to_the_given_memory(many):
+    crop = 3 * SIZE * SIZE
+    train, _ = image_crops(
+        str(many), size=SIZE, crops=50, held_out_crops=20, seed=0, memory=30 * crop
+    )
+    assert isinstance(train, LazyCrops)
+    first = train.batch(np.arange(50))
+    assert sum(pixels.nbytes for pixels in train.kept.values()) == 30 * crop
+    torch.testing.assert_close(train.batch(np.arange(50)), first, rtol=0, atol=0)
+    assert all(pixels.base is None for pixels in train.kept.values())  # the rest is let go
+
+
+def test_an_image_found_damaged_late_is_replaced_and_named_once(many, caplog):
+    train, _ = lazy(many)
+    assert isinstance(train, LazyCrops)
+    broken = train.parts[3].picture
+    assert isinstance(broken, FilePicture)
+    content = broken.path.read_bytes()
+    broken.path.write_bytes(content[: len(content) // 2])
+    with caplog.at_level(logging.WARNING):
+        first, again = train.batch(np.arange(50)), train.batch(np.arange(50))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    (record,) = caplog.records
+    assert record.getMessage() == f"skipped damaged image 1: {broken.name}"
+    number = int(np.flatnonzero(train.part_of == 3)[0])
+    after = int(np.flatnonzero(train.part_of == 4)[0])
+    torch.testing.assert_close(first[number], first[after], rtol=0, atol=0)
+
+
+def test_digests_tell_sets_apart(many):
+    assert lazy(many)[0].digest() == lazy(many)[0].digest()
+    assert lazy(many)[0].digest() != lazy(many)[1].digest()
+    assert crops(many)[0].digest() != crops(many, seed=1)[0].digest()
+
+
+def test_held_out_crops_come_from_a_source_of_their_own(many):
+    other = many.parent / "other"
+    other.mkdir()
+    column_image().save(other / "a.png")
+    train, held_out = crops(many, 200, 400, held_out_source=str(other))
+    assert train.images.unique().tolist() == list(range(40))
+    assert set(held_out.images[:, 0].unique().tolist()) == set(range(100))
+
+
+def test_images_are_resized_to_their_shorter_side(tmp_path):
+    # a quarter as wide and high: 4 x 4 pixels become one
+    column_image(width=200, height=80).save(tmp_path / "a.png")
+    train, held_out = crops(tmp_path, 300, 100, 4, shorter_side=20)
+    # 164 columns of the left part and 36 of the right, with 1.5 as the mean of columns 0 to 3
+    left, right = train.images[:, 0].unique(), held_out.images[:, 0].unique()
+    assert left[0] <= 2
+    assert left[-1] < 164 <= right[0]
+    steps = train.images[:, 0].int().diff(dim=2)
+    assert set(steps.unique().tolist()) <= {3, 4, 5}
+
+
+def image_folder(folder, count=40):
+    """A folder of images, as `datasets` reads it."""
+    folder.mkdir()
+    for i in range(count):
+        plain_image(i).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.mark.parametrize("word", ["hf", "hf-stream"])
+@pytest.mark.parametrize("form", ["imagefolder", "parquet"])
+def test_data_sets_of_the_hub_are_read_by_name(word, form, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    folder = image_folder(tmp_path / "images")
+    if form == "parquet":
+        rows = datasets.load_dataset(str(folder), split="train")
+        folder = tmp_path / "parquet"
+        folder.mkdir()
+        rows.to_parquet(str(folder / "train.parquet"))
+    source = f"{word}:{folder}:train"
+    check_source(source)
+    train, held_out = crops(source, 160, 40)
+    seen, unseen = train.images.unique().tolist(), held_out.images.unique().tolist()
+    assert sorted(seen + unseen) == list(range(40))
+    late, _ = lazy(source, 160, 40)
+    torch.testing.assert_close(late.batch(np.arange(160)), train.batch(np.arange(160)))
+
+
+def test_a_stream_gives_no_more_rows_than_crops(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = image_folder(tmp_path / "images")
+    train, held_out = crops(f"hf-stream:{folder}", 20, 5)
+    values = {*train.images.unique().tolist(), *held_out.images.unique().tolist()}
+    assert max(values) < 25
+
+
+def test_a_data_set_without_images_is_named_with_the_way_out(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "texts").mkdir()
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(
+        str(tmp_path / "texts" / "train.parquet")
+    )
+    with pytest.raises(ConfigError, match=r"has no image column among text: .*'photos'"):
+        crops(f"hf:{tmp_path / 'texts'}")
+    with pytest.raises(ConfigError, match=r"data\.source 'hf:.*nowhere' can't be loaded \("):
+        crops(f"hf:{tmp_path / 'nowhere'}")
+    with pytest.raises(ConfigError, match=r"data\.source 'hf:' holds no readable image"):
+        check_source("hf:")

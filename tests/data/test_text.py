@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,9 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from simvq_moe.data import text
-from simvq_moe.data.text import TokenWindows, check_source, token_windows
+from simvq_moe.data import documents, text
+from simvq_moe.data.order import held_out_by_name
+from simvq_moe.data.text import check_source, token_windows
 from simvq_moe.merging import ConfigError
 
 WORDS = ["shared", "map", "code", "expert", "idle", "naïve", "漢字", "🙂", "<|endoftext|>\t\r\n"]
@@ -32,7 +34,7 @@ def write_files(folder, count=40):
     return folder
 
 
-def windows(source, cache, vocabulary=300, context=16):
+def windows(source, cache, vocabulary=300, context=16) -> Any:
     return token_windows(str(source), vocabulary=vocabulary, context=context, cache_dir=str(cache))
 
 
@@ -93,23 +95,8 @@ def test_the_tokenizer_knows_training_documents_alone(tmp_path, source):
 
 
 def sides(source):
-    names = [file.name for file in text._files(str(source))]
-    return names, text.held_out_by_name(names, text.HELD_OUT_SHARE)
-
-
-def test_windows_overlap_by_one_token_and_miss_no_target():
-    part = TokenWindows(np.arange(32, dtype=np.uint16), context=5)
-    assert len(part) == 6
-    batch = part.batch(np.arange(6))
-    assert batch.dtype == torch.int64
-    assert batch[:, 1:].flatten().tolist() == list(range(1, 31))
-    assert batch[:, :-1].flatten().tolist() == list(range(30))
-    assert torch.equal(part.batch(torch.tensor([4, 1])), batch[[4, 1]])
-
-
-@pytest.mark.parametrize(("tokens", "count"), [(0, 0), (5, 0), (6, 1), (10, 1), (11, 2)])
-def test_a_window_needs_one_token_more_than_the_context(tokens, count):
-    assert len(TokenWindows(np.zeros(tokens, dtype=np.uint16), context=5)) == count
+    names = [file.name for file in documents.list_files(str(source))]
+    return names, held_out_by_name(names, text.HELD_OUT_SHARE)
 
 
 def test_token_files_are_mapped_and_small(corpus):
@@ -120,7 +107,7 @@ def test_token_files_are_mapped_and_small(corpus):
 def test_an_equal_corpus_is_encoded_once(tmp_path, source, corpus, cache, monkeypatch):
     copy = tmp_path / "elsewhere"
     shutil.copytree(source, copy)
-    monkeypatch.setattr(text, "_encode", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr(text, "write_corpus", lambda *_, **__: pytest.fail("encoded again"))
     again = windows(copy, cache, context=8)
     assert again.tokenizer == corpus.tokenizer
     assert again.train.batch(np.arange(2)).shape == (2, 9)
@@ -171,14 +158,14 @@ def test_the_cache_holds_whole_folders_only(corpus, cache):
 def test_a_process_that_comes_second_takes_the_folder_of_the_first(
     tmp_path, source, corpus, monkeypatch
 ):
-    encode = text._encode
+    write = text.write_corpus
 
     def overtaken(*args, **kwargs):
-        encode(*args, **kwargs)
+        write(*args, **kwargs)
         folder = corpus.tokenizer.parent
         shutil.copytree(folder, tmp_path / "cache" / folder.name)
 
-    monkeypatch.setattr(text, "_encode", overtaken)
+    monkeypatch.setattr(text, "write_corpus", overtaken)
     second = windows(source, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [second.tokenizer.parent.name]
     np.testing.assert_array_equal(second.train.tokens, corpus.train.tokens)
@@ -188,7 +175,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_finished(tmp_path, sourc
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(text, "_encode", interrupted)
+    monkeypatch.setattr(text, "write_corpus", interrupted)
     with pytest.raises(KeyboardInterrupt):
         windows(source, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
@@ -226,12 +213,12 @@ def test_of_few_documents_the_ends_are_held_out(tmp_path):
 
 
 def test_the_standard_library_comes_without_tests_and_generated_tables():
-    names = [file.name for file in text._files("python-stdlib")]
+    names = [file.name for file in documents.list_files("python-stdlib")]
     assert {"argparse.py", "asyncio/base_events.py", "json/decoder.py"} < set(names)
     assert names == sorted(names)
     folders = {folder for name in names for folder in name.split("/")[:-1]}
-    assert not folders & text.STDLIB_WITHOUT
-    size = sum(file.path.stat().st_size for file in text._files("python-stdlib"))
+    assert not folders & documents.STDLIB_WITHOUT
+    size = sum(file.path.stat().st_size for file in documents.list_files("python-stdlib"))
     assert 6e6 < size < 14e6
 
 
@@ -286,14 +273,16 @@ def test_a_vocabulary_that_cannot_be_filled_is_named(tmp_path, source, settings,
 
 
 def test_a_context_longer_than_the_corpus_is_named(source, cache):
-    with pytest.raises(ConfigError, match=r"data\.context 100000: .* held-out tokens: lower it"):
+    with pytest.raises(
+        ConfigError, match=r"data\.context 100000: .* only \d+ train tokens in 1 files: lower it"
+    ):
         windows(source, cache, context=100_000)
 
 
 def test_damaged_rows_are_an_error_that_names_the_source(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n{"text": bad\n')
-    with pytest.raises(ConfigError, match=r"data\.source .*a\.jsonl' can't be read"):
+    with pytest.raises(ConfigError, match=r"data\.source .* can't be read: .*a\.jsonl line 2: "):
         windows(path, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

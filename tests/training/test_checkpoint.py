@@ -353,6 +353,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tiny: Config, world: W
     [
         (("--train.zero_stage", "2"), False),
         (("--moe.expert_parallel", "2"), False),
+        (("--train.log_every", "3", "--train.eval_every", "5", "--train.save_every", "7"), False),
+        (("--train.on_not_finite", "skip", "--train.timeout_s", "60"), False),
+        (("--train.steps", "900"), False),
         (("--train.accumulation", "2"), True),
     ],
 )

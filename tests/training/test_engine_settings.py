@@ -10,16 +10,26 @@ from typing import Any
 import pytest
 import torch
 
-from simvq_moe.config import Config
-from simvq_moe.merging import ConfigError
+from simvq_moe.config import Config, OptimizerConfig
+from simvq_moe.merging import ConfigError, with_flags
 from simvq_moe.training.engine import World
-from simvq_moe.training.engine_settings import DECIDED, engine_settings
+from simvq_moe.training.engine_optimizer import choose_kernel, make_optimizer
+from simvq_moe.training.engine_settings import DECIDED, check_device, engine_settings
+from tests.launching import ROOT
 from tests.short_training import train_two_steps
 
 OFFLOAD = {
     "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
     "zero_force_ds_cpu_optimizer": False,
 }
+
+
+SMALL = (
+    *("--language_model.layers", "1", "--language_model.width", "16", "--data.context", "16"),
+    *("--data.vocabulary", "300", "--data.source", str(Path(__file__).parent)),
+)
+EXAMPLES = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
+ON_GPU = torch.device("cuda")
 
 
 def config_with(path: Path) -> Config:
@@ -71,15 +81,60 @@ def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path: Path) -> None:
         engine_settings(config_with(tmp_path / "broken.json"))
 
 
-def test_an_offloaded_optimizer_trains_the_same(tmp_path: Path, world: World) -> None:
-    path = tmp_path / "deepspeed.json"
-    path.write_text(json.dumps(OFFLOAD))
-    small = {"language_model": replace(Config().language_model, layers=1, width=16)}
-    data = replace(Config().data, vocabulary=300, context=16, source=str(Path(__file__).parent))
-    config = replace(config_with(path), data=data, **small)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_trains_as_a_run_without_it(example: Path, tmp_path: Path, world: World) -> None:
+    config = with_flags(config_with(example), SMALL, "train")
+    if "offload_param" in engine_settings(config)["zero_optimization"]:
+        pytest.skip("needs stage 3: see test_engine_stages")
     plain = replace(config, train=replace(config.train, deepspeed_config=None))
     losses = [
         train_two_steps(c, tmp_path / str(i), world)["val/loss"]
         for i, c in enumerate((config, plain))
     ]
     torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_stage_0_takes_no_settings_of_zero(tmp_path: Path) -> None:
+    config = config_with(EXAMPLES[0])
+    (tmp_path / "zero.json").write_text(json.dumps(OFFLOAD))
+    settings = {"deepspeed_config": str(tmp_path / "zero.json"), "zero_stage": 0}
+    with pytest.raises(
+        ConfigError, match=r"'zero_optimization', which train\.zero_stage 0 switches"
+    ):
+        engine_settings(replace(config, train=replace(config.train, **settings)))
+
+
+def test_fp16_scales_the_loss_and_needs_a_gpu() -> None:
+    config = with_flags(Config(), ("--train.dtype", "fp16"), "train")
+    settings = engine_settings(config)
+    assert settings["fp16"] == {"enabled": True}
+    assert settings["bf16"] == {"enabled": False}
+    from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+
+    assert DeepSpeedFP16Config(**settings["fp16"]).loss_scale == 0, "0 stands for dynamic"
+    check_device(Config())
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="'fp16' needs a GPU, and there is none here: use"):
+            check_device(config)
+
+
+def test_without_a_gpu_the_optimizer_is_torchs_and_the_log_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    settings = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
+    optimizer = make_optimizer(groups, OptimizerConfig(), settings, torch.device("cpu"))
+    assert type(optimizer) is torch.optim.AdamW
+    assert settings["zero_force_ds_cpu_optimizer"] is False
+    assert caplog.messages == [
+        "optimizer: torch's AdamW: without a GPU DeepSpeed's takes minutes to compile and gains "
+        "nothing"
+    ]
+
+
+def test_on_a_gpu_a_user_may_ask_for_torchs_optimizer_on_the_cpu() -> None:
+    settings = {"zero_optimization": OFFLOAD["zero_optimization"]}
+    assert choose_kernel(settings, ON_GPU)[0] in ("DeepSpeedCPUAdam", "AdamW")
+    settings |= {"zero_force_ds_cpu_optimizer": False}
+    assert choose_kernel(settings, ON_GPU) == ("AdamW", "zero_force_ds_cpu_optimizer is false")

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from simvq_moe.config import Config, DataConfig, LanguageModelConfig, MoEConfig, TrainConfig
 from simvq_moe.core.usage import counters
 from simvq_moe.data.domains import Domains
-from simvq_moe.data.text import TokenWindows
+from simvq_moe.data.tokens import TokenWindows
 from simvq_moe.moe import MoE
 from simvq_moe.moe.measures import (
     confidence,

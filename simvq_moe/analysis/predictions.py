@@ -1,0 +1,384 @@
+"""The predictions that were registered before the runs, and what runs say about each.
+
+Arms are known by their resolved configs, never by their names: a prediction on a map compares an
+arm that has it with the arm of the same group that differs from it in the named keys and in
+nothing else. So any sweep has its predictions checked, as far as its arms go.
+
+A prediction is about every such case: supported if all of them are, contradicted if one is,
+undecided otherwise. A claim that needs two parts needs both, so no p is adjusted for their number
+(an intersection-union test; Berger, 1982). Fewer than `LEAST_PAIRS` pairs decide nothing, but for
+what has to hold in every single run. Each rule is the docstring of its function, and the report
+prints it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from simvq_moe.analysis import stats
+from simvq_moe.analysis.measures import label
+from simvq_moe.analysis.outcomes import early, mean_of_banks, value
+from simvq_moe.analysis.results import Evidence, Prediction
+from simvq_moe.analysis.runs import UNCOMPARED_KEYS, Arm, Group, Run
+
+SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
+NOT_TESTED = "not tested"
+ENTROPY, MAX_VIO = "val/moe/mean/entropy", "val/moe/mean/max_vio"
+ERROR = "val/bits_per_byte"
+SMALL_MAX_VIO = 0.1
+SMALL_ERROR = 0.005
+EARLY = 0.25
+"""Share of the steps."""
+NO_ROUTER_MAP = {
+    "moe.router_map": "none",
+    "moe.train_router_base": True,
+    "moe.router_base_width": None,
+}
+WITH_ROUTER_MAP = {
+    "moe.router": "topk",
+    "moe.router_map": "linear",
+    "moe.train_router_base": False,
+    "moe.balance": "none",
+    "moe.centre_router_input": False,
+}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A prediction as it was written down."""
+
+    name: str
+    statement: str
+    needs: str
+    """The arms that it takes, where there are none."""
+    check: Callable[[Group], list[Evidence]]
+    """Its docstring is the rule."""
+
+
+def check_all(groups: Sequence[Group]) -> list[Prediction]:
+    """Every registered prediction with its verdict about the runs of these groups."""
+    return [_checked(one, groups) for one in REGISTERED]
+
+
+def _checked(one: Registered, groups: Sequence[Group]) -> Prediction:
+    evidence = [found for group in groups for found in one.check(group) if found.n]
+    verdicts = {found.verdict for found in evidence}
+    if not verdicts:
+        verdict = NOT_TESTED
+    elif CONTRADICTED in verdicts:
+        verdict = CONTRADICTED
+    else:
+        verdict = SUPPORTED if verdicts == {SUPPORTED} else UNDECIDED
+    rule = " ".join((inspect.getdoc(one.check) or "").split())
+    return Prediction(one.name, one.statement, rule, one.needs, verdict, evidence)
+
+
+def _indirect(group: Group) -> list[Evidence]:
+    """Arms: with one map after the experts, and those that differ from them only in having none
+    or one for each expert. Measure: how far the change of the shared map alone moves the down
+    projections of experts that were not chosen, over the movement of chosen ones; mean over layers
+    and windows that have such experts. Supported: above 0 in every run with a shared map and
+    exactly 0 in every other. Contradicted: not so in one run. Without a shared map it is 0 by its
+    definition: that half checks the records."""
+    found = []
+    for mapped in _with(group, {"moe.expert_out_map": "linear"}):
+        others = [_like(group, mapped, {"moe.expert_out_map": m}) for m in ("none", "separate")]
+        for arm in (mapped, *others):
+            if arm is None or all(other is None for other in others):
+                continue
+            numbers = _by_seed(arm, lambda r: mean_of_banks(r, "experts.down", "indirect_movement"))
+            right = [(x > 0) if arm is mapped else (x == 0) for x in numbers.values()]
+            text = f"indirect movement of idle experts, {arm.label}"
+            one = _evidence(group, text, "bank/experts.down/indirect_movement", [arm], numbers)
+            found.append(replace(one, p=None, verdict=SUPPORTED if all(right) else CONTRADICTED))
+    return found
+
+
+def _small_change(group: Group) -> list[Evidence]:
+    """Arms: one map after the experts with a load-balance loss, against the same without the map.
+    Measure: change of held-out MaxVio. Supported: the mean and its 95 % interval lie within 0.1 of
+    0. Contradicted: the interval lies wholly outside."""
+    found = []
+    for mapped in _with(group, {"moe.expert_out_map": "linear", "moe.balance": "aux"}):
+        plain = _like(group, mapped, {"moe.expert_out_map": "none"})
+        if plain is not None:
+            one = _difference(group, mapped, plain, MAX_VIO, margin=SMALL_MAX_VIO)
+            found.append(_within(one))
+    return found
+
+
+def _narrow_router(group: Group) -> list[Evidence]:
+    """Arms: a router Q W with frozen Q of width m, four times m at most the number of experts, no
+    balance method, against the plain router. Measures: MaxVio of training over the first quarter of
+    the steps, and held-out bits per byte. Supported: MaxVio is lower and the error higher, each
+    with p < 0.05. Contradicted: one of them is the other way with p < 0.05."""
+    found = []
+    for mapped in _with(group, WITH_ROUTER_MAP):
+        config = _config(mapped)
+        width, experts = config.get("moe.router_base_width"), config.get("moe.experts")
+        plain = _like(group, mapped, NO_ROUTER_MAP)
+        if plain is None or not width or not experts or 4 * width > experts:
+            continue
+        started = [
+            _by_seed(arm, lambda r: early(r, "moe/mean/max_vio", EARLY)) for arm in (mapped, plain)
+        ]
+        text = f"early MaxVio of training, {mapped.label} minus {plain.label}"
+        numbers = {s: x - started[1][s] for s, x in started[0].items() if s in started[1]}
+        found.append(_sign(_evidence(group, text, MAX_VIO, [mapped, plain], numbers), -1))
+        found.append(_sign(_difference(group, mapped, plain, ERROR), 1))
+    return found
+
+
+def _centring(group: Group) -> list[Evidence]:
+    """Arms: a router Q W with frozen Q, the plain router, and the plain router with centred input.
+    Measure: gain in held-out entropy over the plain router. Supported: Q W gains (p < 0.05), and
+    the gain of centring less half of Q W's gain is above 0 (p < 0.05). Contradicted: Q W gains, and
+    that number is below 0 (p < 0.05). Without a gain of Q W there is nothing to explain:
+    undecided."""
+    found = []
+    for mapped in _with(group, WITH_ROUTER_MAP):
+        plain = _like(group, mapped, NO_ROUTER_MAP)
+        centred = plain and _like(group, plain, {"moe.centre_router_input": True})
+        if plain is None or centred is None:
+            continue
+        gain = _sign(_difference(group, mapped, plain, ENTROPY), 1)
+        runs = [_by_seed(arm, lambda r: value(r, ENTROPY)) for arm in (mapped, plain, centred)]
+        shared = [seed for seed in runs[0] if seed in runs[1] and seed in runs[2]]
+        numbers = {s: runs[2][s] - runs[1][s] - (runs[0][s] - runs[1][s]) / 2 for s in shared}
+        text = f"entropy gained by {centred.label}, less half of what {mapped.label} gains"
+        rest = _sign(_evidence(group, text, ENTROPY, [mapped, plain, centred], numbers), 1)
+        if gain.verdict != SUPPORTED:
+            gain, rest = replace(gain, verdict=UNDECIDED), replace(rest, verdict=UNDECIDED)
+        found += [gain, rest]
+    return found
+
+
+def _equivalence(group: Group) -> list[Evidence]:
+    """Arms: one map for all after the experts against one for each, both with a load-balance loss
+    of weight 0.01. Measure: difference of held-out bits per byte. Supported: two one-sided t tests
+    claim it within 0.005 (p < 0.05). Contradicted: its 95 % interval lies wholly outside."""
+    found = []
+    wanted = {"moe.expert_out_map": "linear", "moe.balance": "aux", "moe.balance_weight": 0.01}
+    for mapped in _with(group, wanted):
+        separate = _like(group, mapped, {"moe.expert_out_map": "separate"})
+        if separate is None:
+            continue
+        one = _within(_difference(group, mapped, separate, ERROR, margin=SMALL_ERROR))
+        if one.verdict != CONTRADICTED:
+            claimed = one.n >= stats.LEAST_PAIRS and (one.p_equivalent or 0) < stats.LEVEL
+            one = replace(one, verdict=SUPPORTED if claimed else UNDECIDED)
+        found.append(one)
+    return found
+
+
+def _dead_codes(group: Group) -> list[Evidence]:
+    """Arms: SimVQ (linear W, frozen rows, no bias) against VQ with as many codes. Measure: the
+    share of codes never drawn on the held-out set, less half of VQ's share. Supported: below 0
+    (p < 0.05), so that W takes away more than half of the dead codes. Contradicted: above 0
+    (p < 0.05)."""
+    found = []
+    for simvq, vq in _simvq_and_vq(group):
+        runs = [_by_seed(arm, lambda r: value(r, "val/codes/dead")) for arm in (simvq, vq)]
+        numbers = {s: x - runs[1][s] / 2 for s, x in runs[0].items() if s in runs[1]}
+        text = f"dead codes of {simvq.label}, less half of those of {vq.label}"
+        found.append(_sign(_evidence(group, text, "val/codes/dead", [simvq, vq], numbers), -1))
+    return found
+
+
+def _dead_codes_of_bias(group: Group) -> list[Evidence]:
+    """Arms: SimVQ, VQ, and frozen rows with a learned bias but no W. Measure: the fall of the share
+    of dead codes by the bias alone, less half of the fall by W. Supported: above 0 (p < 0.05).
+    Otherwise undecided, for runs do not record whether the encoder's mean drifts."""
+    found = []
+    for simvq, vq in _simvq_and_vq(group):
+        bias = _like(group, simvq, {"quantizer.transform": "none", "quantizer.bias": True})
+        if bias is None:
+            continue
+        runs = [_by_seed(arm, lambda r: value(r, "val/codes/dead")) for arm in (simvq, vq, bias)]
+        shared = [seed for seed in runs[0] if seed in runs[1] and seed in runs[2]]
+        numbers = {s: runs[1][s] - runs[2][s] - (runs[1][s] - runs[0][s]) / 2 for s in shared}
+        text = f"fall of dead codes by {bias.label}, less half of the fall by {simvq.label}"
+        arms = [simvq, vq, bias]
+        one = _sign(_evidence(group, text, "val/codes/dead", arms, numbers), 1)
+        found.append(replace(one, verdict=SUPPORTED if one.verdict == SUPPORTED else UNDECIDED))
+    return found
+
+
+def _self_selecting(group: Group) -> list[Evidence]:
+    """Arms: self-selecting experts with one map before them, not started from data and without a
+    balance method, against the same without the map. Measure: change of held-out entropy.
+    Supported: below 0 (p < 0.05) in every such pair. Contradicted: above 0 (p < 0.05) in one."""
+    wanted = {"moe.router": "self_selecting", "moe.expert_in_map": "linear"}
+    wanted |= {"moe.router_init": "default", "moe.balance": "none"}
+    return [
+        _sign(_difference(group, mapped, plain, ENTROPY), -1)
+        for mapped in _with(group, wanted)
+        if (plain := _like(group, mapped, {"moe.expert_in_map": "none"})) is not None
+    ]
+
+
+def _pulled_to_data(group: Group) -> list[Evidence]:
+    """Arms: self-selecting experts with one map before them that starts from data, against the same
+    without a map and without such a start. Measure: change of held-out entropy. Supported: above 0
+    (p < 0.05). Contradicted: below 0 (p < 0.05)."""
+    wanted = {"moe.router": "self_selecting", "moe.expert_in_map": "linear"}
+    wanted |= {"moe.router_init": "data", "moe.balance": "none"}
+    plain_keys = {"moe.expert_in_map": "none", "moe.router_init": "default"}
+    return [
+        _sign(_difference(group, mapped, plain, ENTROPY), 1)
+        for mapped in _with(group, wanted)
+        if (plain := _like(group, mapped, plain_keys)) is not None
+    ]
+
+
+REGISTERED = (
+    Registered(
+        "P1",
+        "A shared map after the experts moves idle experts; without a map, or with one for each "
+        "expert, they stay.",
+        "a shared map after the experts, and the same arm without a map or with one for each",
+        _indirect,
+    ),
+    Registered(
+        "P2",
+        "With a load-balance loss, a shared map after the experts changes MaxVio by less than 0.1.",
+        "a load-balance loss with and without a shared map after the experts",
+        _small_change,
+    ),
+    Registered(
+        "P3",
+        "A router Q W that is much narrower than the number of experts lowers early MaxVio without "
+        "a balance loss, at a higher error.",
+        "a router Q W with frozen, narrow Q, and the plain router",
+        _narrow_router,
+    ),
+    Registered(
+        "P4",
+        "Centring the router's input explains most of what a router Q W gains in balance.",
+        "a router Q W with frozen Q, the plain router, and the plain one with centred input",
+        _centring,
+    ),
+    Registered(
+        "P5",
+        "With a load-balance loss of 0.01, one map for all experts and one for each are equivalent "
+        "within 0.005 bits per byte.",
+        "one map for all after the experts and one for each, both with a load-balance loss of 0.01",
+        _equivalence,
+    ),
+    Registered(
+        "P6",
+        "Dead codes fall steeply with a shared map.",
+        "SimVQ with a linear W and frozen rows, and VQ",
+        _dead_codes,
+    ),
+    Registered(
+        "P6, bias",
+        "They fall mostly with the bias alone, if the encoder's mean drifts.",
+        "SimVQ, VQ, and frozen rows with a bias but no W",
+        _dead_codes_of_bias,
+    ),
+    Registered(
+        "P7",
+        "Where experts choose their tokens, a shared map lowers their evenness.",
+        "self-selecting experts with and without a shared map before them",
+        _self_selecting,
+    ),
+    Registered(
+        "P7, data",
+        "A pull to the data reverses that.",
+        "self-selecting experts with a shared map from data, and without a map",
+        _pulled_to_data,
+    ),
+)
+
+
+def _simvq_and_vq(group: Group) -> Iterator[tuple[Arm, Arm]]:
+    wanted = {"quantizer.kind": "simvq", "quantizer.transform": "linear"}
+    wanted |= {"quantizer.train_base": False, "quantizer.bias": False, "quantizer.init": "default"}
+    for simvq in _with(group, wanted):
+        vq = _like(group, simvq, {"quantizer.kind": "vq"})
+        if vq is not None:
+            yield simvq, vq
+
+
+def _with(group: Group, wanted: Mapping[str, Any]) -> list[Arm]:
+    """Arms whose config has all of these."""
+    return [
+        a for a in group.arms if wanted.items() <= {k: _config(a).get(k) for k in wanted}.items()
+    ]
+
+
+def _like(group: Group, arm: Arm, changes: Mapping[str, Any]) -> Arm | None:
+    """The arm of the group that has these changes of another arm's config, and no other.
+
+    A learning rate that a grid has chosen for each arm is no change.
+    """
+    tuned = {"optimizer.lr": None} if group.tuned else {}
+    wanted = _config(arm) | dict(changes) | tuned
+    return next((a for a in group.arms if _config(a) | tuned == wanted), None)
+
+
+def _config(arm: Arm) -> dict[str, Any]:
+    config = next((run.config for run in arm.runs if run.config), {})
+    return {key: v for key, v in config.items() if key not in UNCOMPARED_KEYS}
+
+
+def _by_seed(arm: Arm, number: Callable[[Run], float | None]) -> dict[int, float]:
+    return {run.seed: x for run in arm.runs if (x := number(run)) is not None}
+
+
+def _difference(
+    group: Group, arm: Arm, other: Arm, metric: str, margin: float | None = None
+) -> Evidence:
+    """An arm minus another, over the seeds that both finished."""
+    runs = [_by_seed(one, lambda r: value(r, metric)) for one in (arm, other)]
+    numbers = {s: x - runs[1][s] for s, x in runs[0].items() if s in runs[1]}
+    text = f"{label(metric)}, {arm.label} minus {other.label}"
+    return _evidence(group, text, metric, [arm, other], numbers, margin)
+
+
+def _evidence(
+    group: Group,
+    text: str,
+    metric: str,
+    arms: Sequence[Arm],
+    numbers: Mapping[int, float],
+    margin: float | None = None,
+) -> Evidence:
+    found = stats.compare(list(numbers.values()), margin)
+    return Evidence(
+        group=group.name,
+        text=text,
+        metric=metric,
+        arms=[arm.name for arm in arms],
+        seeds=list(numbers),
+        values=list(numbers.values()),
+        n=found.n,
+        mean=found.mean,
+        interval=found.interval,
+        p=found.p,
+        margin=margin,
+        p_equivalent=found.p_equivalent,
+        verdict=UNDECIDED,
+    )
+
+
+def _sign(one: Evidence, sign: int) -> Evidence:
+    """Supported or contradicted by the sign of the mean, if p allows it."""
+    if one.n < stats.LEAST_PAIRS or one.p is None or one.p >= stats.LEVEL:
+        return one
+    return replace(one, verdict=SUPPORTED if sign * one.mean > 0 else CONTRADICTED)
+
+
+def _within(one: Evidence) -> Evidence:
+    """Supported or contradicted by where the interval lies; equal values have none but the mean."""
+    if one.n < stats.LEAST_PAIRS or one.margin is None:
+        return one
+    low, high = one.interval or (one.mean, one.mean)
+    if -one.margin < low and high < one.margin:
+        return replace(one, verdict=SUPPORTED)
+    outside = low > one.margin or high < -one.margin
+    return replace(one, verdict=CONTRADICTED if outside else UNDECIDED)

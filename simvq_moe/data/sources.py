@@ -1,0 +1,192 @@
+"""Documents of a source, cut into lanes that are read side by side and may start anywhere.
+
+With files enough, lane j of n has the files j, j + n, ...; with fewer files than lanes several
+lanes share a file by row number. A lane's documents therefore depend on the number of lanes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from simvq_moe.data.documents import (
+    TEXT_FIELD,
+    WAY_OUT,
+    CorruptDataError,
+    Defect,
+    File,
+    Rows,
+    content_name,
+    list_files,
+    name_of,
+    read_rows,
+)
+from simvq_moe.data.domains import domain_of
+from simvq_moe.merging import ConfigError
+
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?"
+
+
+class Document(NamedTuple):
+    """One text."""
+
+    name: str
+    """Decides its side: the file's, or that of the row's content."""
+    domain: str
+    text: str
+
+
+@runtime_checkable
+class Cursor(Protocol):
+    """Goes once through a lane's documents."""
+
+    def __iter__(self) -> Iterator[Document | Defect]: ...
+
+    @property
+    def position(self) -> Any:
+        """Where to go on after what was given, of numbers and strings and containers of them."""
+        ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Documents in any number of lanes."""
+
+    name: str
+    digest: str
+    """Differs when the files differ."""
+
+    def cursor(self, lane: int, lanes: int, seed: tuple[int, ...], position: Any) -> Cursor:
+        """The documents of a lane, files in an order of the seed.
+
+        Args:
+            position: where to go on; None: at the start.
+        """
+        ...
+
+
+def open_source(source: str) -> Source:
+    """The files of a folder, or a data set of the Hugging Face hub as NAME or NAME:CONFIG.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    check_stream(source)
+    return HubDataset(source) if _is_hub_name(source) else LocalFiles(source)
+
+
+def check_stream(source: str) -> None:
+    """Raise `ConfigError` for what is neither a path nor could be a name on the hub."""
+    if not _is_hub_name(source) and not list_files(source):
+        raise ConfigError(f"data.source {source!r} holds no readable text: {WAY_OUT}")
+
+
+def _is_hub_name(source: str) -> bool:
+    here = source == "python-stdlib" or Path(source).exists()
+    return not here and re.fullmatch(HUB_NAME, source) is not None
+
+
+class LocalFiles:
+    """The documents of a file, or of all files of a folder."""
+
+    def __init__(self, source: str) -> None:
+        self.name = Path(source).name
+        self.files = list_files(source)
+        sizes = ((file.name, file.path.stat().st_size) for file in self.files)
+        listed = "".join(f"{name}\0{size}\n" for name, size in sizes)
+        self.digest = hashlib.sha256(os.fsencode(listed)).hexdigest()
+
+    def cursor(self, lane: int, lanes: int, seed: tuple[int, ...], position: Any) -> FileCursor:
+        number = len(self.files)
+        if number >= lanes:
+            mine, rows = self.files[lane::lanes], Rows()
+        else:
+            mine = [self.files[lane % number]]
+            rows = Rows(0, lane // number, len(range(lane % number, lanes, number)))
+        order = np.random.default_rng([*seed, lane]).permutation(len(mine))
+        return FileCursor([mine[i] for i in order], rows, position)
+
+
+class FileCursor:
+    """Goes through files, one after the other."""
+
+    def __init__(self, files: list[File], rows: Rows, position: Any) -> None:
+        self.files, self.rows = files, rows
+        self.file, self.row = position or (0, 0)
+
+    def __iter__(self) -> Iterator[Document | Defect]:
+        while self.file < len(self.files):
+            file = self.files[self.file]
+            domain = domain_of(file.name, rows=file.has_rows)
+            for row, found in read_rows(file.path, self.rows._replace(first=self.row)):
+                self.row = row + 1
+                if isinstance(found, Defect):
+                    yield found
+                else:
+                    yield Document(name_of(file, found), domain, found)
+            self.file, self.row = self.file + 1, 0
+
+    @property
+    def position(self) -> list[int]:
+        return [self.file, self.row]
+
+
+class HubDataset:
+    """The training split of a data set on the Hugging Face hub, streamed by `datasets`."""
+
+    def __init__(self, source: str) -> None:
+        from datasets import IterableDataset, load_dataset
+
+        name, _, config = source.partition(":")
+        self.name = self.digest = source
+        try:
+            found = load_dataset(name, config or None, split="train", streaming=True)
+            assert isinstance(found, IterableDataset)
+            self.dataset = found.select_columns([TEXT_FIELD])
+        except Exception as error:  # of network, hub, or format: `datasets` has no common class
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"data.source {source!r} is no path, and as a data set of the Hugging Face hub it "
+                f"can't be opened ({reason}): {WAY_OUT}"
+            ) from None
+
+    def cursor(self, lane: int, lanes: int, seed: tuple[int, ...], position: Any) -> HubCursor:
+        del seed  # shards stay in their order
+        number = max(self.dataset.num_shards, 1)
+        if number >= lanes:
+            return HubCursor(self, self.dataset.shard(lanes, lane), Rows(), position)
+        rows = Rows(0, lane // number, len(range(lane % number, lanes, number)))
+        return HubCursor(self, self.dataset.shard(number, lane % number), rows, position)
+
+
+class HubCursor:
+    """Goes through some shards of a data set; `datasets` knows where in them."""
+
+    def __init__(self, source: HubDataset, shards: Any, rows: Rows, position: Any) -> None:
+        self.source, self.shards, self.rows = source, shards, rows
+        self.row = 0
+        if position is not None:
+            self.row = position["row"]
+            self.shards.load_state_dict(position["shards"])
+
+    def __iter__(self) -> Iterator[Document | Defect]:
+        try:
+            for content in self.shards:
+                row, text = self.row, content[TEXT_FIELD]
+                self.row += 1
+                if row in self.rows and isinstance(text, str) and text:
+                    yield Document(content_name(text), self.source.name, text)
+        except Exception as error:  # a lost connection is no defect that could be skipped
+            raise CorruptDataError(
+                f"data.source {self.source.name!r} after {self.row} rows of a lane: {error}"
+            ) from error
+
+    @property
+    def position(self) -> dict[str, Any]:
+        return {"row": self.row, "shards": self.shards.state_dict()}

@@ -1,0 +1,214 @@
+"""Token ids of text in memory-mapped files, read in windows by index.
+
+A folder of token files has a manifest.json with at least `vocabulary`, the tokenizer.json, and 1-D
+.npy files of unsigned ids whose names start with "train" and with "held_out". The folders that
+`data.text` makes of a corpus are such folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Int64, Integer, UInt
+from torch import Tensor
+
+from simvq_moe.data.domains import Domains, load_domains
+from simvq_moe.data.order import Indices
+from simvq_moe.data.tokenizer import TOKENIZER_FILE, bytes_of_token
+from simvq_moe.merging import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+
+MANIFEST = "manifest.json"
+DOMAINS = "held_out_domains.npz"
+PARTS = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """A row of token ids, cut into windows that overlap by one token.
+
+    Window i holds the tokens from i * context to (i + 1) * context inclusive: the last one is only
+    a target there and the first input of the next, so every token but the first is a target once.
+    """
+
+    tokens: UInt[np.ndarray, " tokens"]
+    context: int
+    domains: Domains | None = None
+    """Of the documents; None: not known."""
+
+    def __len__(self) -> int:
+        return max(len(self.tokens) - 1, 0) // self.context
+
+    def batch(self, indices: Indices) -> Int64[Tensor, "batch window"]:
+        """The windows named by indices, each of context + 1 tokens."""
+        starts = np.asarray(indices)[:, None] * self.context
+        return torch.from_numpy(self.tokens[starts + np.arange(self.context + 1)].astype(np.int64))
+
+    def domains_of(self, indices: Indices) -> Int64[np.ndarray, "batch context"] | None:
+        """Domains of the windows' inputs, numbers of `domains.names`."""
+        if self.domains is None:
+            return None
+        starts = np.asarray(indices)[:, None] * self.context
+        return self.domains.of_tokens(self.tokens, starts + np.arange(self.context))
+
+
+class TokenShards:
+    """Several files as one set of windows, none of which straddles two files."""
+
+    def __init__(self, shards: Sequence[TokenWindows]) -> None:
+        self.shards = tuple(shards)
+        self.firsts = np.cumsum([0, *(len(shard) for shard in shards)])
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    def batch(self, indices: Indices) -> Int64[Tensor, "batch window"]:
+        """The windows named by indices, in the order of the files."""
+        numbers = np.asarray(indices)
+        of = np.searchsorted(self.firsts, numbers, side="right") - 1
+        pairs = zip(of, numbers - self.firsts[of], strict=True)
+        return torch.cat([self.shards[shard].batch(np.array([i])) for shard, i in pairs])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Both sides of a corpus and what its tokens stand for."""
+
+    train: TokenWindows | TokenShards | None
+    """None: it is a stream."""
+    held_out: TokenWindows
+    digest: str
+    """Differs when tokens differ."""
+    end_of_text: int
+    """The token that ends a document."""
+    tokenizer: Path
+    """A tokenizer.json that `tokenizers` and `transformers` load."""
+    bytes_of_token: Int64[Tensor, " vocabulary"]
+    """UTF-8 bytes that each id stands for, 0 for the end of text: the unit of bits per byte."""
+
+    def decode(self, ids: Integer[Tensor, " tokens"] | Integer[np.ndarray, " tokens"]) -> str:
+        """The text of the ids, with the ends of documents left out."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.tokenizer)).decode(np.asarray(ids).tolist())
+
+
+def is_token_folder(source: str) -> bool:
+    """Whether a source is a folder of token files."""
+    return all((Path(source) / name).is_file() for name in (MANIFEST, TOKENIZER_FILE))
+
+
+def load_tokens(
+    folder: Path,
+    parts: Sequence[str] = PARTS,
+    *,
+    source: str,
+    vocabulary: int,
+    context: int,
+) -> Corpus:
+    """A folder of token files, mapped into memory.
+
+    Args:
+        parts: those that it has to have.
+        source: what the user calls them.
+        vocabulary: tokens of the model's vocabulary, no less than the folder's.
+        context: tokens of a window, less the one that is only a target.
+
+    Raises:
+        ConfigError: a part of it is missing, or it goes with neither vocabulary nor context.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text())
+    largest = manifest.get("vocabulary")
+    if largest is None or largest > vocabulary:
+        raise ConfigError(
+            f"data.vocabulary {vocabulary} < {largest}, that of {folder / MANIFEST}: set it so"
+        )
+    shards = {part: _load_part(folder, part, source, context) for part in parts}
+    held_out, train = shards["held_out"], shards.get("train", [])
+    tokens = held_out[0].tokens
+    if len(held_out) > 1:
+        tokens = np.concatenate([shard.tokens for shard in held_out])
+    domains = folder / DOMAINS
+    tokenizer = folder / TOKENIZER_FILE
+    return Corpus(
+        train=(train[0] if len(train) == 1 else TokenShards(train)) if train else None,
+        held_out=TokenWindows(tokens, context, load_domains(domains) if domains.exists() else None),
+        digest=hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16],
+        end_of_text=manifest.get("end_of_text", 0),
+        tokenizer=tokenizer,
+        bytes_of_token=bytes_of_token(tokenizer, vocabulary),
+    )
+
+
+def _load_part(folder: Path, part: str, source: str, context: int) -> list[TokenWindows]:
+    shards = [_mapped(file, context) for file in sorted(folder.glob(f"{part}*.npy"))]
+    if not sum(len(shard) for shard in shards):
+        tokens = sum(len(shard.tokens) for shard in shards)
+        raise ConfigError(
+            f"data.context {context}: data.source {source!r} has only {tokens} {part} tokens in "
+            f"{len(shards)} files: lower it or give more text"
+        )
+    return shards
+
+
+def _mapped(file: Path, context: int) -> TokenWindows:
+    try:
+        tokens = np.load(file, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"data.source: {file} can't be read ({reason}): write it again") from None
+    return TokenWindows(tokens, context)
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[list[int]]:
+    """The ids of documents, each with the end; one that quotes a special token doesn't end there.
+
+    `tokenizer.encode_special_tokens` must be set.
+    """
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [[*encoding.ids, end] for encoding in encodings]
+
+
+def write_tokens(documents: Dataset, tokenizer: Tokenizer, end: int, path: Path) -> int:
+    """Encode the documents' column "text" into one .npy file; returns the number of tokens."""
+    from datasets import Features, List, Value
+
+    dtype = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
+    tokenizer.encode_special_tokens = True
+
+    def encoded(batch: Mapping[str, list[str]]) -> dict[str, list]:
+        ids = encode(tokenizer, batch["text"], end)
+        return {"ids": ids, "length": [len(document) for document in ids]}
+
+    ids_of = documents.map(
+        encoded,
+        batched=True,
+        batch_size=32,
+        remove_columns=documents.column_names,
+        features=Features({"ids": List(Value(dtype)), "length": Value("int64")}),
+        load_from_cache_file=False,
+    ).with_format("numpy")
+    total = int(sum(batch["length"].sum() for batch in batches(ids_of, 4096)))
+    tokens = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(total,))
+    end_of_written = 0
+    for batch in batches(ids_of, 64):
+        for ids in batch["ids"]:
+            tokens[end_of_written : end_of_written + len(ids)] = ids
+            end_of_written += len(ids)
+    tokens.flush()
+    return total
+
+
+def batches(dataset: Dataset, size: int) -> Iterator[dict[str, Any]]:
+    """The rows of a data set, so many at a time."""
+    return cast("Iterator[dict[str, Any]]", dataset.iter(batch_size=size))

@@ -1,0 +1,180 @@
+"""A language model on the codes of a tokenizer: its data, held-out measures and new samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int64
+from torch import Tensor
+
+from simvq_moe.config import Config, DataConfig
+from simvq_moe.data.codes import Manifest, entropy_bits, is_codes, open_codes
+from simvq_moe.merging import ConfigError
+from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.training.building import build_model
+from simvq_moe.training.decoding import Decoder, check_empty, sheet, tokenizer_run
+from simvq_moe.training.engine_sharding import ready
+from simvq_moe.training.loading import load_run
+
+NOT_FOR_CODES = ("document_mask", "streaming", "tokenizer")
+"""Options of text that mean nothing to sequences that are a sample each."""
+AT_A_TIME = 64
+"""Samples that are drawn together."""
+
+
+def is_of_codes(config: Config) -> bool:
+    """Whether a config trains a language model on codes."""
+    source = config.data.source
+    return config.task == "language_model" and source is not None and is_codes(source)
+
+
+def fit_to_codes(config: Config) -> Config:
+    """The config with the vocabulary and the context of the codes that it trains on, if any.
+
+    Raises:
+        ConfigError: it says otherwise, or what was encoded, or the tokenizer, is not there.
+    """
+    if not is_of_codes(config):
+        return config
+    folder = Path(str(config.data.source))
+    manifest = open_codes(folder)["train"].manifest
+    tokenizer_run(folder)
+    data = config.data
+    for name in NOT_FOR_CODES:
+        if getattr(data, name):
+            raise ConfigError(
+                f"data.{name} {getattr(data, name)!r} means nothing to the codes in data.source "
+                f"{data.source!r}, of which each sequence is one sample: drop it"
+            )
+    for name, what in (("vocabulary", "the codes and the begin token"), ("context", "a sample")):
+        value, needed = getattr(data, name), getattr(manifest, name)
+        if value not in (needed, getattr(DataConfig(), name)):
+            raise ConfigError(
+                f"data.{name} {value} with the codes in data.source {data.source!r}: drop it, or "
+                f"use {needed}, {what}"
+            )
+    return replace(
+        config, data=replace(data, vocabulary=manifest.vocabulary, context=manifest.context)
+    )
+
+
+class CodesTask:
+    """Model and data of a config, and what a run measures and shows of them.
+
+    Args:
+        config: of a language model whose data.source is a folder of token shards.
+
+    Raises:
+        ConfigError: see `open_codes` and `Decoder`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        folder = Path(str(config.data.source))
+        parts = open_codes(folder)
+        self.train, self.held_out = parts["train"], parts["held_out"]
+        self.manifest, self.seed = self.train.manifest, config.seed
+        self.unigram_bits = entropy_bits(self.held_out.counts())
+        model = build_model(config)
+        assert isinstance(model, LanguageModel)
+        self.model = model
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.decoder = Decoder(folder, device)
+
+    def evaluate(self, batch: Tensor) -> dict[str, Tensor]:
+        """Nats and codes of a held-out batch."""
+        logits, _ = self.model.logits(batch[:, :-1])
+        targets = batch[:, 1:].flatten()
+        nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").double().sum()
+        return {"nats": nats, "tokens": torch.tensor(float(len(targets)))}
+
+    def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
+        loss = sums["nats"] / sums["tokens"]
+        return {
+            "val/loss": loss,
+            "val/bits_per_code": loss / math.log(2),
+            "val/unigram_bits_per_code": self.unigram_bits,
+        }
+
+    def picture(self, batch: Tensor) -> np.ndarray:
+        """Held-out images above new ones; all ranks call it together."""
+        return sheet(self.decoder.decode(batch), self.decoder.decode(self._new(len(batch))))
+
+    def sounds(self, batch: Tensor) -> dict[str, np.ndarray]:
+        """Held-out clips and new ones; all ranks call it together."""
+        pair = {"held_out": batch, "sample": self._new(len(batch))}
+        return {
+            name: self.decoder.decode(sequences).clamp(-1, 1).cpu().numpy()
+            for name, sequences in pair.items()
+        }
+
+    def _new(self, samples: int) -> Tensor:
+        """The same random numbers at every evaluation, so that only the model differs."""
+        random = torch.Generator().manual_seed(self.seed)
+        with ready(self.model):
+            return draw_sequences(self.model, self.manifest, samples, generator=random)
+
+
+def draw_sequences(
+    model: LanguageModel,
+    manifest: Manifest,
+    samples: int,
+    *,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+) -> Int64[Tensor, "samples window"]:
+    """New samples, code by code, each code from the range of its level."""
+    device = model.embedding.weight.device
+    return model.generate(
+        torch.full((samples, 1), manifest.begin, device=device),
+        manifest.context,
+        temperature=temperature,
+        top_k=top_k,
+        ranges=manifest.ranges,
+        generator=generator,
+    )
+
+
+def generate_samples(
+    run_dir: Path, out: Path, samples: int, *, temperature: float, top_k: int, seed: int
+) -> None:
+    """Write new images or clips of a language model's run as out/000000.png ... or .wav.
+
+    Raises:
+        ConfigError: it is no run on codes, `out` is not empty, or a number is out of its range.
+    """
+    for name, value, least in (
+        *(("samples", samples, 1), ("temperature", temperature, 0), ("top_k", top_k, 0)),
+    ):
+        if not value >= least:
+            raise ConfigError(f"--{name} {value} < {least}: use at least {least}")
+    check_empty(out)
+    config, weights = load_run(run_dir)
+    if not is_of_codes(config):
+        raise ConfigError(
+            f"--out {out}: {run_dir} is no language model on codes, or those in data.source "
+            f"{config.data.source!r} are gone: drop --out for text"
+        )
+    folder = Path(str(config.data.source))
+    decoder = Decoder(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = build_model(config)
+    assert isinstance(model, LanguageModel)
+    model.load_state_dict(weights)
+    model.to(decoder.device)
+    random = torch.Generator().manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    for start in range(0, samples, AT_A_TIME):
+        number = min(AT_A_TIME, samples - start)
+        sequences = draw_sequences(
+            *(model, decoder.manifest, number),
+            generator=random,
+            temperature=temperature,
+            top_k=top_k,
+        )
+        decoder.write(sequences, out, start)

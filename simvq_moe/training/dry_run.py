@@ -1,0 +1,80 @@
+"""What a run would cost, without starting it: as text for people and as a dictionary for JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from simvq_moe.config import Config, on_one_rank
+from simvq_moe.training.building import build_model
+from simvq_moe.training.cluster import Cluster, predictions, table
+from simvq_moe.training.cost import parameter_counts
+from simvq_moe.training.per_rank import PerRank, Plan
+
+TITLES = {
+    "same_global_batch": "the global batch of the config, shared by all GPUs",
+    "same_batch_per_gpu": "as many samples on each GPU as that leaves on most of them",
+}
+
+SHORT = 0.01
+"""Seconds of compute, below which a GPU mostly waits for launches."""
+
+
+def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, dict[str, Any]]:
+    """Costs of a rank of so many, and predictions for a cluster.
+
+    A language model is only described and not built, so any size can be asked for.
+    """
+    with torch.device("meta" if config.task == "language_model" else "cpu"):
+        model = build_model(on_one_rank(config))
+    plan = Plan(model, config)
+    rank = plan.on(ranks, config.train.batch_size // ranks)
+    parameters = parameter_counts(model)
+    found: dict[str, Any] = {
+        "parameters": parameters,
+        "flops_per_token": round(rank.flops_per_token),
+        "per_rank": rank.as_dict(),
+    }
+    text = _describe(parameters, rank)
+    if cluster is not None:
+        scalings = predictions(plan, cluster)
+        found["predictions"] = {k: [p.as_dict() for p in rows] for k, rows in scalings.items()}
+        for name, rows in scalings.items():
+            text += f"\n\npredicted, {TITLES[name]}:\n{table(rows, cluster)}"
+        if any(
+            p.memory_bytes > cluster.memory_gb * 1e9 for rows in scalings.values() for p in rows
+        ):
+            text += f"\n! more than the {cluster.memory_gb:g} GB of a GPU"
+        if any(p.compute_s < SHORT for rows in scalings.values() for p in rows):
+            text += (
+                f"\nsteps with less than {1e3 * SHORT:g} ms of compute take longer than predicted: "
+                "launches of kernels are not modelled"
+            )
+    return text, found
+
+
+def _describe(parameters: dict[str, int], rank: PerRank) -> str:
+    sizes = {
+        "weights": rank.parameter_bytes,
+        "gradients": rank.gradient_bytes,
+        "optimizer": rank.optimizer_bytes,
+        "activations": rank.activation_bytes,
+    }
+    sent = {
+        "gradients and weights": rank.dense_bytes + rank.expert_bytes,
+        "all-to-all": rank.exchange_bytes,
+    }
+    return "\n".join(
+        [
+            f"{parameters['total']:,} parameters, {parameters['active']:,} of them for a token; "
+            f"{rank.flops_per_token:,.0f} FLOPs a token, "
+            f"{rank.tokens * rank.ranks:,} tokens a step",
+            f"each of {rank.ranks} rank{'' if rank.ranks == 1 else 's'} holds {_megabytes(sizes)}",
+            f"each sends {_megabytes(sent)} a step",
+        ]
+    )
+
+
+def _megabytes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{size / 1e6:,.1f} MB {name}" for name, size in sizes.items())

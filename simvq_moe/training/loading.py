@@ -1,0 +1,45 @@
+"""A run's config and weights, from its folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from simvq_moe.config import Config, on_one_rank
+from simvq_moe.merging import ConfigError, merge_files
+from simvq_moe.training import checkpoint
+
+FOLDED = "model.safetensors"
+"""Weights of a folded model."""
+
+
+def load_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
+    """The config of a run and the weights of its latest checkpoint, or of a folded model.
+
+    Raises:
+        ConfigError: it is neither, or the run has no whole checkpoint.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir} holds no config.yaml: give the folder of a run")
+    config = on_one_rank(merge_files(Config, [run_dir / "config.yaml"]))
+    if (run_dir / FOLDED).is_file():
+        return config, load_file(run_dir / FOLDED)
+    step = checkpoint.latest_step(run_dir / "checkpoints")
+    if step is None:
+        raise ConfigError(f"{run_dir} has no checkpoint: train it first")
+    return config, checkpoint.load_weights(run_dir / "checkpoints" / str(step))
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """Of every weight's name, type, shape and bytes, in whatever files they lie."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,274 @@
+"""Registered predictions on made-up runs: each verdict is reached, and by configs, not by names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from simvq_moe.analysis.predictions import REGISTERED, check_all
+from simvq_moe.analysis.results import Prediction
+from simvq_moe.analysis.runs import Arm, Group, Run
+
+PLAIN: dict[str, Any] = {
+    "moe.router": "topk",
+    "moe.experts": 64,
+    "moe.router_map": "none",
+    "moe.train_router_base": True,
+    "moe.router_base_width": None,
+    "moe.centre_router_input": False,
+    "moe.expert_out_map": "none",
+    "moe.expert_in_map": "none",
+    "moe.router_init": "default",
+    "moe.balance": "none",
+    "moe.balance_weight": 0.01,
+    "quantizer.kind": "vq",
+    "quantizer.transform": "linear",
+    "quantizer.train_base": False,
+    "quantizer.bias": False,
+    "quantizer.init": "default",
+    "optimizer.lr": 1e-3,
+}
+AUX = {"moe.balance": "aux"}
+OUT, SEPARATE = {"moe.expert_out_map": "linear"}, {"moe.expert_out_map": "separate"}
+ROUTER = {"moe.router_map": "linear", "moe.train_router_base": False}
+NARROW = ROUTER | {"moe.router_base_width": 8}
+CENTRED = {"moe.centre_router_input": True}
+SELF = {"moe.router": "self_selecting"}
+SELF_MAP = SELF | {"moe.expert_in_map": "linear"}
+SELF_DATA = SELF_MAP | {"moe.router_init": "data"}
+SIMVQ = {"quantizer.kind": "simvq"}
+BIAS = SIMVQ | {"quantizer.transform": "none", "quantizer.bias": True}
+ENTROPY, MAX_VIO = "val/moe/mean/entropy", "val/moe/mean/max_vio"
+ERROR, DEAD = "val/bits_per_byte", "val/codes/dead"
+EARLY, MOVED = "early", "moved"
+
+
+def arm(
+    name: str, changes: dict[str, Any], seeds: int = 6, spread: float = 0.001, **numbers: float
+) -> Arm:
+    """Runs with these numbers and a small spread over seeds, another for every arm."""
+    rng = np.random.default_rng([*name.encode()])
+    runs = []
+    for seed in range(seeds):
+        final = {k: v + spread * rng.normal() for k, v in numbers.items()}
+        early, moved = final.pop(EARLY, 0.0), numbers.get(MOVED)
+        lines = [
+            {"step": float(s), "moe/mean/max_vio": early if s <= 25 else 99.0} for s in (25, 100)
+        ]
+        if moved is not None:
+            lines[-1] |= {"bank/00/indirect_movement": moved, "bank/01/indirect_movement": 7.0}
+        runs.append(
+            Run(
+                path=Path(name),
+                arm=name,
+                seed=seed,
+                status="finished",
+                config=PLAIN | changes | {"seed": seed, "name": f"{name}/{seed}", "arm": name},
+                meta={"banks": ["blocks.0.moe.experts.down", "blocks.0.moe.router.bank"]},
+                metrics=tuple(lines),
+                final=final,
+            )
+        )
+    return Arm(name, f"label of {name}", control=False, runs=tuple(runs))
+
+
+def checked(name: str, *arms: Arm, tuned: bool = False) -> Prediction:
+    group = Group("g", "Question?", arms[0].name, (ERROR,), arms, tuned=tuned)
+    return next(one for one in check_all([group]) if one.name == name)
+
+
+def of(metric: str, value: float) -> dict[str, float]:
+    return {metric: value}
+
+
+CASES = [
+    (
+        "P1",
+        "supported",
+        [("a", {}, of(MOVED, 0.0)), ("b", OUT, of(MOVED, 0.2)), ("c", SEPARATE, of(MOVED, 0.0))],
+    ),
+    ("P1", "contradicted", [("a", {}, of(MOVED, 1e-9)), ("b", OUT, of(MOVED, 0.2))]),
+    ("P1", "contradicted", [("a", {}, of(MOVED, 0.0)), ("b", OUT, of(MOVED, 0.0))]),
+    ("P2", "supported", [("a", AUX, of(MAX_VIO, 1.3)), ("b", AUX | OUT, of(MAX_VIO, 1.35))]),
+    ("P2", "contradicted", [("a", AUX, of(MAX_VIO, 1.3)), ("b", AUX | OUT, of(MAX_VIO, 1.5))]),
+    ("P2", "undecided", [("a", AUX, of(MAX_VIO, 1.3)), ("b", AUX | OUT, of(MAX_VIO, 1.4))]),
+    (
+        "P3",
+        "supported",
+        [("a", {}, {EARLY: 8.0, ERROR: 2.0}), ("b", NARROW, {EARLY: 5.0, ERROR: 2.1})],
+    ),
+    (
+        "P3",
+        "contradicted",
+        [("a", {}, {EARLY: 8.0, ERROR: 2.0}), ("b", NARROW, {EARLY: 5.0, ERROR: 1.9})],
+    ),
+    (
+        "P3",
+        "undecided",
+        [("a", {}, {EARLY: 8.0, ERROR: 2.0}), ("b", NARROW, {EARLY: 5.0, ERROR: 2.0})],
+    ),
+    (
+        "P4",
+        "supported",
+        [
+            ("a", {}, of(ENTROPY, 0.7)),
+            ("b", ROUTER, of(ENTROPY, 0.8)),
+            ("c", CENTRED, of(ENTROPY, 0.78)),
+        ],
+    ),
+    (
+        "P4",
+        "contradicted",
+        [
+            ("a", {}, of(ENTROPY, 0.7)),
+            ("b", ROUTER, of(ENTROPY, 0.8)),
+            ("c", CENTRED, of(ENTROPY, 0.72)),
+        ],
+    ),
+    (
+        "P4",
+        "undecided",
+        [
+            ("a", {}, of(ENTROPY, 0.7)),
+            ("b", ROUTER, of(ENTROPY, 0.6)),
+            ("c", CENTRED, of(ENTROPY, 0.78)),
+        ],
+    ),
+    (
+        "P5",
+        "supported",
+        [("a", AUX | OUT, of(ERROR, 2.0)), ("b", AUX | SEPARATE, of(ERROR, 2.001))],
+    ),
+    (
+        "P5",
+        "contradicted",
+        [("a", AUX | OUT, of(ERROR, 2.0)), ("b", AUX | SEPARATE, of(ERROR, 2.02))],
+    ),
+    (
+        "P5",
+        "undecided",
+        [("a", AUX | OUT, of(ERROR, 2.0)), ("b", AUX | SEPARATE, of(ERROR, 2.005))],
+    ),
+    ("P6", "supported", [("a", {}, of(DEAD, 0.95)), ("b", SIMVQ, of(DEAD, 0.3))]),
+    ("P6", "contradicted", [("a", {}, of(DEAD, 0.95)), ("b", SIMVQ, of(DEAD, 0.6))]),
+    (
+        "P6, bias",
+        "supported",
+        [("a", {}, of(DEAD, 0.95)), ("b", SIMVQ, of(DEAD, 0.35)), ("c", BIAS, of(DEAD, 0.5))],
+    ),
+    (
+        "P6, bias",
+        "undecided",
+        [("a", {}, of(DEAD, 0.95)), ("b", SIMVQ, of(DEAD, 0.35)), ("c", BIAS, of(DEAD, 0.9))],
+    ),
+    ("P7", "supported", [("a", SELF, of(ENTROPY, 0.8)), ("b", SELF_MAP, of(ENTROPY, 0.75))]),
+    ("P7", "contradicted", [("a", SELF, of(ENTROPY, 0.8)), ("b", SELF_MAP, of(ENTROPY, 0.85))]),
+    ("P7, data", "supported", [("a", SELF, of(ENTROPY, 0.8)), ("b", SELF_DATA, of(ENTROPY, 0.85))]),
+    (
+        "P7, data",
+        "contradicted",
+        [("a", SELF, of(ENTROPY, 0.8)), ("b", SELF_DATA, of(ENTROPY, 0.75))],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict", "arms"), CASES, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_known_effects_get_their_verdict(name: str, verdict: str, arms: list[Any]):
+    found = checked(name, *(arm(a, changes, **numbers) for a, changes, numbers in arms))
+    assert found.verdict == verdict
+    assert found.evidence
+
+
+@pytest.mark.parametrize(
+    ("name", "arms"),
+    [(n, arms) for n, verdict, arms in CASES if verdict == "supported" and n != "P1"],
+)
+def test_five_pairs_decide_nothing(name: str, arms: list[Any]):
+    found = checked(name, *(arm(a, changes, seeds=5, **n) for a, changes, n in arms))
+    assert found.verdict == "undecided"
+
+
+@pytest.mark.parametrize(("name", "arms"), {n: arms for n, _, arms in CASES if n != "P1"}.items())
+def test_without_one_of_its_arms_a_prediction_is_not_tested(name: str, arms: list[Any]):
+    for left_out in range(len(arms)):
+        kept = [arm(a, changes, **n) for i, (a, changes, n) in enumerate(arms) if i != left_out]
+        found = checked(name, *kept)
+        assert found.verdict == "not tested"
+        assert found.needs
+
+
+def test_indirect_movement_needs_a_map_and_either_control():
+    plain, mapped = arm("a", {}, **of(MOVED, 0.0)), arm("b", OUT, **of(MOVED, 0.2))
+    separate = arm("c", SEPARATE, **of(MOVED, 0.0))
+    assert checked("P1", mapped).verdict == "not tested"
+    assert checked("P1", plain, separate).verdict == "not tested"
+    assert checked("P1", plain, mapped).verdict == "supported"
+    assert checked("P1", separate, mapped).verdict == "supported"
+
+
+def test_noise_decides_nothing():
+    claimed = 0
+    for i in range(40):
+        arms = [
+            arm(f"{i}{name}", changes, spread=0.02, **of(ENTROPY, 0.8))
+            for name, changes in (("a", SELF), ("b", SELF_MAP))
+        ]
+        claimed += checked("P7", *arms).verdict != "undecided"
+    # 2 of 2^6 sign patterns reach p < 0.05: 1.25 of 40 are expected, 6 or more have p < 0.002
+    assert claimed < 6
+
+
+def test_an_arm_that_differs_in_more_than_the_map_is_no_counterpart():
+    plain = arm("a", SELF, **of(ENTROPY, 0.8))
+    other = arm("b", SELF_MAP | {"optimizer.lr": 1e-2}, **of(ENTROPY, 0.7))
+    assert checked("P7", plain, other).verdict == "not tested"
+    # a grid's choice of learning rates is part of the comparison
+    assert checked("P7", plain, other, tuned=True).verdict == "supported"
+
+
+def test_every_case_counts_and_one_that_fails_contradicts():
+    frozen = {"moe.train_router_base": False}
+    arms = [
+        arm("a", SELF, **of(ENTROPY, 0.80)),
+        arm("b", SELF_MAP, **of(ENTROPY, 0.75)),
+        arm("c", SELF | frozen, **of(ENTROPY, 0.90)),
+        arm("d", SELF_MAP | frozen, **of(ENTROPY, 0.95)),
+    ]
+    found = checked("P7", *arms)
+    assert [one.verdict for one in found.evidence] == ["supported", "contradicted"]
+    assert found.verdict == "contradicted"
+
+
+def test_the_numbers_are_those_of_the_seeds():
+    arms = [
+        arm("a", {}, **of(ENTROPY, 0.7)),
+        arm("b", ROUTER, **of(ENTROPY, 0.8)),
+        arm("c", CENTRED, **of(ENTROPY, 0.78)),
+    ]
+    plain, mapped, centred = ([run.final[ENTROPY] for run in one.runs] for one in arms)
+    gain, rest = checked("P4", *arms).evidence
+    assert gain.values == pytest.approx(np.subtract(mapped, plain).tolist())
+    expected = np.subtract(centred, plain) - np.subtract(mapped, plain) / 2
+    assert rest.values == pytest.approx(expected.tolist())
+    assert rest.mean == pytest.approx(expected.mean())
+
+
+def test_a_failed_run_is_in_no_case():
+    plain, mapped = arm("a", SELF, **of(ENTROPY, 0.8)), arm("b", SELF_MAP, **of(ENTROPY, 0.75))
+    runs = (replace(mapped.runs[0], status="failed"), *mapped.runs[1:])
+    (case,) = checked("P7", plain, replace(mapped, runs=runs)).evidence
+    assert case.seeds == [1, 2, 3, 4, 5]
+    assert case.verdict == "undecided"
+
+
+def test_every_rule_says_when_it_holds():
+    for one in REGISTERED:
+        rule = one.check.__doc__ or ""
+        assert all(word in rule for word in ("Arms:", "Measure", "Supported:")), one.name
+        assert "Contradicted:" in rule or "Otherwise undecided" in rule

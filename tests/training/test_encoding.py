@@ -1,0 +1,340 @@
+"""From samples to token shards and back, and a language model on the codes between."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from simvq_moe.cli import main
+from simvq_moe.config import Config
+from simvq_moe.data.codes import MANIFEST, open_codes, read_manifest
+from simvq_moe.merging import ConfigError, merge_files, with_flags
+from simvq_moe.models.audio_tokenizer import AudioTokenizer
+from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.training.building import build_model
+from simvq_moe.training.codes_task import draw_sequences, fit_to_codes
+from simvq_moe.training.decoding import Decoder
+from simvq_moe.training.engine import World
+from simvq_moe.training.tasks import build_task
+from tests.launching import metrics, run
+from tests.short_training import train_two_steps
+
+AUDIO = (
+    *("--task", "audio_tokenizer", "--data.sample_rate", "8000", "--data.audio_seconds", "0.06"),
+    *("--audio_tokenizer.hidden", "4", "--audio_tokenizer.strides", "5", "4"),
+    *("--audio_tokenizer.dilations", "1", "--audio_tokenizer.loss_windows", "64"),
+    *("--quantizer.codes", "16", "--optimizer.lr", "0.01"),
+)
+TOKENIZERS = {
+    "image": ("--quantizer.codes", "32", "--optimizer.lr", "0.01", "--data.image_size", "16"),
+    "residual": (
+        *("--quantizer.codes", "16", "--quantizer.residual_levels", "2", "--data.image_size", "16"),
+        *("--quantizer.width", "8"),
+    ),
+    "audio": AUDIO,
+}
+LANGUAGE = (
+    *("--task", "language_model", "--moe.experts", "4", "--moe.top_k", "2", "--moe.hidden", "8"),
+    *("--language_model.layers", "1", "--language_model.width", "16", "--train.probe_tokens", "64"),
+    *("--train.batch_size", "4", "--optimizer.lr", "0.01"),
+)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory, world: World) -> dict[str, Path]:
+    """Folders with the run of a tokenizer, runs/run, and its codes, codes."""
+    folders = {}
+    for kind, flags in TOKENIZERS.items():
+        folder = tmp_path_factory.mktemp(kind)
+        train_two_steps(with_flags(Config(), flags, "train"), folder / "runs", world)
+        assert main(["encode", str(folder / "runs/run"), *to(folder / "codes")]) == 0
+        folders[kind] = folder
+    return folders
+
+
+def to(folder: Path) -> list[str]:
+    return ["--out", str(folder), "--shard_samples", "24"]
+
+
+def trained(folder: Path) -> tuple[Config, ImageTokenizer | AudioTokenizer]:
+    """The tokenizer as it was trained, by another way than the decoder's."""
+    from simvq_moe.training.loading import load_run
+
+    config, weights = load_run(folder / "runs/run")
+    model = build_model(config)
+    assert isinstance(model, ImageTokenizer | AudioTokenizer)
+    model.load_state_dict(weights)
+    return config, model.eval()
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_decoded_codes_are_the_models_own_reconstruction_to_the_bit(
+    kind: str, encoded: dict[str, Path]
+) -> None:
+    config, model = trained(encoded[kind])
+    task = build_task(config)
+    parts = open_codes(encoded[kind] / "codes")
+    decoder = Decoder(encoded[kind] / "codes", torch.device("cpu"))
+    samples = {"train": task.train, "held_out": task.held_out}
+    for part, sequences in parts.items():
+        assert len(sequences) == {"train": 64, "held_out": 18}[part]
+        batch = samples[part].batch(np.arange(18))
+        with torch.no_grad():
+            expected, quantized = model.reconstruct(batch)
+        rows = sequences.rows(np.arange(18))
+        np.testing.assert_array_equal(rows, quantized.ids.reshape(rows.shape).numpy())
+        assert_close(decoder.decode(sequences.batch(np.arange(18))), expected, rtol=0, atol=0)
+
+
+def test_decode_writes_the_reconstructions_as_pictures(
+    encoded: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = encoded["image"]
+    out = tmp_path / "out"
+    assert main(["decode", str(folder / "codes"), "--out", str(out), "--limit", "3"]) == 0
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
+    assert files == [f"{part}/{i:06d}.png" for part in ("held_out", "train") for i in range(3)]
+    config, model = trained(folder)
+    with torch.no_grad():
+        expected = model.reconstruct(build_task(config).held_out.batch(np.arange(3)))[0]
+    for i, image in enumerate(expected):
+        with Image.open(out / f"held_out/{i:06d}.png") as picture:
+            found = np.asarray(picture).astype(int)
+        bytes_of = ((image.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).int().numpy()
+        np.testing.assert_array_equal(found, bytes_of)
+    assert main(["decode", str(folder / "codes"), "--out", str(out)]) == 2
+
+
+def test_decode_writes_clips_of_the_length_that_was_encoded(
+    encoded: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = encoded["audio"]
+    assert main(["decode", str(folder / "codes"), "--out", str(tmp_path / "out")]) == 0
+    config, model = trained(folder)
+    with torch.no_grad():
+        expected = model.reconstruct(build_task(config).held_out.batch(np.arange(18)))[0]
+    for i, clip in enumerate(expected.clamp(-1, 1)):
+        found, rate = soundfile.read(tmp_path / f"out/held_out/{i:06d}.wav", dtype="float32")
+        assert rate == 8000
+        # 16 bits
+        assert_close(torch.from_numpy(found), clip, rtol=0, atol=1.01 / 2**15)
+
+
+def test_encoding_again_writes_nothing_but_what_is_missing_or_damaged(
+    encoded: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = encoded["image"] / "runs/run"
+    folder = encoded["image"] / "again"
+    shutil.copytree(encoded["image"] / "codes", folder)
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == [
+        *("held_out_00000.npy", "manifest.json"),
+        *(f"train_{i:05d}.npy" for i in range(3)),
+    ]
+    content = {name: (folder / name).read_bytes() for name in files}
+    before = {name: (folder / name).stat().st_mtime_ns for name in files}
+    shard = folder / "train_00001.npy"
+    shard.write_bytes(content[shard.name][:-1] + b"?")
+    (folder / "train_00002.npy").unlink()
+    assert main(["encode", str(run_dir), *to(folder)]) == 0
+    said = capsys.readouterr().err
+    assert "train_00001.npy is damaged" in said
+    assert "encode 40/40 samples  100%" in said
+    assert {name: (folder / name).read_bytes() for name in files} == content
+    kept = ("held_out_00000.npy", "train_00000.npy")
+    assert all((folder / name).stat().st_mtime_ns == before[name] for name in kept)
+    # as an interrupted run leaves it
+    manifest = json.loads(content[MANIFEST])
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"shards": {}}))
+    (folder / "train_00000.npy").unlink()
+    assert main(["encode", str(run_dir), *to(folder)]) == 0
+    assert "encode 24/24 samples" in capsys.readouterr().err
+    assert {name: (folder / name).read_bytes() for name in files} == content
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("encode runs/run --out codes --shard_samples 5", "shard_samples was 24 and is now 5"),
+        ("encode runs/run --out runs", "--out runs holds something else than codes"),
+        ("encode runs/run --out new --shard_samples 0", "--shard_samples 0 < 1"),
+        ("encode runs/run --out new --data nowhere", "data.source 'nowhere' does not exist"),
+        ("encode nowhere --out new", "nowhere holds no config.yaml"),
+        ("decode runs --out new", "runs holds no manifest.json of token shards"),
+        ("decode codes --out runs", "--out runs is not empty"),
+        ("decode codes --out new --limit 0", "--limit 0 < 1"),
+        ("generate runs/run --out new", "runs/run is no language model on codes"),
+    ],
+)
+def test_what_can_not_be_encoded_or_decoded_is_refused(
+    command: str,
+    words: str,
+    encoded: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(encoded["image"])
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not Path("new").exists()
+
+
+def test_another_source_is_encoded_by_the_same_tokenizer(
+    encoded: dict[str, Path], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        noise = rng.integers(256, size=(20, 20, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"images/{i:02d}.png")
+    command = ["encode", str(encoded["image"] / "runs/run"), "--data", str(tmp_path / "images")]
+    assert main([*command, *to(tmp_path / "codes")]) == 0
+    manifest = read_manifest(tmp_path / "codes")
+    own = read_manifest(encoded["image"] / "codes")
+    assert manifest.source == str(tmp_path / "images")
+    assert manifest.data_digest != own.data_digest
+    assert manifest.tokenizer.weights_sha256 == own.tokenizer.weights_sha256
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_language_model_on_codes_is_measured_in_bits_and_draws_new_samples(
+    kind: str,
+    encoded: dict[str, Path],
+    tmp_path: Path,
+    world: World,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    codes = encoded[kind] / "codes"
+    flags = [*LANGUAGE, "--data.source", str(codes)]
+    config = fit_to_codes(with_flags(Config(), flags, "train"))
+    manifest = read_manifest(codes)
+    assert config.data.vocabulary == manifest.codes * manifest.levels + 1
+    summary = train_two_steps(config, tmp_path / "runs", world)
+    assert_close(summary["val/bits_per_code"], summary["val/loss"] / np.log(2).item())
+    assert summary["val/unigram_bits_per_code"] <= np.log2(manifest.codes)
+    assert "val/bits_per_byte" not in summary
+    assert "val/moe/mean/used" in summary
+    lm = tmp_path / "runs/run"
+    made, again = tmp_path / "made", tmp_path / "again"
+    for out in (made, again):
+        assert main(["generate", str(lm), "--samples", "3", "--out", str(out)]) == 0
+    suffix = "wav" if kind == "audio" else "png"
+    assert [path.name for path in sorted(made.iterdir())] == [f"{i:06d}.{suffix}" for i in range(3)]
+    for path in made.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes()
+    if kind == "audio":
+        shown = sorted(path.name for path in (lm / "samples/val_000002").iterdir())
+        assert shown == [f"{i}_{name}.wav" for i in range(8) for name in ("held_out", "sample")]
+    else:
+        # eight held-out images above eight new ones
+        with Image.open(lm / "samples/val_000002.png") as image:
+            assert image.size == (8 * 16, 2 * 16)
+    capsys.readouterr()
+    assert main(["eval", str(lm)]) == 0
+    assert_close(json.loads(capsys.readouterr().out)["val/loss"], summary["val/loss"])
+
+
+def test_every_code_is_drawn_from_the_range_of_its_level() -> None:
+    torch.manual_seed(0)
+    moe = {"experts": 4, "top_k": 2, "hidden": 8}
+    size = {"width": 16, "layers": 1, "heads": 2, "moe": moe, "loss_weights": {}}
+    model = LanguageModel(11, 6, **size)
+    start = torch.full((64, 1), 10)
+    ranges = (range(5), range(5, 10))
+    drawn = model.generate(start, 6, ranges=ranges, temperature=5.0)[:, 1:]
+    for i in range(6):
+        assert set(drawn[:, i].tolist()) == set(ranges[i % 2])
+
+
+def test_samples_do_not_touch_the_random_numbers_of_the_training(
+    encoded: dict[str, Path],
+) -> None:
+    flags = [*LANGUAGE, "--data.source", str(encoded["image"] / "codes")]
+    task = build_task(fit_to_codes(with_flags(Config(), flags, "train")))
+    assert task.picture is not None
+    batch = task.held_out.batch(np.arange(2))
+    state = torch.get_rng_state()
+    first, again = task.picture(batch), task.picture(batch)
+    np.testing.assert_array_equal(first, again)
+    assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--data.vocabulary", "600"), "data.vocabulary 600 with the codes in"),
+        (("--data.context", "15"), "drop it, or use 16, a sample"),
+        (("--data.document_mask", "True"), "data.document_mask True means nothing to the codes"),
+        (("--data.streaming", "True"), "data.streaming True means nothing to the codes"),
+    ],
+)
+def test_settings_that_do_not_fit_the_codes_are_refused(
+    flags: tuple[str, str], words: str, encoded: dict[str, Path]
+) -> None:
+    source = ("--data.source", str(encoded["image"] / "codes"))
+    with pytest.raises(ConfigError) as error:
+        fit_to_codes(with_flags(Config(), [*LANGUAGE, *source, *flags], "train"))
+    assert words in str(error.value)
+
+
+def test_codes_whose_tokenizer_is_gone_or_another_are_refused(
+    encoded: dict[str, Path], tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(encoded["image"], folder)
+    command = ["decode", str(folder / "codes"), "--limit", "1", "--out"]
+    assert main([*command, str(tmp_path / "out")]) == 0  # both moved together
+    (folder / "runs/run").rename(folder / "elsewhere")
+    assert main([*command, str(tmp_path / "out2")]) == 2
+    assert "was encoded by the run" in capsys.readouterr().err
+    flags = [*LANGUAGE, "--data.source", str(folder / "codes")]
+    with pytest.raises(ConfigError, match="which is gone"):
+        fit_to_codes(with_flags(Config(), flags, "train"))
+    other = with_flags(Config(), [*TOKENIZERS["image"], "--seed", "1"], "train")
+    train_two_steps(other, folder / "runs", world)
+    assert main([*command, str(tmp_path / "out2")]) == 2
+    assert "has other weights than those that encoded" in capsys.readouterr().err
+    assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.distributed
+def test_two_ranks_write_the_bytes_of_one_and_train_on_them(
+    encoded: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = encoded["image"]
+    # beside the shards of one rank, so that the run lies equally far away
+    done = run("encode", str(folder / "runs/run"), *to(folder / "two"), cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    for path in (folder / "codes").iterdir():
+        assert path.read_bytes() == (folder / "two" / path.name).read_bytes(), path.name
+    steps = ("--train.steps", "2", "--train.log_every", "1", "--data.source", str(folder / "two"))
+    shared = ("--moe.expert_parallel", "2")
+    done = run("train", *LANGUAGE, *steps, *shared, cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    lm = tmp_path / "runs/run"
+    config = merge_files(Config, [lm / "config.yaml"])
+    assert (config.data.vocabulary, config.data.context) == (33, 16)
+    assert "val/bits_per_code" in metrics(lm)[-1]
+    assert (lm / "samples/val_000002.png").is_file()
+
+
+def test_new_samples_decode_to_new_images(encoded: dict[str, Path]) -> None:
+    decoder = Decoder(encoded["residual"] / "codes", torch.device("cpu"))
+    flags = [*LANGUAGE, "--data.source", str(encoded["residual"] / "codes")]
+    model = build_model(fit_to_codes(with_flags(Config(), flags, "train")))
+    assert isinstance(model, LanguageModel)
+    random = torch.Generator().manual_seed(0)
+    drawn = draw_sequences(model, decoder.manifest, 2, generator=random)
+    assert drawn.shape == (2, 2 * 16 + 1)
+    assert decoder.decode(drawn).shape == (2, 3, 16, 16)
