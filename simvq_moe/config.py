@@ -113,7 +113,7 @@ class ImageTokenizerConfig:
     """Convolutional encoder and decoder around the quantizer, and their losses."""
 
     architecture: Literal["small", "vqgan"] = "small"
-    """small: residual blocks at the lowest resolution; vqgan: with GroupNorm at every resolution."""
+    """small: residual blocks at the lowest resolution; vqgan: at every one, with GroupNorm."""
     hidden: int = 32
     """Channels of the convolutions, at the full resolution."""
     downsamplings: int = 2
@@ -325,7 +325,7 @@ class TrainConfig:
     """language_model: torch.compile what has sizes known beforehand, minutes at the first step:
     dense blocks, with bf16 mixtures as well, otherwise attention."""
     profile: bool = False
-    """Trace three of the first six steps of rank 0 with torch.profiler, into profile/ of the run."""
+    """Trace three of the first six steps of rank 0 with torch.profiler, into the run's profile/."""
     peak_flops: float | None = None
     """Floating-point operations a second of a device at best, for speed/mfu; None: NVIDIA's figure
     for a GPU that is known."""

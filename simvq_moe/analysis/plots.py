@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ ARM_COLOURS = (
 """Placeholders; the first, neutral one is the baseline's. The rest is Okabe and Ito's palette,
 told apart with any colour vision, and two of Paul Tol's."""
 WIDTH = 4.6
+LONGEST_TITLE = 50
+"""Characters of a line."""
 SKIPPED_START = 0.05
 """Share of the steps at the start whose losses don't widen the axis."""
 
@@ -120,7 +123,7 @@ def heat_figure(loads: Loads, text: str, largest: float) -> str:
     rows = min(2.2, max(0.55, 0.16 * len(layers)))
     with _drawing():
         figure = Figure(figsize=(WIDTH, 1.25 + 2 * rows), layout="constrained")
-        figure.suptitle(text, fontsize=10.5, color=INK, x=0.02, ha="left")
+        _title(figure, text)
         panels = figure.subplots(2, 1)
         top = max(largest, 1.5)
         norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=top)
@@ -154,7 +157,7 @@ def routing_figure(routing: RoutingOf, text: str, largest: tuple[float, float]) 
         figure = Figure(
             figsize=(WIDTH, 0.7 + sum(heights) + 0.5 * len(tables)), layout="constrained"
         )
-        figure.suptitle(text, fontsize=10.5, color=INK, x=0.02, ha="left")
+        _title(figure, text)
         panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, (values, name, across, top) in zip(panels, tables, strict=True):
             norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=max(top, 1.5))
@@ -216,6 +219,11 @@ def _panel(title: str, height: float) -> tuple[Figure, Axes]:
     axes.set_title(title, fontsize=10.5, loc="left", color=INK)
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     return figure, axes
+
+
+def _title(figure: Figure, text: str) -> None:
+    lines = textwrap.fill(text, LONGEST_TITLE)
+    figure.suptitle(lines, fontsize=10.5, color=INK, x=0.02, ha="left")
 
 
 def _frame(axes: Axes, curves: Sequence[Curve], metric: str) -> None:

@@ -117,5 +117,5 @@ def _ours(name: str, names: Mapping[str, str]) -> str:
 
 @torch.no_grad()
 def _sub_pixels(weights: Tensor) -> Tensor:
-    """Output channels from (pixel, channel) order to (channel, pixel), which pixel_shuffle takes."""
+    """Output channels from (pixel, channel) order to (channel, pixel), that of pixel_shuffle."""
     return weights.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)

@@ -40,7 +40,7 @@ class Banks:
         self.names = [one.name for one in self.followed]
 
     def mark(self) -> None:
-        """Call on every rank before the last step of a window, which is the one that is measured."""
+        """Call on every rank before the last step of a window, the one that is measured."""
         for one in self.followed:
             with gathered(one.dynamics.bank):
                 one.dynamics.mark()

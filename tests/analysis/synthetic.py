@@ -40,7 +40,13 @@ CODES_ARMS = (
 EXPERTS_ARMS = (
     FakeArm("base", "base", 2.301, 0.3),
     FakeArm("aux", "aux loss", 2.295, 30.0),
-    FakeArm("expert-out", "expert_out shared W", 2.303, 0.3, has_map=True),
+    FakeArm(
+        "expert-out",
+        "shared map after the experts and a weak load-balance loss",
+        2.303,
+        0.3,
+        has_map=True,
+    ),
     FakeArm("router-qw", "router Q W, Q frozen", 2.305, 0.9, has_map=True),
     FakeArm("slow-router", "router lr x 0.1", 2.302, 1.5, control=True),
 )

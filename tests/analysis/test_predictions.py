@@ -48,7 +48,11 @@ EARLY, MOVED = "early", "moved"
 
 
 def arm(
-    name: str, changes: dict[str, Any], seeds: int = 6, spread: float = 0.001, **numbers: float
+    name: str,
+    changes: dict[str, Any],
+    numbers: dict[str, float],
+    seeds: int = 6,
+    spread: float = 0.001,
 ) -> Arm:
     """Runs with these numbers and a small spread over seeds, another for every arm."""
     rng = np.random.default_rng([*name.encode()])
@@ -180,7 +184,7 @@ CASES = [
     ("name", "verdict", "arms"), CASES, ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_known_effects_get_their_verdict(name: str, verdict: str, arms: list[Any]):
-    found = checked(name, *(arm(a, changes, **numbers) for a, changes, numbers in arms))
+    found = checked(name, *(arm(a, changes, numbers) for a, changes, numbers in arms))
     assert found.verdict == verdict
     assert found.evidence
 
@@ -190,22 +194,22 @@ def test_known_effects_get_their_verdict(name: str, verdict: str, arms: list[Any
     [(n, arms) for n, verdict, arms in CASES if verdict == "supported" and n != "P1"],
 )
 def test_five_pairs_decide_nothing(name: str, arms: list[Any]):
-    found = checked(name, *(arm(a, changes, seeds=5, **n) for a, changes, n in arms))
+    found = checked(name, *(arm(a, changes, n, seeds=5) for a, changes, n in arms))
     assert found.verdict == "undecided"
 
 
 @pytest.mark.parametrize(("name", "arms"), {n: arms for n, _, arms in CASES if n != "P1"}.items())
 def test_without_one_of_its_arms_a_prediction_is_not_tested(name: str, arms: list[Any]):
     for left_out in range(len(arms)):
-        kept = [arm(a, changes, **n) for i, (a, changes, n) in enumerate(arms) if i != left_out]
+        kept = [arm(a, changes, n) for i, (a, changes, n) in enumerate(arms) if i != left_out]
         found = checked(name, *kept)
         assert found.verdict == "not tested"
         assert found.needs
 
 
 def test_indirect_movement_needs_a_map_and_either_control():
-    plain, mapped = arm("a", {}, **of(MOVED, 0.0)), arm("b", OUT, **of(MOVED, 0.2))
-    separate = arm("c", SEPARATE, **of(MOVED, 0.0))
+    plain, mapped = arm("a", {}, of(MOVED, 0.0)), arm("b", OUT, of(MOVED, 0.2))
+    separate = arm("c", SEPARATE, of(MOVED, 0.0))
     assert checked("P1", mapped).verdict == "not tested"
     assert checked("P1", plain, separate).verdict == "not tested"
     assert checked("P1", plain, mapped).verdict == "supported"
@@ -216,7 +220,7 @@ def test_noise_decides_nothing():
     claimed = 0
     for i in range(40):
         arms = [
-            arm(f"{i}{name}", changes, spread=0.02, **of(ENTROPY, 0.8))
+            arm(f"{i}{name}", changes, of(ENTROPY, 0.8), spread=0.02)
             for name, changes in (("a", SELF), ("b", SELF_MAP))
         ]
         claimed += checked("P7", *arms).verdict != "undecided"
@@ -225,8 +229,8 @@ def test_noise_decides_nothing():
 
 
 def test_an_arm_that_differs_in_more_than_the_map_is_no_counterpart():
-    plain = arm("a", SELF, **of(ENTROPY, 0.8))
-    other = arm("b", SELF_MAP | {"optimizer.lr": 1e-2}, **of(ENTROPY, 0.7))
+    plain = arm("a", SELF, of(ENTROPY, 0.8))
+    other = arm("b", SELF_MAP | {"optimizer.lr": 1e-2}, of(ENTROPY, 0.7))
     assert checked("P7", plain, other).verdict == "not tested"
     # a grid's choice of learning rates is part of the comparison
     assert checked("P7", plain, other, tuned=True).verdict == "supported"
@@ -235,10 +239,10 @@ def test_an_arm_that_differs_in_more_than_the_map_is_no_counterpart():
 def test_every_case_counts_and_one_that_fails_contradicts():
     frozen = {"moe.train_router_base": False}
     arms = [
-        arm("a", SELF, **of(ENTROPY, 0.80)),
-        arm("b", SELF_MAP, **of(ENTROPY, 0.75)),
-        arm("c", SELF | frozen, **of(ENTROPY, 0.90)),
-        arm("d", SELF_MAP | frozen, **of(ENTROPY, 0.95)),
+        arm("a", SELF, of(ENTROPY, 0.80)),
+        arm("b", SELF_MAP, of(ENTROPY, 0.75)),
+        arm("c", SELF | frozen, of(ENTROPY, 0.90)),
+        arm("d", SELF_MAP | frozen, of(ENTROPY, 0.95)),
     ]
     found = checked("P7", *arms)
     assert [one.verdict for one in found.evidence] == ["supported", "contradicted"]
@@ -247,9 +251,9 @@ def test_every_case_counts_and_one_that_fails_contradicts():
 
 def test_the_numbers_are_those_of_the_seeds():
     arms = [
-        arm("a", {}, **of(ENTROPY, 0.7)),
-        arm("b", ROUTER, **of(ENTROPY, 0.8)),
-        arm("c", CENTRED, **of(ENTROPY, 0.78)),
+        arm("a", {}, of(ENTROPY, 0.7)),
+        arm("b", ROUTER, of(ENTROPY, 0.8)),
+        arm("c", CENTRED, of(ENTROPY, 0.78)),
     ]
     plain, mapped, centred = ([run.final[ENTROPY] for run in one.runs] for one in arms)
     gain, rest = checked("P4", *arms).evidence
@@ -260,7 +264,7 @@ def test_the_numbers_are_those_of_the_seeds():
 
 
 def test_a_failed_run_is_in_no_case():
-    plain, mapped = arm("a", SELF, **of(ENTROPY, 0.8)), arm("b", SELF_MAP, **of(ENTROPY, 0.75))
+    plain, mapped = arm("a", SELF, of(ENTROPY, 0.8)), arm("b", SELF_MAP, of(ENTROPY, 0.75))
     runs = (replace(mapped.runs[0], status="failed"), *mapped.runs[1:])
     (case,) = checked("P7", plain, replace(mapped, runs=runs)).evidence
     assert case.seeds == [1, 2, 3, 4, 5]

@@ -172,7 +172,7 @@ def test_the_probe_leaves_counts_random_numbers_and_methods_as_they_were(
 ) -> None:
     task = build_task(config(folder))
     task.model.train()
-    task.model(task.train.batch(np.arange(4)))
+    task.model(task.held_out.batch(np.arange(4)))
     counts = [counter.counts.clone() for counter in counters(task.model)]
     weights = {name: w.clone() for name, w in task.model.state_dict().items()}
     random = torch.get_rng_state()
