@@ -87,11 +87,6 @@ def _problems(config: Config) -> Iterator[str]:
         if getattr(config.train, name) and config.task != "language_model":
             yield f"train.{name} True with task {config.task!r}: only 'language_model' has it"
     yield from _zero_problems(config)
-    if config.train.on_not_finite == "skip" and config.train.zero_stage == 0:
-        yield (
-            "train.on_not_finite 'skip' with train.zero_stage 0, where DeepSpeed leaves out no "
-            "step: use train.zero_stage 1, or 'stop'"
-        )
     yield from _quantizer_problems(q)
     if q.kind == "simvq" and q.transform != "linear" and q.base_width not in (None, q.width):
         yield (

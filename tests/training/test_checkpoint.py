@@ -208,7 +208,7 @@ def test_every_moment_of_a_save_leaves_a_checkpoint_to_go_on_from(
     tiny: Config, world: World, tmp_path: Path
 ) -> None:
     train_config = replace(tiny.train, keep_checkpoints=1)
-    trainer = train(replace(tiny, train=train_config), world, steps=1)
+    trainer = advance(replace(tiny, train=train_config), world, steps=1)
     moments: list[Path] = []
     seen: list[list[tuple[str, int]]] = []
 
@@ -227,6 +227,7 @@ def test_every_moment_of_a_save_leaves_a_checkpoint_to_go_on_from(
     sys.setprofile(watch)
     trainer._save()
     sys.setprofile(None)
+    trainer.close()
     steps = [checkpoint.latest_step(moment) for moment in moments]
     assert steps == sorted(steps, key=lambda step: step or 0)
     assert set(steps) == {1, 2}
