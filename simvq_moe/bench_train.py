@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
+from simvq_moe.analysis.sweep_runs import free_port
 from simvq_moe.config import Config, LanguageModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from simvq_moe.config_checks import check
 from simvq_moe.data.streaming import TextStream
@@ -268,7 +268,7 @@ def _on_ranks(config: Config, ranks: int, steps: int) -> list[MeasuredLoop]:
         folder = Path(config.runs_dir) / f"{size}_ranks"
         own = replace(config, runs_dir=str(folder))
         start_processes(
-            _on_this_rank, (size, own, _free_port(), steps), nprocs=size, start_method="spawn"
+            _on_this_rank, (size, own, free_port(), steps), nprocs=size, start_method="spawn"
         )
         found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
         busiest, wall = max(cpu for cpu, _ in found), max(wall for _, wall in found)
@@ -297,12 +297,6 @@ def _on_this_rank(rank: int, size: int, config: Config, port: int, steps: int) -
     file.write_text(json.dumps([used / steps, wall / steps]))
     trainer.close()
     torch.distributed.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def _shape(config: Config) -> str:

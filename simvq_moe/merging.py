@@ -26,6 +26,13 @@ class ConfigError(ValueError):
     """A usage or configuration error: one line for the user, exit code 2, nothing written."""
 
 
+def check_least(**flags: tuple[int | float, int]) -> None:
+    """Raise `ConfigError` for a flag whose value is below the least that it may have."""
+    for name, (value, least) in flags.items():
+        if not value >= least:
+            raise ConfigError(f"--{name} {value} < {least}: use at least {least}")
+
+
 def merge_files(schema: type[T], files: Sequence[Path]) -> T:
     """The dataclass with its defaults overridden by each YAML file in order."""
     merged = _writable(OmegaConf.structured(schema))

@@ -298,7 +298,7 @@ def command(config: Path, ranks: int, gpus: Sequence[str] = ()) -> list[str]:
     if ranks == 1:
         return [sys.executable, "-m", *train]
     number = () if gpus else ("--num_accelerators", str(ranks))
-    return [launcher(), "-q", *number, "--master_port", str(_free_port()), "--module", *train]
+    return [launcher(), "-q", *number, "--master_port", str(free_port()), "--module", *train]
 
 
 def launcher() -> str:
@@ -310,7 +310,8 @@ def launcher() -> str:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Of this machine, at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Int64, UInt
 from torch import Tensor
 
+from simvq_moe.data.hashing import file_sha256
 from simvq_moe.data.order import Indices
 from simvq_moe.merging import ConfigError
 
@@ -31,7 +32,7 @@ FORMAT = "codes of samples 1"
 """Form of the folder; another one is not read."""
 PARTS = ("train", "held_out")
 BLOCK = 2**20
-"""Bytes that are hashed, and rows that are counted, at a time."""
+"""Rows that are counted at a time."""
 
 Rows = UInt[np.ndarray, "samples tokens *levels"]
 
@@ -245,11 +246,7 @@ def seal(path: Path) -> Shard | None:
         samples = len(np.load(path, mmap_mode="r"))
     except (OSError, ValueError, TypeError):
         return None
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    return Shard(path.name, samples, found.hexdigest())
+    return Shard(path.name, samples, file_sha256(path))
 
 
 def open_codes(folder: Path) -> dict[str, CodeSequences]:

@@ -10,7 +10,6 @@ can't write, all learn of it, and what is half written is removed.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -30,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simvq_moe.config import TrainConfig
+from simvq_moe.data.hashing import file_sha256
 from simvq_moe.merging import ConfigError
 from simvq_moe.training.engine import World
 from simvq_moe.training.faults import WriteFailed, together, writing
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = "whole tensors 1"
 """Form of a checkpoint's files; another one is not read."""
-BLOCK = 2**20
-"""Bytes that are hashed at a time."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +254,7 @@ def _parts(checkpoint: Path, manifest: dict[str, Any], kind: str) -> list[Path]:
 def _seal(path: Path) -> dict[str, Any]:
     """Size and hash of a file that is safe on disk."""
     _flush_to_disk(path)
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _finish(temporary: Path, manifest: dict[str, Any], config: TrainConfig) -> None:
@@ -310,17 +308,9 @@ def _defect(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != seal["size"]:
             return f"{name} is missing or has another size than when it was written"
-        if _sha256(path) != seal["sha256"]:
+        if file_sha256(path) != seal["sha256"]:
             return f"{name} has another content than when it was written"
     return None
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from simvq_moe.config import Config, DataConfig
 from simvq_moe.data.codes import Manifest, entropy_bits, is_codes, open_codes
-from simvq_moe.merging import ConfigError
+from simvq_moe.merging import ConfigError, check_least
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.training.building import build_model
 from simvq_moe.training.decoding import Decoder, check_empty, sheet, tokenizer_run
+from simvq_moe.training.devices import this_device
 from simvq_moe.training.engine_sharding import ready
 from simvq_moe.training.loading import load_run
 
@@ -83,15 +84,11 @@ class CodesTask:
         model = build_model(config)
         assert isinstance(model, LanguageModel)
         self.model = model
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.decoder = Decoder(folder, device)
+        self.decoder = Decoder(folder, this_device())
 
     def evaluate(self, batch: Tensor) -> dict[str, Tensor]:
         """Nats and codes of a held-out batch."""
-        logits, _ = self.model.logits(batch[:, :-1])
-        targets = batch[:, 1:].flatten()
-        nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").double().sum()
-        return {"nats": nats, "tokens": torch.tensor(float(len(targets)))}
+        return token_sums(self.model, batch)
 
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         loss = sums["nats"] / sums["tokens"]
@@ -118,6 +115,14 @@ class CodesTask:
         random = torch.Generator().manual_seed(self.seed)
         with ready(self.model):
             return draw_sequences(self.model, self.manifest, samples, generator=random)
+
+
+def token_sums(model: LanguageModel, sequences: Int64[Tensor, "batch window"]) -> dict[str, Tensor]:
+    """Nats of all tokens but the first of each sequence, and their number."""
+    logits, _ = model.logits(sequences[:, :-1])
+    targets = sequences[:, 1:].flatten()
+    nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").double().sum()
+    return {"nats": nats, "tokens": torch.tensor(float(len(targets)))}
 
 
 def draw_sequences(
@@ -149,11 +154,7 @@ def generate_samples(
     Raises:
         ConfigError: it is no run on codes, `out` is not empty, or a number is out of its range.
     """
-    for name, value, least in (
-        *(("samples", samples, 1), ("temperature", temperature, 0), ("top_k", top_k, 0)),
-    ):
-        if not value >= least:
-            raise ConfigError(f"--{name} {value} < {least}: use at least {least}")
+    check_least(samples=(samples, 1), temperature=(temperature, 0), top_k=(top_k, 0))
     check_empty(out)
     config, weights = load_run(run_dir)
     if not is_of_codes(config):
@@ -162,7 +163,7 @@ def generate_samples(
             f"{config.data.source!r} are gone: drop --out for text"
         )
     folder = Path(str(config.data.source))
-    decoder = Decoder(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    decoder = Decoder(folder, this_device())
     model = build_model(config)
     assert isinstance(model, LanguageModel)
     model.load_state_dict(weights)

@@ -16,6 +16,8 @@ from simvq_moe.merging import ConfigError
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.training.building import build_model
+from simvq_moe.training.devices import this_device
+from simvq_moe.training.image_measures import as_bytes
 from simvq_moe.training.loading import load_run, weights_sha256
 
 
@@ -98,7 +100,7 @@ def decode_folder(folder: Path, out: Path, limit: int | None) -> int:
         raise ConfigError(f"--limit {limit} < 1: use at least 1, or drop it for all samples")
     check_empty(out)
     parts = open_codes(folder)
-    decoder = Decoder(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    decoder = Decoder(folder, this_device())
     written = 0
     for part, sequences in parts.items():
         (out / part).mkdir(parents=True)
@@ -120,7 +122,7 @@ def pixels(
     images: Float[Tensor, "batch 3 height width"],
 ) -> UInt8[np.ndarray, "batch height width 3"]:
     """Bytes of images in [-1, 1]."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+    return as_bytes(images).movedim(1, -1).cpu().numpy()
 
 
 def sheet(

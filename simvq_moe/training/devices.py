@@ -1,4 +1,4 @@
-"""What devices can do at best."""
+"""The device of this process, and what devices can do at best."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ PEAKS = {
 }
 """By what `torch.cuda.get_device_name` holds, the first that fits: NVIDIA's data sheets, of which
 figures with sparsity are halved."""
+
+
+def this_device() -> torch.device:
+    """Where a process on its own computes."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def peak_flops(device_name: str, dtype: Literal["fp32", "bf16", "fp16"]) -> float | None:

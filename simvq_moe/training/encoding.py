@@ -31,9 +31,10 @@ from simvq_moe.data.codes import (
     write_manifest,
     write_shard,
 )
-from simvq_moe.merging import ConfigError, first_difference
+from simvq_moe.merging import ConfigError, check_least, first_difference
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.training.devices import this_device
 from simvq_moe.training.engine import World, launched_ranks, start_distributed
 from simvq_moe.training.loading import load_run, weights_sha256
 from simvq_moe.training.progress import SECONDS_BETWEEN_LINES, duration
@@ -48,8 +49,7 @@ def encode_run(run_dir: Path, source: str | None, out: Path, shard_samples: int)
         ConfigError: it is no tokenizer's run, or the folder holds something else.
     """
     adopt_slurm(os.environ)
-    if shard_samples < 1:
-        raise ConfigError(f"--shard_samples {shard_samples} < 1: use at least 1")
+    check_least(shard_samples=(shard_samples, 1))
     config, weights = load_run(run_dir)
     if config.task == "language_model":
         raise ConfigError(f"{run_dir} is a run of task 'language_model': give a tokenizer's run")
@@ -57,8 +57,8 @@ def encode_run(run_dir: Path, source: str | None, out: Path, shard_samples: int)
         config = replace(config, data=replace(config.data, source=source))
     check_source(config)
     _check_folder(out)
-    world = start_distributed() if launched_ranks() > 1 else _alone()
-    task = _build_in_turn(config, world)
+    world = start_distributed() if launched_ranks() > 1 else World(0, 1, this_device())
+    task = world.main_first(lambda: build_task(config))
     task.model.load_state_dict(weights)
     encoder = Encoder(task, config.train.eval_batch_size, world.device)
     reference = TokenizerReference(
@@ -154,7 +154,9 @@ def _encode(encoder: Encoder, wanted: Manifest, out: Path, world: World) -> Mani
             progress.add(len(batch))
         write_shard(out / piece.file, np.concatenate(rows))
         finished[piece.file] = seal(out / piece.file)
-    shards = _from_all(finished, world)
+    shards: dict[str, Any] = {}
+    for of_rank in world.gather(finished):
+        shards |= of_rank
     ordered = {
         part: tuple(shards[piece.file] for piece in _pieces(wanted) if piece.part == part)
         for part in PARTS
@@ -200,31 +202,9 @@ def _finished(out: Path, piece: _Piece, sealed: dict[str, Shard]) -> Shard | Non
     return found
 
 
-def _from_all(own: dict[str, Shard | None], world: World) -> dict[str, Shard]:
-    every: list[Any] = [own]
-    if world.size > 1:
-        every = [None] * world.size
-        dist.all_gather_object(every, own)
-    return {file: shard for part in every for file, shard in part.items()}
-
-
 def _check_folder(out: Path) -> None:
     if out.exists() and not is_codes(out) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} holds something else than codes: give a new folder")
-
-
-def _alone() -> World:
-    return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _build_in_turn(config: Any, world: World) -> Task:
-    """Rank 0 first: what is derived from the data once is then there for the others."""
-    if not world.is_main:
-        world.barrier()
-    task = build_task(config)
-    if world.is_main:
-        world.barrier()
-    return task
 
 
 class _Progress:

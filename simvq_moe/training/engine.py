@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from simvq_moe.moe.router import Router
 from simvq_moe.training.engine_optimizer import make_optimizer
 from simvq_moe.training.engine_settings import engine_settings, import_deepspeed
 from simvq_moe.training.engine_sharding import keep_heads, mark_pieces
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,22 @@ class World:
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+    def gather(self, own: T) -> list[T]:
+        """What each rank gives, any object that can be pickled; every rank must call it."""
+        found = [own] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, own)
+        return found
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Work on rank 0 first: what it derives from the data once is then there for the others."""
+        if not self.is_main:
+            self.barrier()
+        done = work()
+        if self.is_main:
+            self.barrier()
+        return done
 
 
 def launched_ranks() -> int:

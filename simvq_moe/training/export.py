@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from simvq_moe.config import Config, QuantizerConfig
 from simvq_moe.core.bank import Bank
 from simvq_moe.data.tokenizer import end_of_text
-from simvq_moe.merging import ConfigError, to_yaml
+from simvq_moe.merging import ConfigError, check_least, to_yaml
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.training.building import AnyModel, build_model
+from simvq_moe.training.decoding import check_empty
+from simvq_moe.training.devices import this_device
 from simvq_moe.training.engine import World
 from simvq_moe.training.evaluation import evaluate
 from simvq_moe.training.image_measures import optional_measures
@@ -51,7 +53,7 @@ def evaluate_run(
     tokenizer = run_dir / TOKENIZER
     task = build_task(config, tokenizer if tokenizer.is_file() else None, measures)
     task.model.load_state_dict(weights)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     task.model.to(device)
     return evaluate(task, World(0, 1, device), config.train.eval_batch_size)[0]
 
@@ -64,13 +66,7 @@ def generate_text(
     Raises:
         ConfigError: it is no run of a language model, or a number is out of its range.
     """
-    for name, value, least in (
-        ("tokens", tokens, 1),
-        ("temperature", temperature, 0),
-        ("top_k", top_k, 0),
-    ):
-        if not value >= least:
-            raise ConfigError(f"--{name} {value} < {least}: use at least {least}")
+    check_least(tokens=(tokens, 1), temperature=(temperature, 0), top_k=(top_k, 0))
     config, weights = load_run(run_dir)
     model = build_model(config)
     if not isinstance(model, LanguageModel) or not (run_dir / TOKENIZER).is_file():
@@ -105,8 +101,7 @@ def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
     Raises:
         ConfigError: the run has nothing to fold, or something that can't be.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--out {out} is not empty: give a new folder")
+    check_empty(out)
     config, weights = load_run(run_dir)
     model = build_model(config).eval()
     model.load_state_dict(weights)

@@ -56,10 +56,7 @@ def together(world: World, work: Callable[[], T]) -> list[T]:
         result = work()
     except WriteFailed as error:
         failure = str(error) if world.size == 1 else f"rank {world.rank}: {error}"
-    found = [(result, failure)]
-    if world.size > 1:
-        found *= world.size
-        dist.all_gather_object(found, (result, failure))
+    found = world.gather((result, failure))
     failures = [failure for _, failure in found if failure is not None]
     if failures:
         raise WriteFailed("; ".join(failures))
@@ -71,9 +68,7 @@ def said_by_any(world: World, error: Exception | None) -> str:
     said = None if error is None else f"rank {world.rank}: {error}"
     if world.size == 1:
         return str(error or "")
-    found: list[str | None] = [None] * world.size
-    dist.all_gather_object(found, said)
-    return "; ".join(each for each in found if each is not None)
+    return "; ".join(each for each in world.gather(said) if each is not None)
 
 
 class Agreement:

@@ -74,7 +74,7 @@ class Trainer:
     def __init__(self, config: Config, world: World, stop_asked: Callable[[], bool]) -> None:
         self.config, self.world, self.stop_asked = config, world, stop_asked
         self.began = time.monotonic()
-        self.task = _build_in_turn(config, world)
+        self.task = _build(config, world)
         self.step = 0
         self.position: dict[int, Any] = {}
         self.unread: CorruptDataError | None = None
@@ -402,17 +402,12 @@ class Trainer:
         return steps * self.config.train.batch_size * self.task.tokens_per_sample
 
 
-def _build_in_turn(config: Config, world: World) -> Task:
-    """Rank 0 first: what is derived from the data once is then there for the others."""
+def _build(config: Config, world: World) -> Task:
     if config.moe.expert_parallel > 1:
         # all ranks at once, not in turn
         from simvq_moe.moe.expert_parallel import make_groups
 
         make_groups(config.moe.expert_parallel)
-    if not world.is_main:
-        world.barrier()
-    task = build_task(config)
-    if world.is_main:
-        world.barrier()
+    task = world.main_first(lambda: build_task(config))
     task.model.to(world.device)
     return task

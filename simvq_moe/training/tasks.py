@@ -12,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simvq_moe.config import Config
@@ -28,9 +27,10 @@ from simvq_moe.moe.routers import start_from_data
 from simvq_moe.quantizers import AnyQuantizer, Quantizer
 from simvq_moe.training.audio_measures import AudioMeasures
 from simvq_moe.training.building import build_model
-from simvq_moe.training.codes_task import CodesTask, fit_to_codes, is_of_codes
+from simvq_moe.training.codes_task import CodesTask, fit_to_codes, is_of_codes, token_sums
+from simvq_moe.training.decoding import sheet
 from simvq_moe.training.engine_sharding import gathered
-from simvq_moe.training.image_measures import ImageMeasures, as_bytes
+from simvq_moe.training.image_measures import ImageMeasures
 
 EMBEDDED = {
     "image_tokenizer": "photos",
@@ -151,9 +151,7 @@ def _image_task(config: Config, measures: ImageMeasures) -> Task:
         return {"val/loss": means["val/mse"], **means, **_rank_of_used_codes(model.quantizer)}
 
     def picture(batch: Tensor) -> np.ndarray:
-        rows = as_bytes(torch.stack([batch, model.reconstruct(batch)[0]]))
-        grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        return grid.cpu().numpy()
+        return sheet(batch, model.reconstruct(batch)[0])
 
     side = data.image_size // 2**config.image_tokenizer.downsamplings
     return Task(
@@ -237,14 +235,9 @@ def _language_task(config: Config, tokenizer: Path | None) -> Task:
         model.end_of_text.fill_(corpus.end_of_text)
 
     def evaluate(batch: Tensor) -> dict[str, Tensor]:
-        logits, _ = model.logits(batch[:, :-1])
-        targets = batch[:, 1:].flatten()
-        nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").double().sum()
-        return {
-            "nats": nats,
-            "tokens": torch.tensor(float(len(targets))),
-            "bytes": corpus.bytes_of_token.to(targets.device)[targets].sum().double(),
-        }
+        targets = batch[:, 1:]
+        lengths = corpus.bytes_of_token.to(targets.device)[targets]
+        return token_sums(model, batch) | {"bytes": lengths.sum().double()}
 
     def summarize(sums: Mapping[str, float]) -> dict[str, float]:
         return {
