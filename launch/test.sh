@@ -12,4 +12,6 @@ ruff check .
 ruff format --check .
 pyright
 pytest -n 2 -m "not slow" "$@"
+# the GPU's search, in Triton's interpreter
+TRITON_INTERPRET=1 pytest tests/core/test_nearest.py tests/core/test_nearest_triton.py
 echo "test: all checks passed" >&2

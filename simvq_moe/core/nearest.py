@@ -1,14 +1,18 @@
 """Exact nearest-code search without a tokens x codes matrix.
 
 argmin_i |z - e_i|^2 = argmax_i s_i with s_i = z · e_i - |e_i|^2 / 2. Codes e = base @ W + bias are
-formed tile by tile and thrown away, tiles outermost, so memory is O(tokens + tile). Where bfloat16
-products are fast, `screening` first rules out the groups of codes that cannot win.
+formed tile by tile and thrown away, tiles outermost, so memory is O(tokens + tile). On GPUs one
+kernel scores a tile and keeps the best (`nearest_triton`); on processors with fast bfloat16
+products `screening` first rules out the groups of codes that cannot win.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int
@@ -219,13 +223,29 @@ def _improve(
     z: Tensor, tile: Tensor, half_norms: Tensor, start: int, ids: Tensor, best: Tensor
 ) -> None:
     """Put a tile's best code in place of the best so far wherever it is strictly better."""
-    for first in range(0, len(z), TOKEN_TILE):
-        rows = slice(first, first + TOKEN_TILE)
-        value, local = _best(z[rows], tile, half_norms)
+    best_of, at_once = _best, TOKEN_TILE
+    if _has_kernel(z):
+        from simvq_moe.core.nearest_triton import best_codes as best_of
+
+        at_once = TOKEN_BLOCK
+    for first in range(0, len(z), at_once):
+        rows = slice(first, first + at_once)
+        value, local = best_of(z[rows], tile, half_norms)
         # a NaN must win here, or it would pass as id 0
         wins = ~(value <= best[rows])
         ids[rows] = torch.where(wins, local + start, ids[rows])
         best[rows] = torch.where(wins, value, best[rows])
+
+
+def _has_kernel(z: Tensor) -> bool:
+    """True on GPUs with Triton, and on the CPU where its interpreter is switched on."""
+    on = z.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return on and z.dtype == torch.float32 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _best(z: Tensor, tile: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:

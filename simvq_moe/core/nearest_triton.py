@@ -4,8 +4,7 @@ the chip, in IEEE float32. A tokens x codes matrix exists at no time, not even o
 Each program keeps the best code of `TOKENS` tokens over one slice of the codes; slices fill the
 GPU where tokens are few, and are merged in the order of their ids.
 
-It passes its tests in Triton's interpreter; `nearest` does not call it until it has been measured
-on a GPU against the products that `nearest` makes there.
+A token or code with NaN scores -inf, as if no code were near.
 """
 
 from __future__ import annotations
@@ -38,21 +37,23 @@ def best_codes(
     best = z.new_empty(slices, len(z))
     ids = torch.empty(slices, len(z), dtype=torch.int32, device=z.device)
     kernel: Any = _best_of_slice
-    kernel[(blocks, slices)](
-        z,
-        codes,
-        half_norms.contiguous(),
-        best,
-        ids,
-        len(z),
-        len(codes),
-        per_slice,
-        z.shape[1],
-        TOKENS,
-        CODES,
-        CHANNELS,
-        num_warps=8,
-    )
+    # Triton launches on the current device
+    with torch.cuda.device_of(z):
+        kernel[(blocks, slices)](
+            z,
+            codes,
+            half_norms.contiguous(),
+            best,
+            ids,
+            len(z),
+            len(codes),
+            per_slice,
+            z.shape[1],
+            TOKENS,
+            CODES,
+            CHANNELS,
+            num_warps=8,
+        )
     # argmax promises the first of equals, and slices are in the order of ids
     winner = best.argmax(0, keepdim=True)
     return best.gather(0, winner)[0], ids.gather(0, winner)[0].long()

@@ -46,6 +46,8 @@ def test_a_map_for_each_block_of_codes_is_searched_as_its_rows(groups: int) -> N
     assert torch.equal(nearest(z, q.flatten(0, 1), W=W, bias=b), brute_force(z, rows))
 
 
+# Triton's interpreter computes by NumPy, which warns
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["latents", "codebook"])
 def test_input_that_is_not_finite_is_an_error_and_never_a_silent_id(

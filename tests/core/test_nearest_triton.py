@@ -1,10 +1,11 @@
 """The Triton kernel finds what the matrix product finds: on a GPU, or in Triton's interpreter:
 
-TRITON_INTERPRET=1 python -m pytest tests/core/test_nearest_triton.py
+TRITON_INTERPRET=1 python -m pytest tests/core/test_nearest.py tests/core/test_nearest_triton.py
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import pytest
@@ -13,17 +14,23 @@ from torch import Tensor
 from torch.testing import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
 
-from simvq_moe.core.nearest_triton import best_codes  # noqa: E402  # needs Triton
+from simvq_moe.core import nearest_triton  # noqa: E402  # needs Triton
+from simvq_moe.core.nearest import nearest  # noqa: E402
+from simvq_moe.core.nearest_triton import best_codes  # noqa: E402
+
+runs = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="needs a CUDA device or TRITON_INTERPRET=1"
+)
 
 
 def half_norms(codes: Tensor) -> Tensor:
     return codes.square().sum(1) / 2
 
 
+@runs
 @pytest.mark.parametrize(
     ("tokens", "codes", "width"), [(1, 1, 1), (70, 300, 20), (7, 1000, 33), (130, 129, 64)]
 )
@@ -36,6 +43,7 @@ def test_scores_and_ids_equal_the_product(tokens: int, codes: int, width: int) -
     assert_close(value, exact.amax(1).float())
 
 
+@runs
 def test_ties_go_to_the_lowest_id_within_and_across_slices() -> None:
     g = torch.Generator().manual_seed(0)
     e = torch.randint(-2, 3, (3, 4), generator=g).float().repeat(300, 1).to(DEVICE)
@@ -45,6 +53,7 @@ def test_ties_go_to_the_lowest_id_within_and_across_slices() -> None:
     assert torch.equal(ids, (scores == scores.amax(1, keepdim=True)).int().argmax(1))
 
 
+@runs
 def test_a_token_that_is_not_a_number_scores_minus_infinity() -> None:
     z, e = torch.ones(3, 4, device=DEVICE), torch.ones(5, 4, device=DEVICE)
     z[1, 2] = torch.nan
@@ -52,11 +61,32 @@ def test_a_token_that_is_not_a_number_scores_minus_infinity() -> None:
     assert value.isfinite().tolist() == [True, False, True]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-def test_the_search_on_a_gpu_equals_float64_brute_force() -> None:
-    from simvq_moe.core.nearest import nearest
-
+@runs
+def test_the_search_is_the_kernels_and_equals_float64_brute_force() -> None:
     torch.manual_seed(0)
-    z, e = torch.randn(3000, 48, device=DEVICE), torch.randn(20_000, 48, device=DEVICE)
-    assert torch.equal(nearest(z, e), torch.cdist(z.double(), e.double()).argmin(1))
+    z, q = torch.randn(90, 24, device=DEVICE), torch.randn(2500, 8, device=DEVICE)
+    W, b = torch.randn(8, 24, device=DEVICE), torch.randn(24, device=DEVICE)
+    rows = q.double() @ W.double() + b.double()
+    exact = (z.double()[:, None] - rows).square().sum(-1).argmin(1)
+    assert torch.equal(nearest(z, q, W=W, bias=b), exact)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
+def test_it_compiles_to_machine_code_for_an_h100_in_float32_throughout() -> None:
+    from triton import compile, jit  # pyright: ignore[reportMissingImports]
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
+
+    pointers = dict.fromkeys(("z", "codes", "half_norms", "best"), "*fp32") | {"ids": "*i32"}
+    sizes = dict.fromkeys(("tokens", "count", "per_slice"), "i32")
+    fixed = {"width": 128, "TOKENS": nearest_triton.TOKENS}
+    fixed |= {"CODES": nearest_triton.CODES, "CHANNELS": nearest_triton.CHANNELS}
+    signature = pointers | sizes | dict.fromkeys(fixed, "constexpr")
+    # without the type checks that this test run puts around every function
+    kernel = jit(inspect.unwrap(nearest_triton._best_of_slice.fn))
+    source = ASTSource(kernel, signature, fixed)
+    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assert built.asm["cubin"]
+    assert built.metadata.shared <= 227 * 1024
+    assert "tf32" not in built.asm["ptx"]
+    assert ".local" not in built.asm["ptx"]  # no registers spilled
