@@ -9,11 +9,12 @@ A token or code with NaN scores -inf, as if no code were near.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -31,9 +32,9 @@ def best_codes(
 ) -> tuple[Float[Tensor, " tokens"], Int[Tensor, " tokens"]]:
     """Largest z · e - |e|^2 / 2 over the codes and its first index; -inf for a token with NaN."""
     z, codes = z.contiguous(), codes.contiguous()
-    blocks = triton.cdiv(len(z), TOKENS)
-    slices = max(1, min(PROGRAMS // blocks, triton.cdiv(len(codes), CODES)))
-    per_slice = triton.cdiv(triton.cdiv(len(codes), slices), CODES) * CODES
+    blocks = ceil(len(z) / TOKENS)
+    slices = max(1, min(PROGRAMS // blocks, ceil(len(codes) / CODES)))
+    per_slice = ceil(len(codes) / slices / CODES) * CODES
     best = z.new_empty(slices, len(z))
     ids = torch.empty(slices, len(z), dtype=torch.int32, device=z.device)
     kernel: Any = _best_of_slice

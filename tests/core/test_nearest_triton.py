@@ -73,9 +73,9 @@ def test_the_search_is_the_kernels_and_equals_float64_brute_force() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
 def test_it_compiles_to_machine_code_for_an_h100_in_float32_throughout() -> None:
-    from triton import compile, jit  # pyright: ignore[reportMissingImports]
-    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
-    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
+    from triton import compile, jit
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
     pointers = dict.fromkeys(("z", "codes", "half_norms", "best"), "*fp32") | {"ids": "*i32"}
     sizes = dict.fromkeys(("tokens", "count", "per_slice"), "i32")
