@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from simvq_moe.config import Config
+from simvq_moe.config import Config, QuantizerConfig
 from simvq_moe.config_checks import check
 from simvq_moe.merging import to_yaml
 from simvq_moe.training.engine import World
@@ -14,19 +14,45 @@ from tests.launching import ROOT
 
 
 def in_small(config: Config) -> Config:
-    """A recipe for clusters on photos: fewer pixels, channels and codes, and no VGG16."""
+    """A recipe for clusters on embedded data: fewer pixels, channels and codes, and no VGG16."""
+    if config.task == "audio_tokenizer":
+        return _audio_in_small(config)
+    if config.data.streaming:
+        return _text_in_small(config)
     if config.data.image_size <= 64:
         return config
-    q = config.quantizer
-    if q.codes > 1_024:
-        shapes = {"fsq": {"levels": (8, 5, 5, 5), "width": 4, "codes": 1_000}, "lfq": {"width": 10}}
-        q = replace(q, **({"codes": 1_024} | shapes.get(q.kind, {})))
+    q = _few_codes(config.quantizer)
     image = replace(config.image_tokenizer, hidden=8, discriminator_hidden=4, lpips_weight=0.0)
     data = replace(
         config.data, source="photos", held_out_source=None, image_size=32, shorter_side=0
     )
     train = replace(config.train, batch_size=4)
     return replace(config, quantizer=q, image_tokenizer=image, data=data, train=train)
+
+
+def _text_in_small(config: Config) -> Config:
+    small = {"source": None, "streaming": False, "tokenizer": None, "vocabulary": 512}
+    data = replace(config.data, context=64, **small)
+    model = replace(config.language_model, width=64, layers=2)
+    train = replace(config.train, batch_size=4, accumulation=1)
+    return replace(config, data=data, language_model=model, train=train)
+
+
+def _audio_in_small(config: Config) -> Config:
+    data = replace(config.data, source="spoken-characters")
+    if data.sample_rate <= 8_000:
+        return replace(config, data=data)
+    audio = replace(config.audio_tokenizer, hidden=2, discriminator_hidden=1)
+    data, train = replace(data, audio_seconds=0.1), replace(config.train, batch_size=4)
+    q = _few_codes(config.quantizer)
+    return replace(config, quantizer=q, audio_tokenizer=audio, data=data, train=train)
+
+
+def _few_codes(q: QuantizerConfig) -> QuantizerConfig:
+    if q.codes <= 1_024:
+        return q
+    shapes = {"fsq": {"levels": (8, 5, 5, 5), "width": 4, "codes": 1_000}, "lfq": {"width": 10}}
+    return replace(q, **({"codes": 1_024} | shapes.get(q.kind, {})))
 
 
 def train_two_steps(config: Config, folder: Path, world: World) -> dict[str, float]:

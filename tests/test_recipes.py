@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from simvq_moe.analysis.sweep import plan
+from simvq_moe.analysis.sweep import Plan, plan
 from simvq_moe.config import Config
+from simvq_moe.config_checks import check
 from simvq_moe.merging import merge_files
 from simvq_moe.training.encoding import encode_run
 from simvq_moe.training.engine import World
@@ -19,12 +21,22 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 TOKENIZER_OF = {"image_codes_language": "image_codes_tokenizer"}
 """Recipes of language models that train on codes, and that of their tokenizer."""
-PLANS = [(file, plan([file])) for file in SWEEPS]
+
+
+def files_of(sweep: Path) -> list[Path]:
+    """The files that its command names: a twin for GPUs lies on top of another sweep."""
+    command = next(line for line in sweep.read_text().splitlines() if line.startswith("# Command:"))
+    return [ROOT / name for name in re.findall(r"--config (\S+)", command)]
+
+
+PLANS = [(file, plan(files_of(file))) for file in SWEEPS]
 ARMS = [
     pytest.param(run.config, id=f"{file.stem}-{run.group}-{run.arm}")
     for file, sweep in PLANS
     for run in sweep.runs
     if run.seed == sweep.spec.seeds[0]
+    # the arms of a twin are those of the sweep below it
+    if len(sweep.files) == 1 or run.arm == sweep.spec.groups[run.group].baseline
 ]
 
 
@@ -48,6 +60,13 @@ def test_a_config_trains_two_steps(file: Path, tmp_path: Path, world: World) -> 
         encode_run(tmp_path / "tokenizer" / tokenizer.name, None, codes, shard_samples=64)
         config = replace(config, data=replace(config.data, source=str(codes)))
     assert train_two_steps(config, tmp_path / "runs", world)["step"] == 2
+
+
+@pytest.mark.parametrize(("file", "sweep"), PLANS, ids=lambda case: getattr(case, "stem", ""))
+def test_every_arm_of_a_sweep_is_a_run_that_would_start(file: Path, sweep: Plan) -> None:
+    assert file in sweep.files
+    for run in sweep.runs:
+        check(run.config)
 
 
 @pytest.mark.parametrize("config", ARMS)
