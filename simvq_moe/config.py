@@ -27,7 +27,8 @@ class DataConfig:
     shorter_side: int = 0
     """Pixels that the shorter side of an image is resized to before it is cropped; 0: as it is."""
     decoded_megabytes: int = 4_096
-    """Memory for crops as bytes; a larger set is decoded batch by batch, as much of it kept."""
+    """Memory for crops of images or audio; a larger set is read batch by batch, as much of it
+    kept."""
     crops: int = 18_000
     """Training crops."""
     held_out_crops: int = 1_026

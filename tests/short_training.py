@@ -1,16 +1,30 @@
-"""Train a config for two steps in this process, on data that are quickly read."""
+"""Train in this process: flags to their end, or a config for two steps on quickly read data."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 from simvq_moe.config import Config, QuantizerConfig
 from simvq_moe.config_checks import check
-from simvq_moe.merging import to_yaml
+from simvq_moe.merging import to_yaml, with_flags
 from simvq_moe.training.engine import World
 from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT
+
+
+def train_flags(world: World, folder: Path, *flags: str) -> Path:
+    """Train what flags say, on every rank of the world; the run's folder, with its config."""
+    kept = ("--runs_dir", str(folder / "runs"), "--data.cache_dir", str(folder / "cache"))
+    config = with_flags(Config(), (*flags, *kept), "train")
+    check(config)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Trainer(config, world, lambda: False)) as trainer:
+        trainer.run()
+    if world.is_main:
+        (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    return config.run_dir
 
 
 def in_small(config: Config) -> Config:

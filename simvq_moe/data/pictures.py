@@ -75,7 +75,7 @@ class RowPicture:
     """An encoded image in a row of a data set."""
 
     rows: Any
-    """A `datasets.Dataset`, or a list of such rows."""
+    """A `datasets.Dataset`, or a list of such rows, with images as bytes or the place of a file."""
     column: str
     row: int
 
@@ -92,7 +92,11 @@ class RowPicture:
         if encoded.get("bytes"):
             return Image.open(BytesIO(encoded["bytes"]))
         if encoded.get("path"):
-            return Image.open(encoded["path"])
+            from fsspec.core import url_to_fs
+
+            # a stream's place may be on the Hub, or within an archive
+            files, path = url_to_fs(encoded["path"])
+            return Image.open(BytesIO(files.cat_file(path)))
         raise ValueError("the row holds no image")
 
 
@@ -106,7 +110,7 @@ def pictures(source: str, limit: int) -> list[Picture]:
         limit: rows that are taken from a stream, whose encoded images are kept in memory.
 
     Raises:
-        ConfigError: the source doesn't exist, or has no image column.
+        ConfigError: the source doesn't exist, breaks off, or has no image column.
     """
     if source.startswith((HUB, STREAM)):
         return _rows(source, limit)
@@ -168,17 +172,21 @@ def _rows(source: str, limit: int) -> list[Picture]:
     streaming = source.startswith(STREAM)
     try:
         found = datasets.load_dataset(name, split=split, streaming=streaming)
+        columns = found.features or {}
+        images = [column for column, kind in columns.items() if isinstance(kind, datasets.Image)]
+        rows: Any = []
+        if images:
+            # encoded, so that opening a row decodes no pixels
+            encoded = found.select_columns(images[:1]).cast_column(
+                images[0], datasets.Image(decode=False)
+            )
+            rows = list(encoded.take(limit)) if streaming else encoded
     except Exception as error:  # whatever the Hub, the network or a file format may raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"data.source {source!r} can't be loaded ({reason}): {REMEDY}") from None
-    columns = found.features or {}
-    images = [column for column, kind in columns.items() if isinstance(kind, datasets.Image)]
     if not images:
         raise ConfigError(
             f"data.source {source!r} has no image column among {', '.join(columns) or 'none'}: "
             f"{REMEDY}"
         )
-    # encoded, so that opening a row decodes no pixels
-    found = found.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
-    rows: Any = list(found.take(limit)) if streaming else found
     return [RowPicture(rows, images[0], i) for i in range(len(rows))]

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -34,6 +35,15 @@ from simvq_moe.quantizers.interchange import simvq_from
 
 PARTS = ("encoder.", "decoder.", "quantize.")
 AVERAGES = "model_ema."
+
+
+class Sizes(TypedDict):
+    """Of an `ImageTokenizer` of the architecture "vqgan"."""
+
+    hidden: int
+    downsamplings: int
+    residual_blocks: int
+    channel_multipliers: tuple[int, ...]
 
 
 def image_tokenizer_from(state: Mapping[str, Tensor], *, averages: bool = False) -> ImageTokenizer:
@@ -52,24 +62,13 @@ def image_tokenizer_from(state: Mapping[str, Tensor], *, averages: bool = False)
         if not any(average in state for average in found.values()):
             raise ValueError(f"the state dict has no {AVERAGES}*: use averages=False")
         weights |= {name: state[key] for name, key in found.items() if key in state}
-    if "encoder.conv_in.weight" not in weights or "quantize.embedding.weight" not in weights:
-        raise ValueError(f"no official layout: {', '.join(sorted(state)[:5])}, ...")
-    hidden = len(weights["encoder.conv_in.weight"])
-    firsts = _numbered(weights, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
-    multipliers = [len(weights[name]) // hidden for name in firsts]
-    blocks = len(_numbered(weights, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"))
+    sizes = sizes_of(weights)
     quantizer = simvq_from(
         {name.removeprefix("quantize."): w for name, w in weights.items() if "quantize." in name}
     )
-    tokenizer = ImageTokenizer(
-        quantizer,
-        architecture="vqgan",
-        hidden=hidden,
-        downsamplings=len(multipliers) - 1,
-        residual_blocks=blocks,
-        channel_multipliers=multipliers,
-    ).to(weights["encoder.conv_in.weight"].dtype)
-    names = dict(_names(multipliers, blocks))
+    tokenizer = ImageTokenizer(quantizer, architecture="vqgan", **sizes)
+    tokenizer.to(weights["encoder.conv_in.weight"].dtype)
+    names = dict(_names(sizes["downsamplings"], sizes["residual_blocks"]))
     mapped = {_ours(name, names): w for name, w in weights.items() if "quantize." not in name}
     for name in mapped:
         if re.fullmatch(r"decoder\.up\.\d+\.conv\.(weight|bias)", name):
@@ -82,21 +81,40 @@ def image_tokenizer_from(state: Mapping[str, Tensor], *, averages: bool = False)
     return tokenizer.eval()
 
 
+def sizes_of(state: Mapping[str, Tensor]) -> Sizes:
+    """The sizes of the tokenizer in an official state dict.
+
+    Raises:
+        ValueError: it has another layout.
+    """
+    if "encoder.conv_in.weight" not in state or "quantize.embedding.weight" not in state:
+        raise ValueError(f"no official layout: {', '.join(sorted(state)[:5])}, ...")
+    hidden = len(state["encoder.conv_in.weight"])
+    firsts = _numbered(state, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    blocks = _numbered(state, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")
+    return {
+        "hidden": hidden,
+        "downsamplings": len(firsts) - 1,
+        "residual_blocks": len(blocks),
+        "channel_multipliers": tuple(len(state[name]) // hidden for name in firsts),
+    }
+
+
 def _numbered(weights: Mapping[str, Tensor], pattern: str) -> list[str]:
     """The names of a pattern, by the number in them."""
     found = {int(m[1]): name for name in weights if (m := re.fullmatch(pattern, name))}
     return [found[number] for number in sorted(found)]
 
 
-def _names(multipliers: list[int], blocks: int) -> Iterator[tuple[str, str]]:
+def _names(last: int, blocks: int) -> Iterator[tuple[str, str]]:
     """Their modules and ours."""
     yield from (("encoder.conv_out", "to_latent"), ("decoder.conv_in", "from_latent"))
     yield from (("encoder.norm_out", "encoder.norm"), ("decoder.norm_out", "decoder.norm"))
     yield from (("encoder.conv_in", "encoder.down.0"), ("decoder.conv_out", "decoder.to_pixels"))
     for side in ("encoder", "decoder"):
         yield from ((f"{side}.mid_block.{j}", f"{side}.middle.{j}") for j in range(blocks))
-    last, each = len(multipliers) - 1, blocks + 1
-    for i in range(len(multipliers)):
+    each = blocks + 1
+    for i in range(last + 1):
         down, up = 1 + i * each, (last - i) * each
         for j in range(blocks):
             yield f"encoder.down.{i}.block.{j}", f"encoder.down.{down + j}"

@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from simvq_moe.config import Config, DataConfig
-from simvq_moe.data.codes import Manifest, entropy_bits, is_codes, open_codes
+from simvq_moe.data.codes import Manifest, entropy_bits, is_codes, open_codes, read_manifest
 from simvq_moe.merging import ConfigError, check_least
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.training.building import build_model
@@ -63,6 +63,37 @@ def fit_to_codes(config: Config) -> Config:
     return replace(
         config, data=replace(data, vocabulary=manifest.vocabulary, context=manifest.context)
     )
+
+
+def check_same_codes(config: Config, source: str) -> None:
+    """Make sure that ids mean in `source` what they meant in the data that a run was trained on.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        ConfigError: one of the two is codes and the other is not, or another tokenizer encoded it.
+    """
+    trained_on, codes = config.data.source, is_codes(source)
+    if config.task != "language_model" or not (codes or is_of_codes(config)):
+        return
+    if not is_of_codes(config):
+        raise ConfigError(
+            f"--data {source} holds codes, and data.source {trained_on!r}, which the run was "
+            "trained on, does not, or is gone: give text, or put the codes back there"
+        )
+    if not codes:
+        raise ConfigError(
+            f"--data {source} holds no codes, which the run was trained on: give a folder that "
+            "`simvq-moe encode` wrote with the same tokenizer"
+        )
+    ours, theirs = (read_manifest(Path(str(of))).tokenizer for of in (trained_on, source))
+    if ours.weights_sha256 != theirs.weights_sha256:
+        raise ConfigError(
+            f"--data {source} was encoded by the tokenizer {theirs.weights_sha256[:12]}, and "
+            f"data.source {trained_on!r}, which the run was trained on, by "
+            f"{ours.weights_sha256[:12]}: encode the data with that one"
+        )
 
 
 class CodesTask:

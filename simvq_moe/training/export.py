@@ -23,6 +23,7 @@ from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.training.building import AnyModel, build_model
+from simvq_moe.training.codes_task import check_same_codes
 from simvq_moe.training.decoding import check_empty
 from simvq_moe.training.devices import this_device
 from simvq_moe.training.engine import World
@@ -45,6 +46,7 @@ def evaluate_run(
     """
     config, weights = load_run(run_dir)
     if source is not None:
+        check_same_codes(config, source)
         config = replace(config, data=replace(config.data, source=source, held_out_source=None))
     if (lpips or rfid) and config.task != "image_tokenizer":
         raise ConfigError(f"--{'lpips' if lpips else 'rfid'}: task {config.task!r} has no images")

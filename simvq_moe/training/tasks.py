@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -171,6 +170,7 @@ def _audio_task(config: Config) -> Task:
         clips=data.crops,
         held_out_clips=data.held_out_crops,
         seed=data.seed,
+        memory=data.decoded_megabytes * 2**20,
     )
     model = build_model(config)
     assert isinstance(model, AudioTokenizer)
@@ -191,9 +191,8 @@ def _audio_task(config: Config) -> Task:
         pair = {"original": batch, "reconstruction": model.reconstruct(batch)[0].clamp(-1, 1)}
         return {name: clips.cpu().numpy() for name, clips in pair.items()}
 
-    digest = hashlib.blake2b(train.samples.numpy().tobytes(), digest_size=16).hexdigest()
     return Task(
-        *(model, train, held_out, digest, -(-length // model.hop), evaluate, summarize),
+        *(model, train, held_out, train.digest(), -(-length // model.hop), evaluate, summarize),
         start=model.initialize,
         picture=None,
         sounds=sounds,
@@ -210,7 +209,7 @@ def _rank_of_used_codes(quantizer: AnyQuantizer) -> dict[str, float]:
     with gathered(quantizer):
         codes = quantizer.codebook(torch.float64).detach()
     centred = (codes - (weights * codes).sum(0)) * weights.sqrt()
-    return {"val/codes/effective_rank": effective_rank(torch.linalg.svdvals(centred))}
+    return {"val/codes/effective_rank": float(effective_rank(torch.linalg.svdvals(centred)))}
 
 
 def _codes_task(config: Config) -> Task:

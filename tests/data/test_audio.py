@@ -13,7 +13,7 @@ import torch
 from numpy.testing import assert_allclose
 
 import simvq_moe.data.audio as audio
-from simvq_moe.data.audio import AudioClips, audio_clips, check_source, resample
+from simvq_moe.data.audio import AudioClips, LazyClips, audio_clips, check_source, resample
 from simvq_moe.merging import ConfigError
 
 RATE = 1_000
@@ -45,7 +45,7 @@ def many(tmp_path: Path) -> Path:
 def clips(
     source: Path | str, count: int = 50, held_out: int = 20, *, seed: int = 0, length: int = LENGTH
 ) -> tuple[AudioClips, AudioClips]:
-    return audio_clips(
+    train, late = audio_clips(
         str(source),
         sample_rate=RATE,
         length=length,
@@ -53,6 +53,9 @@ def clips(
         held_out_clips=held_out,
         seed=seed,
     )
+    assert isinstance(train, AudioClips)
+    assert isinstance(late, AudioClips)
+    return train, late
 
 
 def test_the_embedded_recordings_are_read_without_importing_their_package() -> None:
@@ -61,6 +64,8 @@ def test_the_embedded_recordings_are_read_without_importing_their_package() -> N
         "spoken-characters", sample_rate=8_000, length=1_600, clips=500, held_out_clips=100, seed=0
     )
     assert not {"captcha", "librosa"} & (set(sys.modules) - before)
+    assert isinstance(train, AudioClips)
+    assert isinstance(held_out, AudioClips)
     assert train.samples.shape == (500, 1_600)
     assert held_out.samples.shape == (100, 1_600)
     assert train.samples.dtype == held_out.samples.dtype == torch.int16
@@ -234,3 +239,66 @@ def test_only_damaged_recordings_are_an_error(tmp_path: Path) -> None:
 def test_sources_with_a_recording_pass_the_check(few: Path) -> None:
     check_source("spoken-characters")
     check_source(str(few))
+
+
+def lazy(source: Path | str, rate: int = RATE, memory: int = 0) -> tuple[LazyClips, LazyClips]:
+    train, late = audio_clips(
+        str(source),
+        sample_rate=rate,
+        length=LENGTH,
+        clips=200,
+        held_out_clips=100,
+        seed=0,
+        memory=memory,
+    )
+    assert isinstance(train, LazyClips)
+    assert isinstance(late, LazyClips)
+    return train, late
+
+
+@pytest.mark.parametrize("rate", [1_000, 750, 1_600, 333])
+def test_a_set_too_large_for_memory_has_the_same_clips(rate: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        noise = rng.integers(-9_000, 9_000, size=(1_500 + 100 * i, 2), dtype=np.int16)
+        soundfile.write(tmp_path / f"{i}.wav", noise, RATE, subtype="PCM_16")
+    whole = audio_clips(
+        str(tmp_path), sample_rate=rate, length=LENGTH, clips=200, held_out_clips=100, seed=0
+    )
+    for part, late in zip(whole, lazy(tmp_path, rate), strict=True):
+        indices = np.arange(len(part))
+        torch.testing.assert_close(late.batch(indices), part.batch(indices), rtol=0, atol=0)
+        again = np.array([7, 0, 7])
+        torch.testing.assert_close(late.batch(again), part.batch(again), rtol=0, atol=0)
+
+
+def test_clips_are_kept_up_to_the_given_memory(many: Path) -> None:
+    train, _ = lazy(many, memory=2 * LENGTH * 10)
+    first = train.batch(np.arange(30))
+    assert len(train.kept) == 10
+    for path in many.iterdir():
+        path.unlink()
+    kept = sorted(train.kept)
+    torch.testing.assert_close(train.batch(np.array(kept)), first[kept])
+
+
+def test_a_recording_found_damaged_late_is_replaced_and_named_once(
+    many: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, _ = lazy(many)
+    before = train.batch(np.arange(200))
+    named = train.parts[int(train.part_of[0])].path
+    named.write_bytes(named.read_bytes()[:50])
+    with caplog.at_level(logging.WARNING):
+        after = train.batch(np.arange(200))
+        train.batch(np.arange(200))
+    (record,) = caplog.records
+    assert record.getMessage() == f"skipped damaged recording 1: {named.name}"
+    hit = torch.from_numpy(train.part_of == train.part_of[0])
+    torch.testing.assert_close(after[~hit], before[~hit])
+    assert not (after[hit] == before[hit]).any()
+
+
+def test_digests_tell_sets_of_clips_apart(few: Path, many: Path) -> None:
+    assert lazy(many)[0].digest() == lazy(many)[0].digest()
+    assert len({part.digest() for part in (*lazy(many), *clips(few), *clips(few, seed=1))}) == 6

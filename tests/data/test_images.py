@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from simvq_moe.data.images import PHOTOS, ImageCrops, LazyCrops, check_source, image_crops
-from simvq_moe.data.pictures import FilePicture
+from simvq_moe.data.pictures import FilePicture, RowPicture
 from simvq_moe.merging import ConfigError
 
 SIZE = 8
@@ -332,3 +332,71 @@ def test_a_data_set_without_images_is_named_with_the_way_out(tmp_path, monkeypat
         crops(f"hf:{tmp_path / 'nowhere'}")
     with pytest.raises(ConfigError, match=r"data\.source 'hf:' holds no readable image"):
         check_source("hf:")
+
+
+@pytest.mark.parametrize("word", ["hf", "hf-stream"])
+@pytest.mark.parametrize("form", ["imagefolder", "parquet"])
+def test_broken_rows_of_a_data_set_are_counted_named_and_skipped(
+    word, form, tmp_path, monkeypatch, caplog
+):
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    folder = image_folder(tmp_path / "images")
+    # one without a header, and one whose pixels break off
+    (folder / "05.png").write_bytes(b"no image")
+    noise = np.random.default_rng(0).integers(256, size=(20, 20, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "07.png")
+    (folder / "07.png").write_bytes((folder / "07.png").read_bytes()[:200])
+    if form == "parquet":
+        rows = datasets.load_dataset(str(folder), split="train")
+        folder = tmp_path / "parquet"
+        folder.mkdir()
+        rows.cast_column("image", datasets.Image(decode=False)).to_parquet(
+            str(folder / "train.parquet")
+        )
+    source = f"{word}:{folder}"
+    with caplog.at_level(logging.WARNING):
+        train, held_out = crops(source, 160, 40)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{source}: skipped 2 unreadable or too small images: row 5, row 7"
+    ]
+    values = {*train.images.unique().tolist(), *held_out.images.unique().tolist()}
+    assert values == set(range(40)) - {5, 7}
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        late = lazy(source, 160, 40)
+        batches = [part.batch(np.arange(len(part))) for part in late]
+    assert [part.shape[0] for part in batches] == [160, 40]
+    said = [record.getMessage() for record in caplog.records]
+    assert "row 5" in said[0]
+    assert said[1:] == ["skipped damaged image 1: row 7"]
+
+
+def test_a_rows_image_may_lie_in_an_archive(tmp_path):
+    import zipfile
+
+    plain_image(7).save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    place = f"zip://a.png::{tmp_path / 'all.zip'}"
+    row = RowPicture([{"image": {"bytes": None, "path": place}}], "image", 0)
+    assert np.asarray(row.open()).tolist() == np.asarray(plain_image(7)).tolist()
+
+
+def test_a_stream_that_breaks_off_is_named_with_the_way_out(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    rows = datasets.load_dataset(str(image_folder(tmp_path / "images")), split="train")
+    (tmp_path / "rows").mkdir()
+    file = tmp_path / "rows" / "train.parquet"
+    rows.to_parquet(str(file))
+    content = bytearray(file.read_bytes())
+    # the footer, which says what there is, stays whole
+    content[4 : len(content) // 4] = bytes(len(content) // 4 - 4)
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"data\.source 'hf-stream:.*' can't be loaded \("):
+        crops(f"hf-stream:{tmp_path / 'rows'}")

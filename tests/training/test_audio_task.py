@@ -14,7 +14,7 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 
 from simvq_moe.config import AudioTokenizerConfig, Config, DataConfig, QuantizerConfig, TrainConfig
 from simvq_moe.config_checks import check
-from simvq_moe.data.audio import audio_clips, resample
+from simvq_moe.data.audio import AudioClips, audio_clips, resample
 from simvq_moe.merging import ConfigError
 from simvq_moe.models.audio_spectra import MelDistance
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
@@ -77,6 +77,7 @@ def test_two_steps_with_discriminators_leave_measures_and_recordings(
     _, held_out = audio_clips(
         "spoken-characters", sample_rate=RATE, length=1_600, clips=64, held_out_clips=18, seed=0
     )
+    assert isinstance(held_out, AudioClips)
     second, _ = soundfile.read(folder / "1_original.wav", dtype="int16")
     assert np.array_equal(second, held_out.samples[2].numpy())
 

@@ -308,6 +308,40 @@ def test_codes_whose_tokenizer_is_gone_or_another_are_refused(
     assert not (tmp_path / "out2").exists()
 
 
+def test_a_run_on_codes_is_evaluated_on_codes_of_the_same_tokenizer_alone(
+    encoded: dict[str, Path], tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, photos = encoded["image"], tmp_path / "photos"
+    config = with_flags(Config(), [*LANGUAGE, "--data.source", str(folder / "codes")], "train")
+    train_two_steps(fit_to_codes(config), tmp_path / "runs", world)
+    command = ["eval", str(tmp_path / "runs/run"), "--data"]
+    photos.mkdir()
+    Image.effect_mandelbrot((128, 64), (-2, -1, 1, 1), 60).save(photos / "a.png")
+    encode = ["encode", str(folder / "runs/run"), "--data", str(photos)]
+    assert main([*encode, "--out", str(tmp_path / "photos_codes")]) == 0
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "photos_codes")]) == 0
+    of_photos = json.loads(capsys.readouterr().out)
+    assert main(command[:-1]) == 0
+    own = json.loads(capsys.readouterr().out)
+    assert of_photos["val/bits_per_code"] != own["val/bits_per_code"]
+    # the same sizes, other weights
+    other = with_flags(Config(), [*TOKENIZERS["image"], "--seed", "1"], "train")
+    train_two_steps(other, tmp_path / "others", world)
+    assert main(["encode", str(tmp_path / "others/run"), *to(tmp_path / "others_codes")]) == 0
+    hashes = [
+        read_manifest(path).tokenizer.weights_sha256[:12]
+        for path in (tmp_path / "others_codes", folder / "codes")
+    ]
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "others_codes")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in (*hashes, "encode the data with that one"))
+    assert main([*command, str(photos)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--data {photos} holds no codes, which the run was trained on" in line
+
+
 @pytest.mark.distributed
 def test_two_ranks_write_the_bytes_of_one_and_train_on_them(
     encoded: dict[str, Path], tmp_path: Path
