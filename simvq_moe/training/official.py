@@ -1,0 +1,67 @@
+"""A checkpoint of SimVQ's authors (arXiv:2411.02038) as a run, for `eval`, `encode` and `decode`.
+
+    from pathlib import Path
+    from simvq_moe.config import DataConfig
+    from simvq_moe.training.official import write_run
+
+    images = DataConfig(
+        source="imagenet/train", crops=1_281_167, image_size=128, shorter_side=128,
+        held_out_source="imagenet/val", held_out_crops=50_000,
+    )
+    write_run(Path("epoch=49-step=250250.ckpt"), Path("runs/official"), images)
+
+`simvq-moe eval runs/official --rfid --lpips` then measures it, and `simvq-moe encode runs/official
+--out runs/codes` gives a language model its codes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from simvq_moe.config import Config, DataConfig, ImageTokenizerConfig, QuantizerConfig
+from simvq_moe.merging import ConfigError, to_yaml
+from simvq_moe.models.official_layout import image_tokenizer_from, sizes_of
+from simvq_moe.training.decoding import check_empty
+from simvq_moe.training.loading import FOLDED
+
+
+def write_run(checkpoint: Path, out: Path, data: DataConfig, *, averages: bool = True) -> Config:
+    """Write config.yaml and model.safetensors of an image tokenizer; the config.
+
+    Args:
+        checkpoint: file of theirs, whose weights alone are read.
+        out: a new folder.
+        data: images that the run reads where a command names no others.
+        averages: take the moving averages of the weights, with which the authors evaluate.
+
+    Raises:
+        ConfigError: the file is not there, or has another layout, or `out` is not empty.
+    """
+    check_empty(out)
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        tokenizer = image_tokenizer_from(state, averages=averages)
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(f"{checkpoint} is no checkpoint of SimVQ's authors: {error}") from None
+    q = state["quantize.embedding.weight"]
+    width = len(state["quantize.embedding_proj.weight"])
+    config = Config(
+        name=out.name,
+        runs_dir=str(out.parent),
+        data=data,
+        quantizer=QuantizerConfig(
+            codes=len(q),
+            width=width,
+            base_width=None if q.shape[1] == width else q.shape[1],
+            bias="quantize.embedding_proj.bias" in state,
+        ),
+        image_tokenizer=ImageTokenizerConfig(architecture="vqgan", **sizes_of(state)),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    weights = tokenizer.float().state_dict()
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, out / FOLDED)
+    (out / "config.yaml").write_text(to_yaml(config))
+    return config

@@ -1,0 +1,65 @@
+"""A checkpoint of SimVQ's authors becomes a run that the commands take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simvq_moe.cli import main
+from simvq_moe.config import Config, DataConfig
+from simvq_moe.config_checks import check
+from simvq_moe.data.codes import open_codes
+from simvq_moe.merging import ConfigError, merge_files
+from simvq_moe.models.official_layout import image_tokenizer_from
+from simvq_moe.training.official import write_run
+from simvq_moe.training.tasks import build_task
+from tests.data.test_images import image_folder
+from tests.models.test_official_layout import official_state
+
+
+def test_an_official_checkpoint_is_a_run_to_evaluate_encode_and_decode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, file = official_state(), tmp_path / "theirs.ckpt"
+    torch.save({"state_dict": state, "epoch": 49}, file)
+    run = tmp_path / "runs" / "official"
+    pictures = image_folder(tmp_path / "pictures")
+    data = DataConfig(
+        source=str(pictures), image_size=16, shorter_side=16, crops=6, held_out_crops=6
+    )
+    written = write_run(file, run, data, averages=False)
+    config = merge_files(Config, [run / "config.yaml"])
+    assert config == written
+    check(config)
+    assert main(["eval", str(run)]) == 0
+    measures = json.loads(capsys.readouterr().out)
+    assert main(["encode", str(run), "--out", str(tmp_path / "codes")]) == 0
+    assert main(["decode", str(tmp_path / "codes"), "--out", str(tmp_path / "images")]) == 0
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 12
+    # the reference computes in float64, the run in float32
+    tokenizer = image_tokenizer_from(state)
+    images = build_task(config).held_out.batch(np.arange(6))
+    with torch.no_grad():
+        reconstruction, quantized = tokenizer.reconstruct(images.double())
+    rows = open_codes(tmp_path / "codes")["held_out"].rows(np.arange(6))
+    np.testing.assert_array_equal(rows, quantized.ids.flatten(1).numpy())
+    error = (reconstruction - images).square().mean()
+    assert measures["val/mse"] == pytest.approx(float(error), rel=1e-4)
+
+
+def test_other_files_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    other = tmp_path / "other.ckpt"
+    torch.save({"state_dict": {"weight": torch.ones(1)}}, other)
+    for file in (other, tmp_path / "nowhere.ckpt"):
+        with pytest.raises(ConfigError, match="is no checkpoint of SimVQ's authors"):
+            write_run(file, tmp_path / "out", DataConfig())
+    assert not (tmp_path / "out").exists()
+    torch.save({"state_dict": official_state()}, other)
+    with pytest.raises(ConfigError, match=r"no model_ema\.\*: use averages=False"):
+        write_run(other, tmp_path / "out", DataConfig())
+    with pytest.raises(ConfigError, match="is not empty"):
+        write_run(other, tmp_path, DataConfig())
