@@ -36,6 +36,7 @@ from simvq_moe.analysis.results import (
 )
 from simvq_moe.analysis.routings import routings_of
 from simvq_moe.analysis.runs import UNCOMPARED_KEYS, Arm, Group, Run
+from simvq_moe.analysis.spectra import spectra_of
 from simvq_moe.analysis.verdict import negative, secondary, verdict
 from simvq_moe.core.usage import null_usage
 
@@ -99,6 +100,7 @@ def group_result(group: Group) -> GroupResult:
         loads=loads_of(group) if kind == "experts" else [],
         profiles=profiles_of(group) if kind else [],
         routings=routings_of(group),
+        spectra=spectra_of(group),
     )
 
 

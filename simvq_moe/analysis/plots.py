@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from simvq_moe.analysis.curves import Curve, Loads, Profile
 from simvq_moe.analysis.measures import label, measure
 from simvq_moe.analysis.routings import RoutingOf
+from simvq_moe.analysis.spectra import Spectrum
 
 INK = "#010203"
 ARM_COLOURS = (
@@ -192,6 +193,22 @@ def profile_figure(profiles: Sequence[Profile], styles: Mapping[str, ArmStyle], 
         axes.set_xlim(0, 100)
         axes.set_xlabel(f"{slots}, from the most used (%)")
         return _svg(figure, f"Sorted loads of {slots}")
+
+
+def spectrum_figure(spectra: Sequence[Spectrum], styles: Mapping[str, ArmStyle]) -> str:
+    """Singular values of the maps of one kind, from the largest, which is 1; bands span seeds."""
+    text = f"singular values of W over the largest, {spectra[0].kind}"
+    with _drawing():
+        figure, axes = _panel(text, height=2.9)
+        for one in spectra:
+            style = styles[one.arm]
+            colour = ARM_COLOURS[style.colour]
+            axes.fill_between(one.ranks, one.lowest, one.highest, color=colour, alpha=0.13, lw=0)
+            axes.plot(one.ranks, one.values, color=colour, linewidth=1.8, linestyle=style.line)
+        axes.set_yscale("log", nonpositive="clip")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.set_xlabel("number, from the largest")
+        return _svg(figure, text)
 
 
 def _drawing() -> AbstractContextManager[None]:

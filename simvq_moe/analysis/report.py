@@ -143,7 +143,10 @@ def _draw(group: Group, result: GroupResult) -> Figures:
             Markup(plots.profile_figure(result.profiles, styles, result.kind or "slots"))
             for _ in result.profiles[:1]
         ],
-        banks=[Markup(plots.curve_figure(curves, styles)) for curves in _by_metric(banks)],
+        banks=[
+            *(Markup(plots.curve_figure(curves, styles)) for curves in _by_metric(banks)),
+            *_spectrum_figures(result, styles),
+        ],
         bank_arms=list(dict.fromkeys(curve.arm for curve in banks)),
         routings=_routing_figures(result, labels),
         samples=[sample for arm in group.arms if (sample := sample_of(arm))],
@@ -164,6 +167,14 @@ def _routing_figures(result: GroupResult, labels: dict[str, str]) -> list[Markup
         Markup(plots.routing_figure(r, f"{labels[r.arm]}, seed {r.seed}, layer {r.layer}", scale))
         for r in result.routings
         if r.co_activation or r.specialization
+    ]
+
+
+def _spectrum_figures(result: GroupResult, styles: dict[str, ArmStyle]) -> list[Markup]:
+    kinds = dict.fromkeys(spectrum.kind for spectrum in result.spectra)
+    return [
+        Markup(plots.spectrum_figure([s for s in result.spectra if s.kind == kind], styles))
+        for kind in kinds
     ]
 
 

@@ -16,7 +16,7 @@
                  "paired": [{"arm", "metric", "primary", "differences": [a seed], "unpaired",
                              "n", "agree", "mean", "relative", "sd", "interval": [low, high],
                              "p", "p_min", "p_holm", "margin", "p_equivalent"}],
-                 "curves", "loads", "profiles", "routings": what the figures draw}],
+                 "curves", "loads", "profiles", "routings", "spectra": what the figures draw}],
      "runs": [{"group", "arm", "seed", "status", "error", "step", "last", "path", "command",
                "environment"}]}
 
@@ -33,6 +33,7 @@ from typing import Any
 from simvq_moe.analysis import stats
 from simvq_moe.analysis.curves import Curve, Loads, Profile
 from simvq_moe.analysis.routings import RoutingOf
+from simvq_moe.analysis.spectra import Spectrum
 
 PREFIX = {"codes": "val/codes/", "experts": "val/moe/mean/"}
 """Where the usage measures of a kind of slot are logged; experts: the mean over layers."""
@@ -134,6 +135,7 @@ class GroupResult:
     loads: list[Loads]
     profiles: list[Profile]
     routings: list[RoutingOf]
+    spectra: list[Spectrum]
 
     @property
     def baseline_arm(self) -> ArmResult | None:

@@ -78,17 +78,14 @@ class Run:
     def bank_metrics(self, leaf: str) -> dict[str, list[str]]:
         """Names under which a measure of banks is logged, by the kind of bank.
 
-        The kind is the end of a bank's name in meta.json: experts.down of
-        blocks.0.moe.experts.down; ALL_BANKS where names are not recorded.
+        See `bank_kind`; ALL_BANKS where names are not recorded.
         """
         names = self.meta.get("banks") or []
         logged = {n for m in self.metrics for n in m if n.startswith("bank/")}
         found: dict[str, list[str]] = {}
         for metric in sorted(n for n in logged if n.endswith(f"/{leaf}")):
             i = int(metric.split("/")[1])
-            words = names[i].split(".") if i < len(names) else [ALL_BANKS]
-            kind = ".".join([word for word in words if not word.isdigit()][-2:])
-            found.setdefault(kind, []).append(metric)
+            found.setdefault(bank_kind(names, i), []).append(metric)
         return found
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -130,6 +127,16 @@ class Group:
     """Title of the sweep it belongs to; empty for runs that were found one by one."""
     command: str = ""
     """The command that does the whole sweep."""
+
+
+def bank_kind(names: Sequence[str], i: int) -> str:
+    """End of the name of bank i: experts.down of blocks.0.moe.experts.down.
+
+    Args:
+        names: those of the run's meta.json.
+    """
+    words = names[i].split(".") if i < len(names) else [ALL_BANKS]
+    return ".".join([word for word in words if not word.isdigit()][-2:])
 
 
 def find_groups(paths: Sequence[Path]) -> list[Group]:

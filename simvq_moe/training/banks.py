@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simvq_moe.core.bank import Bank
-from simvq_moe.core.dynamics import BankDynamics
+from simvq_moe.core.dynamics import BankDynamics, bank_steps
 from simvq_moe.core.usage import UsageCounter
 from simvq_moe.moe import MoE
 from simvq_moe.quantizers import GroupVQ
@@ -52,13 +52,30 @@ class Banks:
             counts: draws of every layer in the window, over all ranks.
             steps: optimizer steps of the window.
         """
-        metrics: dict[str, float] = {}
-        for i, one in enumerate(self.followed):
-            drawn = torch.from_numpy(counts[one.layer])
+        drawn = [torch.from_numpy(n).to(world.device) for n in counts]
+        observed = []
+        for one in self.followed:
             with gathered(one.dynamics.bank):
-                step = one.dynamics.step(drawn, steps=steps, total=world.sum)
-            metrics |= {f"bank/{i:02d}/{name}": value for name, value in step.as_dict().items()}
-        return metrics
+                observed.append(one.dynamics.observe(drawn[one.layer], steps=steps))
+        found = bank_steps(observed, world.sum) if observed else []
+        return {
+            f"bank/{i:02d}/{name}": value
+            for i, step in enumerate(found)
+            for name, value in step.as_dict().items()
+        }
+
+    def spectra(self) -> dict[str, np.ndarray]:
+        """Singular values of every shared map, from the largest on; every rank must call it.
+
+        By number of the bank, as in the names of measures.
+        """
+        found = {}
+        for i, one in enumerate(self.followed):
+            bank = one.dynamics.bank
+            if bank.maps and bank.shared:
+                with gathered(bank):
+                    found[f"{i:02d}"] = torch.linalg.svdvals(bank.matrix().detach()).cpu().numpy()
+        return found
 
     def state(self) -> list[Tensor | None]:
         """Steps since each slot was drawn, the same on every rank; part of a checkpoint."""

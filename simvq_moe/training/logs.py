@@ -109,6 +109,14 @@ class RunLog:
         np.savez_compressed(aside, **arrays)
         aside.replace(self.run_dir / "usage.npz")
 
+    def write_spectra(self, spectra: Mapping[str, np.ndarray]) -> None:
+        """spectra.npz: the maps' singular values at the last evaluation, by number of the bank."""
+        if spectra:
+            aside = self.run_dir / "spectra.tmp.npz"
+            arrays: dict[str, Any] = dict(spectra)
+            np.savez(aside, **arrays)
+            aside.replace(self.run_dir / "spectra.npz")
+
     def close(self) -> None:
         self.write_usage()
         self.metrics.close()

@@ -28,7 +28,7 @@ from simvq_moe.data.prefetch import Prefetched
 from simvq_moe.data.streaming import TextStream
 from simvq_moe.merging import ConfigError
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.moe.after_step import after_step
+from simvq_moe.moe.after_step import StepState, after_step
 from simvq_moe.training import checkpoint
 from simvq_moe.training.banks import Banks
 from simvq_moe.training.cost import cost_of, peak_memory
@@ -84,6 +84,7 @@ class Trainer:
             self.task.start(torch.cat(self._read()).to(world.device))
             self.position = {}
         self.counters = counters(self.task.model)
+        self.has_step_state = any(isinstance(m, StepState) for m in self.task.model.modules())
         self.banks = Banks(self.task.model, self.counters)
         self.peak = config.train.peak_flops or device_peak(world.device, config.train.dtype)
         self.cost = cost_of(self.task.model, config, world.size, run_samples=bool(self.peak))
@@ -178,7 +179,8 @@ class Trainer:
         if self._is_logged(self.step + 1):
             self.banks.mark()
         started = time.monotonic()
-        self.engine.train()
+        if not self.task.model.training:  # after an evaluation; to set it costs 1 % of a small step
+            self.engine.train()
         if self.undo is not None:
             self.undo.mark()
         parts = self.config.train.accumulation
@@ -206,7 +208,8 @@ class Trainer:
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         if finite and math.isfinite(norm):
             with self._phase("optimizer"):
-                after_step(self.task.model)
+                if self.has_step_state:
+                    after_step(self.task.model)
             sums.add({"grad_norm": torch.tensor(norm, device=self.world.device)})
             self.window.add(sums.sums)
             self.window.steps += 1
@@ -326,9 +329,11 @@ class Trainer:
         self.window = Window()
         held_out, held_out_counts = evaluated or ({}, None)
         samples = make_samples(self.task, self.step, self.world.device) if evaluated else None
+        spectra = self.banks.spectra() if evaluated else {}
         if self.log is not None:
             with self._recording():
                 self.log.write(self.step, metrics | held_out, counts, held_out_counts)
+                self.log.write_spectra(spectra)
                 if samples is not None:
                     self.log.write_pictures(self.step, self.probe.pictures(), self.probe.rows)
                     samples.write(self.log, self.step, self.task.sample_rate)
