@@ -182,7 +182,9 @@ def _our_steps(trainer: Trainer, steps: int) -> None:
 def _bare_loop(config: Config, trainer: Trainer, steps: int) -> Callable[[], None]:
     model = build_model(config).to(trainer.world.device)
     assert isinstance(model, LanguageModel)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.optimizer.lr, weight_decay=0.0, fused=True
+    )
     order, data = np.random.default_rng(0), _data_of(trainer)
 
     def run() -> None:

@@ -194,22 +194,11 @@ class Bank(nn.Module):
             self.W.copy_(front @ scaled @ axes.T)
 
     @torch.no_grad()
-    def spectrum(self) -> Float[Tensor, "*slots rank"]:
-        """Singular values of W in descending order, float64."""
-        if not self.maps:
-            raise ValueError("a bank with transform 'none' has no W and so no spectrum")
-        if self.transform == "diagonal":
-            return self.maps[0].detach().double().abs().sort(descending=True).values
-        return torch.linalg.svdvals(self.matrix())
-
-    @torch.no_grad()
-    def identity_distance(self) -> float:
+    def identity_distance(self) -> Float[Tensor, ""]:
         """Frobenius distance of W from the identity, over sqrt(width); separate maps: the mean."""
-        if not self.maps:
-            return 0.0
         W = self.matrix()
         eye = torch.eye(*W.shape[-2:], dtype=W.dtype, device=W.device)
-        return float(((W - eye).norm(dim=(-2, -1)) / self.width**0.5).mean())
+        return ((W - eye).norm(dim=(-2, -1)) / self.width**0.5).mean()
 
     def _shift(self, rows: Tensor) -> Tensor:
         return rows if self.bias is None else rows + self.bias.to(rows.dtype)
@@ -230,13 +219,13 @@ def _start_of_map(transform: Transform, base: Tensor, width: int) -> nn.Paramete
     return nn.Parameter(nn.init.orthogonal_(torch.empty(base_width, width, dtype=dtype)))
 
 
-def effective_rank(singular_values: Float[Tensor, " rank"]) -> float:
+def effective_rank(singular_values: Float[Tensor, " rank"]) -> Float[Tensor, ""]:
     """exp of the entropy of the normalized singular values (Roy and Vetterli, EUSIPCO 2007)."""
     share = singular_values / singular_values.sum()
-    return float(torch.special.entr(share).sum().exp())
+    return torch.special.entr(share).sum().exp()
 
 
-def stable_rank(singular_values: Float[Tensor, " rank"]) -> float:
+def stable_rank(singular_values: Float[Tensor, " rank"]) -> Float[Tensor, ""]:
     """Squared Frobenius norm over squared spectral norm (Rudelson and Vershynin, 2007)."""
     squared = singular_values.square()
-    return float(squared.sum() / squared.max())
+    return squared.sum() / squared.max()

@@ -7,9 +7,11 @@ model, how long rows were left alone, and how far W has gone from its start.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from math import prod
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,20 +38,31 @@ class BankStep:
     """Mean number of steps since a slot was last drawn."""
     max_staleness: float
     """The largest number of steps since a slot was last drawn."""
-    start_distance: float | None
+    start_distance: float | None = None
     """|W - W at the start| / |W at the start|, Frobenius; separate maps: all as one."""
-    identity_distance: float | None
+    identity_distance: float | None = None
     """|W - I| / sqrt(width), Frobenius; None where W is not square."""
-    condition: float | None
+    condition: float | None = None
     """Largest over smallest singular value of a shared map."""
-    stable_rank: float | None
+    stable_rank: float | None = None
     """Squared Frobenius norm of a shared map over its squared spectral norm."""
-    effective_rank: float | None
+    effective_rank: float | None = None
     """exp of the entropy of a shared map's normalized singular values."""
 
     def as_dict(self) -> dict[str, float]:
         """Measures by name, without those that the bank does not have."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+class Observed(NamedTuple):
+    """What a step did to a bank, as tensors that nothing has waited for."""
+
+    sums: Float[Tensor, " sums"]
+    """See `BankDynamics._moved`; of the slots of this rank."""
+    described: dict[str, Tensor]
+    """Fields of `BankStep` that every rank has, float64 scalars."""
+    shared_map: Tensor | None
+    """Of which the spectrum is measured: the matrix, or the factors of a diagonal one."""
 
 
 class BankDynamics:
@@ -79,10 +92,36 @@ class BankDynamics:
 
     @torch.no_grad()
     def mark(self) -> None:
-        """Remember rows and map as they are before a step."""
-        self.before, self.map_before = self._rows(), self._shared_map()
+        """Remember base, map and bias as they are before a step."""
+        base = self._base()
+        # an index copies, but all of a base is the live one
+        self.before = base.clone() if base.data_ptr() == self.bank.base.data_ptr() else base
+        self.maps_before, self.bias_before = self._maps(), self._bias()
 
     @torch.no_grad()
+    def observe(self, counts: Int[Tensor, " slots"], *, steps: int = 1) -> Observed:
+        """Measure after an optimizer step; `bank_steps` makes numbers of it.
+
+        Args:
+            counts: draws of every slot since the last measurement, summed over ranks.
+            steps: optimizer steps since then.
+        """
+        counts = counts.to(self.bank.base.device)
+        stale = torch.zeros_like(counts) if self.stale_for is None else self.stale_for
+        self.stale_for = torch.where(counts > 0, 0, stale.to(counts) + steps)
+        waited = self.stale_for.double()
+        described = {"staleness": waited.mean(), "max_staleness": waited.max()}
+        shared_map = None
+        if self.start is not None:
+            W = self.bank.matrix()
+            described["start_distance"] = (W - self.start).norm() / self.start.norm()
+            if self.bank.base.shape[-1] == self.bank.width:
+                described["identity_distance"] = self.bank.identity_distance()
+            if self.bank.shared:
+                diagonal = self.bank.transform == "diagonal"
+                shared_map = self.bank.maps[0].detach().double() if diagonal else W
+        return Observed(self._moved(counts[self.slots] > 0), described, shared_map)
+
     def step(
         self,
         counts: Int[Tensor, " slots"],
@@ -90,74 +129,108 @@ class BankDynamics:
         steps: int = 1,
         total: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> BankStep:
-        """Measure after an optimizer step, and mark for the next.
-
-        Args:
-            counts: draws of every slot since the last measurement, summed over ranks.
-            steps: optimizer steps since then.
-            total: adds a tensor over ranks; every rank must call this together.
-        """
-        counts = counts.to(self.bank.base.device)
-        stale = torch.zeros_like(counts) if self.stale_for is None else self.stale_for
-        self.stale_for = torch.where(counts > 0, 0, stale.to(counts) + steps)
-        sums = total(self._moved(counts[self.slots] > 0)).tolist()
-        self.mark()
-        selected, many, unselected, by_map, few = sums
-        direct = selected / max(many, 1)
-        return BankStep(
-            selected_movement=direct,
-            unselected_movement=unselected / few if few else None,
-            indirect_movement=by_map / few / direct if few and direct else None,
-            staleness=float(self.stale_for.double().mean()),
-            max_staleness=float(self.stale_for.max()),
-            **self._map(),
-        )
+        """`observe` and `bank_steps` of this bank alone."""
+        return bank_steps([self.observe(counts, steps=steps)], total)[0]
 
     def _moved(self, drawn: Bool[Tensor, " slots"]) -> Float[Tensor, " sums"]:
         """Summed distances of drawn slots and of others, of the latter also by the shared map
         alone, and how many they are."""
-        drawn = drawn[self.watched.to(drawn.device)]
-        distance = (self._rows() - self.before).flatten(1).norm(dim=1)
+        drawn = _chosen(drawn, self.watched)
+        base, bias = self._base().double(), self._bias() - self.bias_before
         # e' - e = (q' - q) W + (q' (W' - W) + b' - b): the second part is shared
-        (W, b), (W_before, b_before) = self._shared_map(), self.map_before
-        by_map = (self._base() @ (W - W_before) + b - b_before).flatten(1).norm(dim=1)
-        sums = [distance[drawn], drawn, distance[~drawn], by_map[~drawn], ~drawn]
-        return torch.stack([x.double().sum() for x in sums])
+        moved, by_map = base - self.before.double(), bias
+        if self.maps_before is not None:
+            W, W_before = self._maps(), self.maps_before
+            assert W is not None
+            by_maps = base @ (W - W_before) + bias
+            moved = moved @ W_before + by_maps
+            by_map = by_maps if self.bank.shared else bias
+        else:
+            moved = moved + bias
+        distance = moved.flatten(1).norm(dim=1)
+        of_map = torch.zeros_like(moved).add(by_map).flatten(1).norm(dim=1)
+        many = drawn.double()
+        few = 1 - many
+        return torch.stack([distance * many, many, distance * few, of_map * few, few]).sum(1)
 
     def _base(self) -> Float[Tensor, "slots inner base_width"]:
-        base = self.bank.base.detach().flatten(0, self.slot_axes - 1)[self.watched]
-        return base.reshape(len(base), -1, base.shape[-1])[:, self.inside].double()
+        base = self.bank.base.detach().flatten(0, self.slot_axes - 1)
+        base = _chosen(base.reshape(len(base), -1, base.shape[-1]), self.watched)
+        return _chosen(base, self.inside, axis=1)
 
-    def _rows(self) -> Float[Tensor, "slots inner width"]:
-        maps, bias = self.bank.matrix(), self.bank.bias
-        if not self.bank.shared:
-            slots = self.slots.stop - self.slots.start
-            maps = maps[self.watched.to(maps.device) // (slots // len(maps))]
-        rows = self._base() @ maps
-        return rows if bias is None else rows + bias.double()
+    def _maps(self) -> Tensor | None:
+        """W, or that of each slot; None without a map."""
+        if not self.bank.maps:
+            return None
+        maps = self.bank.matrix().detach().clone()
+        if self.bank.shared:
+            return maps
+        slots = self.slots.stop - self.slots.start
+        return maps[self.watched.to(maps.device) // (slots // len(maps))]
 
-    def _shared_map(self) -> tuple[Tensor, Tensor]:
-        """What moves all rows at once: W, or 0 where maps are separate, and the bias."""
-        W, bias = self.bank.matrix(), self.bank.bias
-        shared = W.clone() if self.bank.shared else torch.zeros_like(W[0])
-        return shared, torch.zeros_like(shared[0]) if bias is None else bias.double().clone()
+    def _bias(self) -> Float[Tensor, " width"]:
+        bias = self.bank.bias
+        if bias is None:
+            return self.bank.base.new_zeros(self.bank.width, dtype=torch.float64)
+        return bias.detach().double().clone()
 
-    def _map(self) -> dict[str, float | None]:
-        bank = self.bank
-        names = ("start_distance", "identity_distance", "condition", "stable_rank")
-        measured: dict[str, float | None] = dict.fromkeys((*names, "effective_rank"))
-        if self.start is None:
-            return measured
-        moved = (bank.matrix() - self.start).norm() / self.start.norm()
-        measured["start_distance"] = float(moved)
-        if bank.base.shape[-1] == bank.width:
-            measured["identity_distance"] = bank.identity_distance()
-        if bank.shared:
-            spectrum = bank.spectrum()
-            measured["condition"] = float(spectrum[0] / spectrum[-1])
-            measured["stable_rank"] = stable_rank(spectrum)
-            measured["effective_rank"] = effective_rank(spectrum)
-        return measured
+
+@torch.no_grad()
+def bank_steps(
+    observed: Sequence[Observed], total: Callable[[Tensor], Tensor] = lambda x: x
+) -> list[BankStep]:
+    """What banks have observed, as numbers: one collective and one wait for all.
+
+    Args:
+        total: adds a tensor over ranks; every rank must call this together.
+    """
+    sums = total(torch.stack([one.sums for one in observed]))
+    spectra = _spectra([one.shared_map for one in observed])
+    described = [one.described | of_map for one, of_map in zip(observed, spectra, strict=True)]
+    scalars = torch.stack([value for one in described for value in one.values()])
+    numbers = iter(torch.cat([sums.flatten(), scalars]).tolist())
+    moved = [list(islice(numbers, sums.shape[1])) for _ in observed]
+    steps = []
+    for one, (selected, many, unselected, by_map, few) in zip(described, moved, strict=True):
+        direct = selected / max(many, 1)
+        steps.append(
+            BankStep(
+                selected_movement=direct,
+                unselected_movement=unselected / few if few else None,
+                indirect_movement=by_map / few / direct if few and direct else None,
+                **dict(zip(one, islice(numbers, len(one)), strict=True)),
+            )
+        )
+    return steps
+
+
+def _spectra(maps: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
+    """Measures of the singular values of each map, by name; maps of one shape in one call."""
+    measured: list[dict[str, Tensor]] = [{} for _ in maps]
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i, W in enumerate(maps):
+        if W is not None:
+            by_shape.setdefault(W.shape, []).append(i)
+    for members in by_shape.values():
+        stacked = torch.stack([W for i in members if (W := maps[i]) is not None])
+        if stacked.ndim == 3:
+            values = torch.linalg.svdvals(stacked)
+        else:
+            values = stacked.abs().sort(descending=True).values
+        for i, spectrum in zip(members, values, strict=True):
+            measured[i] = {
+                "condition": spectrum[0] / spectrum[-1],
+                "stable_rank": stable_rank(spectrum),
+                "effective_rank": effective_rank(spectrum),
+            }
+    return measured
+
+
+def _chosen(x: Tensor, indices: Int[Tensor, " chosen"], axis: int = 0) -> Tensor:
+    """x at sorted, different indices of an axis: x itself where these are all."""
+    if len(indices) == x.shape[axis]:
+        return x
+    return x.index_select(axis, indices.to(x.device))
 
 
 def _spread(number: int, room: int) -> Tensor:

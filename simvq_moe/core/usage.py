@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -51,7 +51,7 @@ class Usage:
     """sum_ij |f_i - f_j| / (2 N); 0 is even, 1 - 1/N is one slot only."""
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 def usage(counts: Int[Tensor, " slots"] | np.ndarray) -> Usage:

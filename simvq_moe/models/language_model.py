@@ -274,7 +274,9 @@ class LanguageModel(nn.Module):
         """The loss of windows of context + 1 tokens, and its terms by name."""
         logits, losses = self.logits(tokens[:, :-1])
         cross_entropy = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        weighted = [self.loss_weights.get(name, 0.0) * term for name, term in losses.items()]
+        # a weight of 0 would still send zeros backward
+        weights = {name: self.loss_weights.get(name, 0.0) for name in losses}
+        weighted = [weight * losses[name] for name, weight in weights.items() if weight]
         terms = {"cross_entropy": cross_entropy}
         terms |= {f"{name}_loss": term for name, term in losses.items()}
         return sum(weighted, start=cross_entropy), terms

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -22,7 +23,7 @@ from simvq_moe.config import Config, OptimizerConfig
 from simvq_moe.core.bank import Bank
 from simvq_moe.moe.router import Router
 from simvq_moe.training.engine_optimizer import make_optimizer
-from simvq_moe.training.engine_settings import engine_settings, import_deepspeed
+from simvq_moe.training.engine_settings import BUCKET, engine_settings, import_deepspeed
 from simvq_moe.training.engine_sharding import keep_heads, mark_pieces
 
 T = TypeVar("T")
@@ -114,21 +115,40 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
         split = moe.split_params_into_different_moe_groups_for_optimizer(groups)
         groups = [group for group in split if group["params"]]
     settings = engine_settings(config)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # DeepSpeed makes room for a whole bucket in every step, however small the model
+    settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, learned))
     optimizer = make_optimizer(groups, config.optimizer, settings, world.device)
     sharded = config.train.zero_stage == 3
     if sharded:
         mark_pieces(model)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=partial(_schedule, config=config),
-        config=settings,
-    )
+    with _muon_not_compiled():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=partial(_schedule, config=config),
+            config=settings,
+        )
     if sharded:
         keep_heads(model)
     if config.train.zero_stage == 0:
         optimizer.register_step_pre_hook(partial(_clip, engine, config.train.clip))
     return engine
+
+
+@contextmanager
+def _muon_not_compiled() -> Iterator[None]:
+    """DeepSpeed asks of every optimizer whether it is Muon, whose module compiles itself when it is
+    imported: a second of torch's compiler for what is never used."""
+    key = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[key]
+        if before is not None:
+            os.environ[key] = before
 
 
 def _clip(engine: Any, largest: float, *_: Any) -> None:

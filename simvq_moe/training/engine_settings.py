@@ -17,6 +17,8 @@ import torch
 from simvq_moe.config import Config
 from simvq_moe.merging import ConfigError, suggestion
 
+BUCKET = 500_000_000
+"""Most gradients that are reduced at once (zero_optimization.reduce_bucket_size)."""
 NEVER = 1_000_000_000
 """Steps between DeepSpeed's own log lines."""
 

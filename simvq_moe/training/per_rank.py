@@ -19,11 +19,10 @@ from simvq_moe.moe import MoE
 from simvq_moe.training.activations import SampleCost, activation_bytes, sample_cost
 from simvq_moe.training.cost import expert_parameters, flops_per_token
 from simvq_moe.training.engine import parameter_groups
+from simvq_moe.training.engine_settings import BUCKET
 
 OPTIMIZER_BYTES = 12
 """Of a parameter that a rank owns."""
-BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces at once (zero_optimization.reduce_bucket_size)."""
 
 
 @dataclass(frozen=True)

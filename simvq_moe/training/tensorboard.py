@@ -13,12 +13,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from simvq_moe.config import Config, without_other_tasks
-from simvq_moe.core.usage import usage
 from simvq_moe.merging import flatten, mapping_to_yaml
 from simvq_moe.training.dead_slots import DeadSlots
 from simvq_moe.training.measures import Layer, layer_names
@@ -26,6 +26,8 @@ from simvq_moe.training.tensorboard_layout import AT_A_GLANCE, MARGIN_MEASURES, 
 
 TOP_LOAD = 4.0
 """Load (1 is fair) at which the colour scale ends: the same in every run, so that maps compare."""
+COLOURS = matplotlib.colormaps["viridis"]
+"""Of heat maps; each look-up in matplotlib would build its table anew."""
 CELL = 8
 """Pixels a side of a slot in a heat map."""
 FIRST_COLUMNS = ("arm", "optimizer.lr", "seed", "task", "train.steps")
@@ -75,14 +77,13 @@ class TensorBoard:
             held_out_counts: over the held-out set, where it was evaluated.
             dead: how long each slot has gone without a draw.
         """
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-            if name in AT_A_GLANCE:
-                self.writer.add_scalar(f"at_a_glance/{name}", value, step)
+        scalars = {**metrics, **self._margins(metrics, counts)}
+        scalars |= {f"at_a_glance/{name}": metrics[name] for name in metrics.keys() & AT_A_GLANCE}
+        # one event for all: each costs as much as many values
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._file().add_summary(Summary(value=values), step)
         if held_out_counts is not None:
             self.text("at_a_glance/dead", dead.table(self.roots, step), step)
-        for root, load in self._margins(counts).items():
-            self.writer.add_scalar(root, load, step)
         for prefix, found in (("", counts), ("val/", held_out_counts)):
             if found is not None:
                 self._heat_maps(prefix, found, step)
@@ -110,7 +111,9 @@ class TensorBoard:
         assert found is not None
         return found
 
-    def _margins(self, counts: Sequence[np.ndarray]) -> dict[str, float]:
+    def _margins(
+        self, metrics: Mapping[str, float], counts: Sequence[np.ndarray]
+    ) -> dict[str, float]:
         scalars: dict[str, float] = {}
         for root, n in zip(self.roots, counts, strict=True):
             load = loads(n)
@@ -122,14 +125,9 @@ class TensorBoard:
         scalars["at_a_glance/load_min"] = min(scalars[f"{root}/load_min"] for root in counted)
         scalars["at_a_glance/load_mean"] = 1.0
         scalars["at_a_glance/load_max"] = max(scalars[f"{root}/load_max"] for root in counted)
-        measured = [
-            usage(n).as_dict()
-            for layer, n in zip(self.layers, counts, strict=True)
-            if layer.kind != "kept"
-        ]
-        if len(measured) > 1:
+        if len(counted) > 1:
             for m in MARGIN_MEASURES:
-                values = [one[m] for one in measured]
+                values = [metrics[f"{root}/{m}"] for root in counted]
                 scalars |= {f"layers/{m}_min": min(values), f"layers/{m}_max": max(values)}
                 scalars[f"layers/{m}_mean"] = float(np.mean(values))
         return scalars
@@ -181,7 +179,7 @@ def heat_map(load: np.ndarray, cell: int = CELL) -> np.ndarray:
     Args:
         cell: pixels a side of a value.
     """
-    colours = matplotlib.colormaps["viridis"](np.clip(load / TOP_LOAD, 0, 1))[..., :3]
+    colours = COLOURS(np.clip(load / TOP_LOAD, 0, 1))[..., :3]
     pixels = (255 * colours).round().astype(np.uint8)
     return pixels.repeat(cell, axis=0).repeat(cell, axis=1)
 

@@ -72,16 +72,13 @@ def test_rows_keep_leading_axes_and_a_frozen_base_is_no_parameter() -> None:
 
 
 @pytest.mark.parametrize("transform", ["diagonal", "linear"])
-def test_spectrum_holds_the_singular_values_and_distance_is_zero_at_the_start(
-    transform: Transform,
-) -> None:
+def test_the_distance_from_the_identity_is_zero_at_the_start(transform: Transform) -> None:
     bank = Bank(torch.randn(4, 5), transform=transform)
     assert bank.W is not None
     assert bank.identity_distance() == 0
     with torch.no_grad():
         bank.W.mul_(-2)
-    assert_close(bank.spectrum(), torch.full((5,), 2.0).double())
-    assert bank.identity_distance() == pytest.approx(3.0)
+    assert float(bank.identity_distance()) == pytest.approx(3.0)
 
 
 def test_an_impossible_map_names_the_way_out() -> None:

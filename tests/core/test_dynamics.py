@@ -9,7 +9,7 @@ import torch
 
 from simvq_moe import VQ, SimVQ
 from simvq_moe.core.bank import Bank
-from simvq_moe.core.dynamics import BankDynamics, BankStep
+from simvq_moe.core.dynamics import BankDynamics, BankStep, bank_steps
 
 
 def one_step(quantizer: VQ | SimVQ) -> BankStep:
@@ -40,12 +40,14 @@ def test_indirect_movement_is_what_the_shared_map_does_to_idle_rows(transform: A
     torch.manual_seed(0)
     bank = Bank(torch.randn(4, 3, 2, dtype=torch.float64), transform=transform, rank=1)
     dynamics = BankDynamics(bank)
-    before = bank.rows().detach().clone()
+    before, map_before = bank.rows().detach().clone(), bank.matrix().clone()
     for p in (bank.base, *bank.maps):
         p += torch.randn_like(p)
-    by_map = bank.rows() - torch.einsum("shm,...mw->shw", bank.base, dynamics.map_before[0])
+    by_map = bank.rows()
     if transform == "separate":
         by_map = torch.zeros_like(by_map)
+    else:
+        by_map = by_map - bank.base @ map_before
     step = dynamics.step(torch.tensor([0, 2, 0, 0]))
     moved = (bank.rows() - before).flatten(1).norm(dim=1)
     idle = [0, 2, 3]
@@ -64,6 +66,24 @@ def test_movement_is_the_mean_distance_that_rows_went() -> None:
     assert step.selected_movement == 5
     assert step.unselected_movement == pytest.approx(4 / 3)
     assert dynamics.step(torch.tensor([1, 1, 1, 1])).unselected_movement is None
+
+
+@torch.no_grad()
+def test_banks_are_measured_together_as_each_alone() -> None:
+    torch.manual_seed(0)
+    sizes: list[tuple[Any, int]] = [("none", 3), ("linear", 3), ("linear", 5), ("linear", 3)]
+    sizes += [("diagonal", 3), ("separate", 3), ("low_rank", 5)]
+    banks = [Bank(torch.randn(4, width), transform=transform, rank=2) for transform, width in sizes]
+    together, alone = ([BankDynamics(bank) for bank in banks] for _ in range(2))
+    for bank in banks:
+        for p in bank.parameters():
+            p += torch.randn_like(p)
+    counts = torch.tensor([0, 2, 1, 0])
+    found = bank_steps([one.observe(counts) for one in together])
+    for step, one in zip(found, alone, strict=True):
+        expected = one.step(counts).as_dict()
+        assert step.as_dict() == pytest.approx(expected, rel=1e-12)
+        assert step.as_dict().keys() == expected.keys()
 
 
 def test_staleness_counts_steps_since_the_last_draw() -> None:
@@ -132,7 +152,8 @@ def test_parts_of_a_bank_give_the_movement_of_the_whole() -> None:
             bank.W += change
     counts = torch.tensor([1, 0, 0, 4, 2, 0])
     sums = followed[1]._moved(counts[:3] > 0) + followed[2]._moved(counts[3:] > 0)
-    assert followed[1].step(counts, total=lambda _: sums) == followed[0].step(counts)
+    of_parts = followed[1].step(counts, total=lambda _: sums[None])
+    assert of_parts.as_dict() == pytest.approx(followed[0].step(counts).as_dict(), rel=1e-12)
 
 
 def test_codes_in_groups_with_maps_of_their_own_are_slots_each() -> None:
