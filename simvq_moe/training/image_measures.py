@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simvq_moe.config import Config, ImageTokenizerConfig
 from simvq_moe.merging import ConfigError
-from simvq_moe.models.image_losses import LPIPS, ssim, vgg_file
+from simvq_moe.models.image_losses import LPIPS, vgg_file
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """Name of torch-fidelity's InceptionV3 weights, which it downloads where there is a network."""
@@ -39,10 +39,16 @@ class ImageMeasures(nn.Module):
         reconstructions: Float[Tensor, "batch 3 height width"],
     ) -> dict[str, Tensor]:
         """Each measure summed over images in [-1, 1], and their number."""
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
         error = (reconstructions - images).double().square().mean(dim=(1, 2, 3))
         # the pixels span 2, from -1 to 1
         values = {"mse": error, "psnr": 10 * torch.log10(4 / error.clamp_min(1e-10))}
-        values["ssim"] = ssim(reconstructions.clamp(-1, 1), images).double()
+        values["ssim"] = error
+        if len(images):  # a rank may have none left
+            similarity = ssim(reconstructions, images, data_range=(-1.0, 1.0), reduction="none")
+            assert isinstance(similarity, Tensor)
+            values["ssim"] = similarity.double()
         if self.lpips is not None:
             values["lpips"] = self.lpips(reconstructions, images).double()
         if self.fid is not None:
