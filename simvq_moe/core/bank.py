@@ -27,7 +27,7 @@ class Bank(nn.Module):
             of the first axis, from the identity: as many parameters without sharing, the control.
         train_base: learn the base rows; otherwise they are a buffer, so that no optimizer and no
             change of the parameters' precision touches them.
-        bias: add one learned vector to every row, from zeros.
+        bias: add one learned vector to every row, from zeros; with separate maps one a slot.
         rank: inner width of A B.
 
     Raises:
@@ -71,7 +71,10 @@ class Bank(nn.Module):
             self.B = nn.Parameter(torch.zeros(rank, width, dtype=base.dtype))
         elif transform != "none":
             self.W = _start_of_map(transform, base, width)
-        self.bias = nn.Parameter(torch.zeros(width, dtype=base.dtype)) if bias else None
+        self.bias: Tensor | None = None
+        if bias:
+            shape = (len(base), width) if transform == "separate" else (width,)
+            self.bias = nn.Parameter(torch.zeros(shape, dtype=base.dtype))
         self._kept: tuple[list[object], list[Tensor], Tensor] | None = None
 
     @property
@@ -101,7 +104,10 @@ class Bank(nn.Module):
 
     def rows(self, dtype: torch.dtype | None = None) -> Float[Tensor, "*rows width"]:
         """Every row, computed in `dtype` (None: as stored)."""
-        return self._shift(self.map(self.base.to(dtype or self.base.dtype)))
+        rows = self.map(self.base.to(dtype or self.base.dtype))
+        if self.bias is None or self.shared:
+            return self._shift(rows)
+        return rows + self.bias.to(rows.dtype).unflatten(0, (-1, *[1] * (rows.ndim - 2)))
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
@@ -111,7 +117,8 @@ class Bank(nn.Module):
         if self.shared:
             return self._shift(self.map(base))
         assert self.W is not None
-        return self._shift(base @ self.W[ids].to(base.dtype))
+        rows = base @ self.W[ids].to(base.dtype)
+        return rows if self.bias is None else rows + self.bias[ids].to(rows.dtype)
 
     def score(self, x: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead rows"]:
         """x @ rows().T of a bank with one row axis, with W moved to the side of x."""
@@ -201,6 +208,7 @@ class Bank(nn.Module):
         return ((W - eye).norm(dim=(-2, -1)) / self.width**0.5).mean()
 
     def _shift(self, rows: Tensor) -> Tensor:
+        """By the one bias of all rows."""
         return rows if self.bias is None else rows + self.bias.to(rows.dtype)
 
     def extra_repr(self) -> str:

@@ -144,7 +144,7 @@ class BankDynamics:
             assert W is not None
             by_maps = base @ (W - W_before) + bias
             moved = moved @ W_before + by_maps
-            by_map = by_maps if self.bank.shared else bias
+            by_map = by_maps if self.bank.shared else torch.zeros_like(bias)
         else:
             moved = moved + bias
         distance = moved.flatten(1).norm(dim=1)
@@ -162,17 +162,20 @@ class BankDynamics:
         """W, or that of each slot; None without a map."""
         if not self.bank.maps:
             return None
-        maps = self.bank.matrix().detach().clone()
-        if self.bank.shared:
-            return maps
-        slots = self.slots.stop - self.slots.start
-        return maps[self.watched.to(maps.device) // (slots // len(maps))]
+        maps = self.bank.matrix().detach()
+        return maps.clone() if self.bank.shared else self._of_slots(maps)
 
-    def _bias(self) -> Float[Tensor, " width"]:
+    def _bias(self) -> Float[Tensor, "*slots width"]:
+        """The bias, or that of each slot; zeros without one."""
         bias = self.bank.bias
         if bias is None:
             return self.bank.base.new_zeros(self.bank.width, dtype=torch.float64)
-        return bias.detach().double().clone()
+        bias = bias.detach().double()
+        return bias.clone() if self.bank.shared else self._of_slots(bias)[:, None]
+
+    def _of_slots(self, separate: Float[Tensor, "maps ..."]) -> Float[Tensor, "slots ..."]:
+        slots = self.slots.stop - self.slots.start
+        return separate[self.watched.to(separate.device) // (slots // len(separate))]
 
 
 @torch.no_grad()

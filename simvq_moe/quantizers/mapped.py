@@ -51,36 +51,36 @@ class GroupVQ(Quantizer):
         if codes % groups:
             raise ValueError(f"codes {codes} is no multiple of groups {groups}: change either")
         base = random_codebook(codes, width).unflatten(0, (groups, -1))
-        self.bank = Bank(base, transform="separate", train_base=False)
-        self.bias = nn.Parameter(torch.zeros(groups, width))
+        self.bank = Bank(base, transform="separate", train_base=False, bias=True)
         if init == "data":
             self._wait_for_data()
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
-        rows = self.bank.rows(dtype)
-        return (rows + self.bias.to(rows.dtype)[:, None]).flatten(0, 1)
+        return self.bank.rows(dtype).flatten(0, 1)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
         assert self.bank.W is not None
+        assert self.bank.bias is not None
         flat = ids.reshape(-1)
         group = flat // self.bank.base.shape[1]
         rows = self.bank.base.flatten(0, 1)[flat].to(dtype or self.bank.base.dtype)
-        rows = map_by_group(rows, group, self.bank.W) + self.bias.to(rows.dtype)[group]
+        rows = map_by_group(rows, group, self.bank.W) + self.bank.bias.to(rows.dtype)[group]
         return rows.reshape((*ids.shape, self.width))
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
-        return nearest(z, self.bank.base.flatten(0, 1), W=self.bank.W, bias=self.bias)
+        return nearest(z, self.bank.base.flatten(0, 1), W=self.bank.W, bias=self.bank.bias)
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         assert self.bank.W is not None
+        assert self.bank.bias is not None
         single = Bank(self.bank.base[0], train_base=False, bias=True)
         single.match(*moments(z))
         assert single.W is not None
         assert single.bias is not None
         self.bank.W.copy_(single.W)
-        self.bias.copy_(single.bias)
+        self.bank.bias.copy_(single.bias)
         for parameter in self.parameters():
             copy_from_rank_0(parameter)
         self._started()

@@ -10,6 +10,7 @@ import torch
 from simvq_moe import VQ, SimVQ
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.dynamics import BankDynamics, BankStep, bank_steps
+from simvq_moe.quantizers import GroupVQ
 
 
 def one_step(quantizer: VQ | SimVQ) -> BankStep:
@@ -165,3 +166,22 @@ def test_codes_in_groups_with_maps_of_their_own_are_slots_each() -> None:
     assert step.selected_movement == pytest.approx(2)
     assert step.unselected_movement == 0
     assert step.staleness == pytest.approx(25 / 6)
+
+
+def test_the_bias_of_a_group_moves_its_codes_and_no_other() -> None:
+    torch.manual_seed(0)
+    quantizer = GroupVQ(6, 4, groups=2)
+    dynamics = BankDynamics(quantizer.bank, slot_axes=2)
+    before = quantizer.codebook().detach()
+    bias, W = quantizer.bank.bias, quantizer.bank.W
+    assert bias is not None
+    assert W is not None
+    with torch.no_grad():
+        bias[1] += 3
+        W[1] += 0.1 * torch.randn(4, 4)
+    step = dynamics.step(torch.tensor([0, 0, 0, 7, 0, 0]))
+    moved = (quantizer.codebook().detach() - before).norm(dim=1)
+    assert step.selected_movement == pytest.approx(float(moved[3]), rel=1e-5)
+    others = moved[[0, 1, 2, 4, 5]].mean()
+    assert step.unselected_movement == pytest.approx(float(others), rel=1e-5)
+    assert step.indirect_movement == 0  # nothing is shared by all

@@ -145,7 +145,7 @@ def test_group_codes_have_the_map_of_their_group() -> None:
         for parameter in quantizer.parameters():
             parameter.add_(torch.randn_like(parameter))
     state = quantizer.state_dict()
-    q, W, b = state["bank.base"], state["bank.W"], state["bias"]
+    q, W, b = state["bank.base"], state["bank.W"], state["bank.bias"]
     naive = torch.stack([q[i // 3, i % 3] @ W[i // 3] + b[i // 3] for i in range(6)])
     assert_close(quantizer.codebook().detach(), naive)
     ids = torch.tensor([[5, 0], [3, 3]])
