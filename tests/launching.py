@@ -93,7 +93,7 @@ def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
                     return child
             except psutil.Error:
                 continue
-        time.sleep(0.01)
+        time.sleep(0.1)
     raise AssertionError(f"the launcher ended with {launcher.returncode}")
 
 
@@ -101,7 +101,7 @@ def wait_until(process: subprocess.Popen[str], there: Callable[[], bool]) -> Non
     """Wait for something that a process does before it ends."""
     while not there():
         assert process.poll() is None, "the process ended before: raise train.steps"
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def stop_where(process: psutil.Process, there: Callable[[], bool]) -> None:
@@ -114,5 +114,5 @@ def stop_where(process: psutil.Process, there: Callable[[], bool]) -> None:
             if there():
                 return
             process.resume()
-        time.sleep(0.001)
+        time.sleep(0.005)
     raise AssertionError("the process ended before: raise train.steps")

@@ -9,6 +9,7 @@ from pathlib import Path
 from simvq_moe.config import Config, QuantizerConfig
 from simvq_moe.config_checks import check
 from simvq_moe.merging import to_yaml, with_flags
+from simvq_moe.training.codes_task import fit_to_codes
 from simvq_moe.training.engine import World
 from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT
@@ -17,7 +18,7 @@ from tests.launching import ROOT
 def train_flags(world: World, folder: Path, *flags: str) -> Path:
     """Train what flags say, on every rank of the world; the run's folder, with its config."""
     kept = ("--runs_dir", str(folder / "runs"), "--data.cache_dir", str(folder / "cache"))
-    config = with_flags(Config(), (*flags, *kept), "train")
+    config = fit_to_codes(with_flags(Config(), (*flags, *kept), "train"))
     check(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Trainer(config, world, lambda: False)) as trainer:
@@ -69,13 +70,23 @@ def _few_codes(q: QuantizerConfig) -> QuantizerConfig:
     return replace(q, **({"codes": 1_024} | shapes.get(q.kind, {})))
 
 
-def train_two_steps(config: Config, folder: Path, world: World) -> dict[str, float]:
+def train_two_steps(
+    config: Config, folder: Path, world: World, cache: Path | None = None
+) -> dict[str, float]:
+    """Its final numbers.
+
+    Args:
+        folder: of runs.
+        cache: folder of what is derived from the data, shared with others; None: one of its own.
+    """
     check(config)
     config = in_small(config)
     short = replace(config.train, steps=2, log_every=1, eval_every=2, save_every=2)
-    data = replace(config.data, crops=64, held_out_crops=18, cache_dir=str(folder.parent / "cache"))
+    short = replace(short, probe_tokens=min(512, short.probe_tokens))
+    kept = str(cache or folder.parent / "cache")
+    data = replace(config.data, crops=64, held_out_crops=18, cache_dir=kept)
     if config.task == "language_model" and data.source in (None, "python-stdlib"):
-        data = replace(data, source=str(ROOT / "tests"))  # a thirtieth of the text
+        data = replace(data, source=str(ROOT / "tests" / "moe"))  # a hundredth of the text
     config = replace(config, runs_dir=str(folder), train=short, data=data)
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.yaml").write_text(to_yaml(config))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from simvq_moe.cli import main
+from simvq_moe.training.engine import World
 from tests.launching import ROOT, environment
 
 SHORT = (
@@ -21,6 +23,11 @@ SHORT = (
 )
 QUICKSTARTS = ("launch/quickstart.sh", "launch/dashboard.sh", "simvq-moe sweep")
 """Commands that train every arm, or need its runs: `test_the_quickstart_runs_in_a_fresh_clone`."""
+IN_THIS_PROCESS = tuple(
+    f"simvq-moe {name} "
+    for name in ("report", "eval", "generate", "fold", "encode", "decode", "watch")
+)
+"""Commands that need no process of their own, and its seconds of imports."""
 BENCH = "simvq-moe bench"
 """Minutes: `test_the_benchmark_prints_its_table`."""
 
@@ -44,13 +51,20 @@ def shortened(command: str) -> list[str]:
 
 
 @pytest.mark.distributed
-def test_the_commands_of_the_readme_run_in_order(tmp_path: Path) -> None:
+def test_the_commands_of_the_readme_run_in_order(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del world
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
     run = [command for command in commands() if not command.startswith((*QUICKSTARTS, BENCH))]
     assert len(run) >= 8
     for command in run:
         if command.startswith("simvq-moe dashboard"):
             _starts_and_stops([*shortened(command), "--port", "0"], tmp_path)
+            continue
+        if command.startswith(IN_THIS_PROCESS) or "--dry-run" in command:
+            assert main(shlex.split(command)[1:]) == 0, command
             continue
         done = subprocess.run(
             shortened(command),

@@ -40,6 +40,12 @@ ARMS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What recipes derive from the same data, once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("file", [*CONFIGS, *SWEEPS], ids=lambda file: file.stem)
 def test_the_header_of_a_recipe_says_question_command_hardware_minutes_and_numbers(
     file: Path,
@@ -51,7 +57,7 @@ def test_the_header_of_a_recipe_says_question_command_hardware_minutes_and_numbe
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_a_config_trains_two_steps(file: Path, tmp_path: Path, world: World) -> None:
+def test_a_config_trains_two_steps(file: Path, tmp_path: Path, world: World, cache: Path) -> None:
     config = merge_files(Config, [file])
     if file.stem in TOKENIZER_OF:
         tokenizer = merge_files(Config, [file.with_name(f"{TOKENIZER_OF[file.stem]}.yaml")])
@@ -59,7 +65,7 @@ def test_a_config_trains_two_steps(file: Path, tmp_path: Path, world: World) -> 
         codes = tmp_path / "codes"
         encode_run(tmp_path / "tokenizer" / tokenizer.name, None, codes, shard_samples=64)
         config = replace(config, data=replace(config.data, source=str(codes)))
-    assert train_two_steps(config, tmp_path / "runs", world)["step"] == 2
+    assert train_two_steps(config, tmp_path / "runs", world, cache)["step"] == 2
 
 
 @pytest.mark.parametrize(("file", "sweep"), PLANS, ids=lambda case: getattr(case, "stem", ""))
@@ -70,5 +76,7 @@ def test_every_arm_of_a_sweep_is_a_run_that_would_start(file: Path, sweep: Plan)
 
 
 @pytest.mark.parametrize("config", ARMS)
-def test_an_arm_of_a_sweep_trains_two_steps(config: Config, tmp_path: Path, world: World) -> None:
-    assert train_two_steps(config, tmp_path / "runs", world)["step"] == 2
+def test_an_arm_of_a_sweep_trains_two_steps(
+    config: Config, tmp_path: Path, world: World, cache: Path
+) -> None:
+    assert train_two_steps(config, tmp_path / "runs", world, cache)["step"] == 2

@@ -145,7 +145,7 @@ def in_background(*args: str, cwd: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.distributed
 def test_a_sweep_runs_reports_failures_and_skips_what_is_finished(folder: Path) -> None:
-    command = ("sweep", "--config", "sweep.yaml", "--ranks", "2")
+    command = ("sweep", "--config", "sweep.yaml", "--ranks", "2", "--arms", "broken")
     first = run(*command, cwd=folder)
     assert first.returncode == 1, first.stderr
     root = folder / "runs" / "small"
@@ -153,20 +153,20 @@ def test_a_sweep_runs_reports_failures_and_skips_what_is_finished(folder: Path) 
         arm["name"]: arm["runs"][0]["status"]
         for arm in json.loads((root / "sweep.json").read_text())["groups"][0]["arms"]
     }
-    assert statuses == {"vq": "finished", "simvq": "finished", "broken": "failed"}
-    meta = json.loads((root / "codes" / "simvq" / "seed0" / "meta.json").read_text())
+    assert statuses == {"vq": "finished", "broken": "failed"}
+    meta = json.loads((root / "codes" / "vq" / "seed0" / "meta.json").read_text())
     assert meta["world_size"] == 2
-    assert "[3/3] codes/broken/seed0 failed" in first.stderr
+    assert "[2/2] codes/broken/seed0 failed" in first.stderr
     assert "last good" in (root / "codes" / "broken" / "seed0" / "launcher.log").read_text()
     report = json.loads((root / "report" / "report.json").read_text())
     arms = {arm["name"]: arm for arm in report["groups"][0]["arms"]}
-    final = metrics(root / "codes" / "simvq" / "seed0")[-1]
-    assert arms["simvq"]["values"]["val/mse"] == [pytest.approx(final["val/mse"])]
+    final = metrics(root / "codes" / "vq" / "seed0")[-1]
+    assert arms["vq"]["values"]["val/mse"] == [pytest.approx(final["val/mse"])]
     assert arms["broken"]["status"] == ["failed"]
     again = run(*command, cwd=folder)
     assert again.returncode == 1
-    assert "2 of 3 runs are finished and skipped" in again.stderr
-    assert "[1/3]" not in again.stderr
+    assert "1 of 2 runs are finished and skipped" in again.stderr
+    assert "[1/2]" not in again.stderr
 
 
 @pytest.mark.distributed

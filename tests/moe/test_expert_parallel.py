@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
 from simvq_moe import MoE
 from simvq_moe.core.bank import Bank
 from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
 from simvq_moe.training.engine import World
+from tests.two_ranks import TwoRanks
 
 RANKS, WIDTH, EXPERTS = 2, 8, 6
 LAYERS: dict[str, dict[str, Any]] = {
@@ -71,27 +70,21 @@ def cases() -> list[tuple[dict[str, Any], tuple[int, int], bool]]:
     return every + [(LAYERS["maps"], t, skew) for t in TOKENS.values() for skew in (False, True)]
 
 
-def one_rank(rank: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    found = []
+def one_rank(world: World, folder: Path) -> None:
+    rank, found = world.rank, []
     for options, tokens, skewed in cases():
         moe = layer(RANKS, **options)
         x = batch(tokens[rank], rank, skewed=skewed)
         own = [p.requires_grad for p in moe.experts.parameters() if hasattr(p, "allreduce")]
         found.append((*run(moe, x), moe.usage, len(own)))
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(found, folder / f"{rank}.pt")
 
 
 @pytest.mark.distributed
-def test_two_ranks_give_outputs_and_gradients_of_one_process(tmp_path: Path) -> None:
-    spawn(one_rank, args=(str(tmp_path),), nprocs=RANKS)
+def test_two_ranks_give_outputs_and_gradients_of_one_process(
+    tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    two_ranks(one_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     for i, (options, tokens, skewed) in enumerate(cases()):
         whole = layer(1, **options)

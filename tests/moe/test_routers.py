@@ -9,9 +9,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +20,9 @@ from simvq_moe.moe.choice import HashRouter
 from simvq_moe.moe.prototype import DistanceRouter
 from simvq_moe.moe.router import NOBODY, NoisyTopKRouter, Router, Routing, TopKRouter
 from simvq_moe.moe.routers import RouterKind, start_from_data
+from simvq_moe.training.engine import World
 from tests.moe import naive
+from tests.two_ranks import TwoRanks
 
 WIDTH, HIDDEN, EXPERTS, TOP_K, VOCABULARY, TOKENS = 8, 6, 5, 2, 23, 7
 NARROW = {"router_map": "linear", "router_base_width": 3, "train_router_base": False}
@@ -302,17 +302,15 @@ def stepped(rank: int, ranks: int) -> list[dict[str, Tensor]]:
     return found
 
 
-def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    where = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
-    torch.save(stepped(rank, 2), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def one_rank(world: World, folder: Path) -> None:
+    torch.save(stepped(world.rank, world.size), folder / f"{world.rank}.pt")
 
 
 @pytest.mark.distributed
-def test_two_ranks_get_the_biases_and_means_of_one_process(tmp_path: Path) -> None:
-    spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+def test_two_ranks_get_the_biases_and_means_of_one_process(
+    tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    two_ranks(one_rank, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert_close(second, first, rtol=0, atol=0)
     assert_close(first, stepped(0, 1))

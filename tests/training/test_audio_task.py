@@ -22,8 +22,9 @@ from simvq_moe.training.audio_measures import MEL_WINDOWS, AudioMeasures, pesq, 
 from simvq_moe.training.building import build_model
 from simvq_moe.training.engine import World
 from simvq_moe.training.export import without_maps
-from tests.launching import metrics, run
-from tests.short_training import train_two_steps
+from tests.launching import metrics
+from tests.short_training import train_flags, train_two_steps
+from tests.two_ranks import TwoRanks
 
 RATE = 8_000
 JUDGED = AudioTokenizerConfig(
@@ -183,7 +184,9 @@ def test_pesq_is_high_for_equal_clips_and_lowest_for_silence() -> None:
 
 
 @pytest.mark.distributed
-def test_two_ranks_play_the_same_game_as_one(tmp_path: Path) -> None:
+def test_two_ranks_play_the_same_game_as_one(
+    tmp_path: Path, world: World, two_ranks: TwoRanks
+) -> None:
     flags = (
         *("--task", "audio_tokenizer", "--data.sample_rate", "8000", "--data.crops", "64"),
         *("--data.held_out_crops", "18", "--quantizer.codes", "16", "--quantizer.width", "4"),
@@ -194,10 +197,8 @@ def test_two_ranks_play_the_same_game_as_one(tmp_path: Path) -> None:
         *("--train.steps", "5", "--train.batch_size", "8", "--train.log_every", "1"),
         *("--train.accumulation", "2", "--train.eval_every", "5"),
     )
-    for ranks in (1, 2):
-        finished = run("train", "--name", f"ranks{ranks}", *flags, cwd=tmp_path, ranks=ranks)
-        assert finished.returncode == 0, finished.stderr
-    one, two = (metrics(tmp_path / "runs" / f"ranks{ranks}") for ranks in (1, 2))
+    one = metrics(train_flags(world, tmp_path, "--name", "one", *flags))
+    two = metrics(two_ranks(train_flags, tmp_path, "--name", "two", *flags)[0])
     played = [line["train/discriminator_loss"] > 0 for line in one]
     assert played == [False, False, True, True, True]
     for a, b in zip(one, two, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -14,17 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
 from simvq_moe.config import Config
 from simvq_moe.merging import ConfigError, to_yaml, with_flags
 from simvq_moe.training import checkpoint
-from simvq_moe.training.engine import World, start_distributed
+from simvq_moe.training.engine import World
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.run import check_launch
+from tests.two_ranks import TwoRanks
 
 TINY = (
     *("--quantizer.codes", "16", "--quantizer.width", "4", "--image_tokenizer.hidden", "4"),
@@ -132,19 +130,13 @@ def finish(config: Config, world: World) -> Trainer:
     return trainer
 
 
-def on_one_of_two(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    store = (folder / "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    world = start_distributed()
+def on_one_of_two(world: World, folder: Path) -> None:
     begin(folder, world)
     go_on(folder, world)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, world: World, two_ranks: TwoRanks) -> Path:
     """Runs of every layout, and what became of them after every change."""
     root = tmp_path_factory.mktemp("layouts")
     (root / "corpus").mkdir()
@@ -154,7 +146,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     settings = {"zero_optimization": offload, "zero_force_ds_cpu_optimizer": False}
     (root / OFFLOAD).write_text(json.dumps(settings))
     begin(root, world)
-    spawn(on_one_of_two, args=(root,), nprocs=2)
+    two_ranks(on_one_of_two, root)
     go_on(root, world)
     return root
 

@@ -26,7 +26,8 @@ from simvq_moe.training.decoding import Decoder
 from simvq_moe.training.engine import World
 from simvq_moe.training.tasks import build_task
 from tests.launching import metrics, run
-from tests.short_training import train_two_steps
+from tests.short_training import train_flags, train_two_steps
+from tests.two_ranks import TwoRanks
 
 AUDIO = (
     *("--task", "audio_tokenizer", "--data.sample_rate", "8000", "--data.audio_seconds", "0.06"),
@@ -344,7 +345,7 @@ def test_a_run_on_codes_is_evaluated_on_codes_of_the_same_tokenizer_alone(
 
 @pytest.mark.distributed
 def test_two_ranks_write_the_bytes_of_one_and_train_on_them(
-    encoded: dict[str, Path], tmp_path: Path
+    encoded: dict[str, Path], tmp_path: Path, two_ranks: TwoRanks
 ) -> None:
     folder = encoded["image"]
     # beside the shards of one rank, so that the run lies equally far away
@@ -354,9 +355,7 @@ def test_two_ranks_write_the_bytes_of_one_and_train_on_them(
         assert path.read_bytes() == (folder / "two" / path.name).read_bytes(), path.name
     steps = ("--train.steps", "2", "--train.log_every", "1", "--data.source", str(folder / "two"))
     shared = ("--moe.expert_parallel", "2")
-    done = run("train", *LANGUAGE, *steps, *shared, cwd=tmp_path, ranks=2)
-    assert done.returncode == 0, done.stderr
-    lm = tmp_path / "runs/run"
+    lm, _ = two_ranks(train_flags, tmp_path, *LANGUAGE, *steps, *shared)
     config = merge_files(Config, [lm / "config.yaml"])
     assert (config.data.vocabulary, config.data.context) == (33, 16)
     assert "val/bits_per_code" in metrics(lm)[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
 from collections.abc import Callable
@@ -15,21 +14,31 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
+from simvq_moe.cli import main
 from simvq_moe.config import Config
 from simvq_moe.config_checks import check
 from simvq_moe.data.order import StepBatches
 from simvq_moe.merging import ConfigError, with_flags
 from simvq_moe.training import checkpoint
-from simvq_moe.training.engine import World, learning_rate_factor, start_distributed
+from simvq_moe.training.engine import World, learning_rate_factor
 from simvq_moe.training.faults import TrainingFailed
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.watchdog import Place, find_hang, read_places
-from tests.launching import metrics, rank_of, start, start_tasks, stop_where, wait_until
+from tests.launching import (
+    ROOT,
+    metrics,
+    rank_of,
+    run,
+    start,
+    start_tasks,
+    stop_where,
+    wait_until,
+)
+from tests.short_training import train_flags
+from tests.two_ranks import TwoRanks
 
 IMAGE = (
     *("--quantizer.codes", "16", "--quantizer.width", "4", "--image_tokenizer.hidden", "4"),
@@ -37,24 +46,30 @@ IMAGE = (
     *("--data.crops", "64", "--data.held_out_crops", "18", "--train.batch_size", "8"),
 )
 TEXT = (
-    *("--task", "language_model", "--data.source", "corpus", "--data.vocabulary", "300"),
+    *("--task", "language_model", "--data.vocabulary", "300"),
     *("--data.context", "16", "--language_model.width", "16", "--language_model.heads", "2"),
     *("--language_model.layers", "2", "--moe.experts", "8", "--moe.top_k", "2"),
     *("--moe.expert_parallel", "2", "--moe.balance", "loss_free", "--moe.expert_out_map", "linear"),
     *("--train.batch_size", "8", "--train.accumulation", "2", "--train.probe_tokens", "64"),
+    *("--train.dtype", "bf16", "--moe.router_map", "linear"),
 )
-STEPS = ("--train.steps", "32", "--train.save_every", "4", "--train.log_every", "3")
-TASKS = {"image": (*IMAGE, *STEPS), "text": (*TEXT, *STEPS)}
+LAST = 48
+STEPS = ("--train.steps", str(LAST), "--train.save_every", "4", "--train.log_every", "3")
+TASKS = {"image": (*IMAGE, *STEPS), "text": (*TEXT, "--data.source", "corpus", *STEPS)}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a small corpus."""
     root = tmp_path_factory.mktemp("faults")
-    (root / "corpus").mkdir()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        (root / "corpus" / file.name).write_text(file.read_text())
+    write_corpus(root / "corpus")
     return root
+
+
+def write_corpus(folder: Path) -> None:
+    folder.mkdir()
+    for file in sorted((ROOT / "tests" / "core").glob("*.py")):
+        (folder / file.name).write_text(file.read_text())
 
 
 def train(folder: Path, name: str, *flags: str) -> tuple[list[int], list[str]]:
@@ -64,13 +79,15 @@ def train(folder: Path, name: str, *flags: str) -> tuple[list[int], list[str]]:
     return [task.returncode for task in tasks], errors
 
 
-def whole(folder: Path, task: str) -> Path:
-    """The undisturbed run of a task."""
-    run_dir = folder / "runs" / f"whole_{task}"
-    if not run_dir.exists():
-        codes, errors = train(folder, run_dir.name, *TASKS[task])
-        assert codes == [0, 0], errors
-    return run_dir
+@pytest.fixture(scope="module")
+def whole(folder: Path, two_ranks: TwoRanks) -> dict[str, Path]:
+    """The undisturbed run of each task."""
+    found = {}
+    for task, flags in TASKS.items():
+        source = ("--data.source", str(folder / "corpus")) if task == "text" else ()
+        name = ("--name", f"whole_{task}")
+        found[task], _ = two_ranks(train_flags, folder, *flags, *source, *name)
+    return found
 
 
 def weights(run_dir: Path) -> dict[str, Tensor]:
@@ -87,12 +104,12 @@ def assert_same(run_dir: Path, undisturbed: Path) -> None:
     assert_close(weights(run_dir), weights(undisturbed), rtol=0, atol=0)
 
 
-def goes_on(folder: Path, name: str, task: str, saved: int) -> None:
+def goes_on(folder: Path, name: str, task: str, saved: int, undisturbed: Path) -> None:
     """The same command goes on from what was saved, and ends as the undisturbed run."""
     codes, errors = train(folder, name, *TASKS[task])
     assert codes == [0, 0], errors
     assert f"resuming runs/{name} at step {saved}" in errors[0]
-    assert_same(folder / "runs" / name, whole(folder, task))
+    assert_same(folder / "runs" / name, undisturbed)
 
 
 def in_step(run_dir: Path, rank: int, after: int) -> Callable[[], bool]:
@@ -111,80 +128,117 @@ def in_save(run_dir: Path, after: int) -> Callable[[], bool]:
     return lambda: any(int(p.stem) > after for p in (run_dir / "checkpoints").glob("*.tmp"))
 
 
+def newest(run_dir: Path) -> int:
+    saved = checkpoint.latest_step(run_dir / "checkpoints")
+    assert saved is not None
+    return saved
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize(("task", "rank", "when"), [("text", 1, "step"), ("image", 0, "save")])
-def test_a_run_whose_rank_is_killed_goes_on_as_if_nothing_had_happened(
-    folder: Path, task: str, rank: int, when: str
+def test_a_run_whose_rank_is_killed_while_it_saves_goes_on_as_if_nothing_had_happened(
+    folder: Path, whole: dict[str, Path]
 ) -> None:
-    name = f"killed_in_{when}"
-    run_dir = folder / "runs" / name
-    launcher = start("train", "--name", name, *TASKS[task], cwd=folder, ranks=2)
-    victim = rank_of(launcher, rank)
-    stop_where(victim, in_step(run_dir, rank, 9) if when == "step" else in_save(run_dir, 4))
+    run_dir = folder / "runs" / "killed"
+    launcher = start("train", "--name", "killed", *TASKS["image"], cwd=folder, ranks=2)
+    victim = rank_of(launcher, 0)
+    stop_where(victim, in_save(run_dir, 4))
     saved = checkpoint.committed_steps(run_dir / "checkpoints")
     victim.kill()
     launcher.communicate(timeout=600)
     assert launcher.returncode == 1
-    # another rank may have renamed what was whole
-    after = checkpoint.latest_step(run_dir / "checkpoints")
-    assert after is not None
-    assert 4 <= saved[-1] <= after < 32
-    goes_on(folder, name, task, after)
+    assert 4 <= saved[-1] <= newest(run_dir) < LAST
+    goes_on(folder, "killed", "image", newest(run_dir), whole["image"])
 
 
 @pytest.mark.distributed
-def test_a_preempted_job_is_saved_by_all_its_tasks_and_goes_on(folder: Path) -> None:
-    run_dir = folder / "runs" / "preempted"
-    tasks = start_tasks("train", "--name", "preempted", *TASKS["text"], cwd=folder)
-    wait_until(tasks[0], in_step(run_dir, 0, 5))
-    # all agree to stop when one is told
+def test_a_run_that_is_stopped_killed_and_preempted_goes_on_as_if_nothing_had_happened(
+    folder: Path, whole: dict[str, Path]
+) -> None:
+    command, run_dir = ("train", "--name", "often", *TASKS["text"]), folder / "runs" / "often"
+    # SIGTERM to torchrun, which passes it on
+    launcher = start(*command, cwd=folder, ranks=2)
+    wait_until(launcher, in_step(run_dir, 0, 5))
+    launcher.send_signal(signal.SIGTERM)
+    error = launcher.communicate(timeout=600)[1]
+    stopped_at = newest(run_dir)
+    assert f"runs/often: stopped at step {stopped_at}, which is saved" in error
+    # SIGKILL to one of its ranks
+    launcher = start(*command, cwd=folder, ranks=2)
+    victim = rank_of(launcher, 1)
+    stop_where(victim, in_step(run_dir, 1, stopped_at + 5))
+    saved = checkpoint.committed_steps(run_dir / "checkpoints")
+    victim.kill()
+    error = launcher.communicate(timeout=600)[1]
+    assert launcher.returncode == 1
+    assert f"resuming runs/often at step {stopped_at}" in error
+    # another rank may have renamed what was whole
+    assert stopped_at < saved[-1] <= newest(run_dir) < LAST
+    # SIGTERM to one task of two, and all agree to stop
+    tasks = start_tasks(*command, cwd=folder)
+    wait_until(tasks[0], in_step(run_dir, 0, newest(run_dir) + 5))
     tasks[1].send_signal(signal.SIGTERM)
     errors = [task.communicate(timeout=600)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [130, 130], errors
-    saved = checkpoint.latest_step(run_dir / "checkpoints")
-    assert saved is not None
-    assert f"runs/preempted: stopped at step {saved}, which is saved" in errors[0]
-    goes_on(folder, "preempted", "text", saved)
+    assert f"runs/often: stopped at step {newest(run_dir)}, which is saved" in errors[0]
+    goes_on(folder, "often", "text", newest(run_dir), whole["text"])
+    assert json.loads((run_dir / "meta.json").read_text())["world_size"] == 2
+
+
+def test_ctrl_c_saves_exits_with_130_and_the_run_goes_on_as_if_nothing_had_happened(
+    folder: Path, world: World
+) -> None:
+    flags, run_dir = TASKS["image"], folder / "runs" / "stopped"
+    undisturbed = train_flags(world, folder, *flags, "--name", "undisturbed")
+    process = start("train", "--name", "stopped", *flags, cwd=folder)
+    records = run_dir / "metrics.jsonl"
+    stop_where(psutil.Process(process.pid), lambda: records.exists() and len(metrics(run_dir)) > 2)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    error = process.communicate(timeout=600)[1]
+    assert process.returncode == 130, error
+    assert 8 < newest(run_dir) < LAST
+    assert f"runs/stopped: stopped at step {newest(run_dir)}, which is saved" in error
+    resumed = run("train", "--name", "stopped", *flags, cwd=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same(run_dir, undisturbed)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("what", "rank", "flags", "words"),
-    [
-        ("checkpoint", 1, ("--train.log_every", "90"), "tmp/model_1.safetensors could not be"),
-        ("records", 0, ("--train.save_every", "12"), "records of runs/no_records could not be"),
-    ],
-)
-def test_a_full_disk_ends_all_ranks_with_one_line_and_loses_nothing(
-    folder: Path, what: str, rank: int, flags: tuple[str, ...], words: str
+def test_full_disks_end_all_ranks_with_one_line_and_lose_nothing(
+    folder: Path, whole: dict[str, Path]
 ) -> None:
-    name = f"no_{what}"
-    run_dir = folder / "runs" / name
-    flags = (*TASKS["text"], "--train.eval_every", "90", *flags)
-    tasks = start_tasks("train", "--name", name, *flags, cwd=folder)
-    wait_until(tasks[rank], in_step(run_dir, rank, 13))
-    # no file of this rank may grow beyond 1 kB from now on
-    resource.prlimit(tasks[rank].pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    errors = [task.communicate(timeout=600)[1] for task in tasks]
-    assert [task.returncode for task in tasks] == [1, 1], errors
-    newest = checkpoint.latest_step(run_dir / "checkpoints")
-    assert newest is not None
-    assert newest >= 12
-    line = errors[0].strip().splitlines()[-1]
-    assert words in line
-    assert "File too large" in line
-    assert f"(newest: checkpoint runs/{name}/checkpoints/{newest}); make room" in line
-    assert "Traceback" not in errors[0] + errors[1]
-    assert not list((run_dir / "checkpoints").glob("*.tmp"))
-    codes, errors = train(folder, name, *flags)
+    run_dir = folder / "runs" / "full"
+    flags = (*TASKS["text"], "--train.eval_every", "90", "--train.log_every")
+    before = 0
+    for rank, log_every, words in (
+        (1, "90", "tmp/model_1.safetensors could not be"),
+        (0, "3", "records of runs/full could not be"),
+    ):
+        tasks = start_tasks("train", "--name", "full", *flags, log_every, cwd=folder)
+        wait_until(tasks[rank], in_step(run_dir, rank, before + 5))
+        # no file of this rank may grow beyond 1 kB from now on
+        resource.prlimit(tasks[rank].pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        errors = [task.communicate(timeout=600)[1] for task in tasks]
+        assert [task.returncode for task in tasks] == [1, 1], errors
+        before, previous = newest(run_dir), before
+        assert before > previous
+        line = errors[0].strip().splitlines()[-1]
+        assert words in line
+        assert "File too large" in line
+        assert f"(newest: checkpoint runs/full/checkpoints/{before}); make room" in line
+        assert "Traceback" not in errors[0] + errors[1]
+        assert not list((run_dir / "checkpoints").glob("*.tmp"))
+    codes, errors = train(folder, "full", *flags, "3")
     assert codes == [0, 0], errors
     steps = [line["step"] for line in metrics(run_dir)]
     assert steps == sorted(set(steps))
-    assert_close(weights(run_dir), weights(whole(folder, "text")), rtol=0, atol=0)
+    assert_close(weights(run_dir), weights(whole["text"]), rtol=0, atol=0)
 
 
 @pytest.mark.distributed
-def test_a_rank_that_hangs_ends_the_run_by_name_and_place(folder: Path) -> None:
+def test_a_rank_that_hangs_ends_the_run_by_name_and_place(
+    folder: Path, whole: dict[str, Path]
+) -> None:
     run_dir = folder / "runs" / "hung"
     flags = (*TASKS["text"], "--train.timeout_s", "5")
     tasks = start_tasks("train", "--name", "hung", *flags, cwd=folder)
@@ -200,27 +254,31 @@ def test_a_rank_that_hangs_ends_the_run_by_name_and_place(folder: Path) -> None:
     assert f"runs/hung: rank 1 has not finished step {place.step} ({place.phase})" in lines[0]
     assert "no longer answers" in lines[0]
     assert json.loads((run_dir / "meta.json").read_text())["status"] == "failed"
-    saved = checkpoint.latest_step(run_dir / "checkpoints")
-    assert saved is not None
-    goes_on(folder, "hung", "text", saved)
+    goes_on(folder, "hung", "text", newest(run_dir), whole["text"])
 
 
 @pytest.mark.distributed
-def test_a_finished_run_that_is_given_more_steps_is_the_longer_run(folder: Path) -> None:
+def test_a_finished_run_that_is_given_more_steps_is_the_longer_run(
+    folder: Path,
+    world: World,
+    whole: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    del world
     flags, run_dir = TASKS["image"], folder / "runs" / "extended"
     codes, errors = train(folder, "extended", *flags, "--train.steps", "12")
     assert codes == [0, 0], errors
-    codes, errors = train(folder, "extended", *flags, "--train.steps", "9")
-    assert codes == [2, 2]
-    assert "train.steps was 12 and is now 9" in errors[0]
+    monkeypatch.chdir(folder)
+    assert main(["train", "--name", "extended", *flags, "--train.steps", "9"]) == 2
+    assert "train.steps was 12 and is now 9" in capsys.readouterr().err
     codes, errors = train(folder, "extended", *flags)
     assert codes == [0, 0], errors
-    assert "runs/extended is given 32 steps in place of 12" in errors[0]
-    longer = whole(folder, "image")
-    assert_close(weights(run_dir), weights(longer), rtol=0, atol=0)
+    assert f"runs/extended is given {LAST} steps in place of 12" in errors[0]
+    assert_close(weights(run_dir), weights(whole["image"]), rtol=0, atol=0)
     # but for the evaluation at what was the last step
     lines = [line if line["step"] != 12 else {} for line in metrics(run_dir)]
-    assert lines == [line if line["step"] != 12 else {} for line in metrics(longer)]
+    assert lines == [line if line["step"] != 12 else {} for line in metrics(whole["image"])]
 
 
 def configured(folder: Path, *flags: str) -> Config:
@@ -339,28 +397,22 @@ def test_a_first_step_that_is_skipped_can_be_saved(tmp_path: Path, world: World)
     assert [line["step"] for line in metrics(config.run_dir)] == [2]
 
 
-def skip_on_one_of_two(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    store = (folder / "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    world = start_distributed()
-    os.chdir(folder)
+def skip_on_one_of_two(world: World, folder: Path) -> None:
     image = configured(folder, *IMAGE, *SKIP, "--name", "image")
     skips_one_step(image, world, spoil_batch)
-    text = configured(folder, *TEXT, *SKIP, "--moe.centre_router_input", "True", "--name", "text")
-    skips_one_step(text, world, spoil_gradient)
-    bf16 = replace(text, name="bf16", train=replace(text.train, dtype="bf16"))
+    source = ("--data.source", str(folder / "corpus"), "--moe.centre_router_input", "True")
+    bf16 = configured(folder, *TEXT, *SKIP, *source, "--name", "bf16")
     skips_one_step(bf16, world, spoil_gradient)
-    dist.destroy_process_group()
+    fp32 = replace(bf16, name="fp32", train=replace(bf16.train, dtype="fp32"))
+    skips_one_step(fp32, world, spoil_gradient)
 
 
 @pytest.mark.distributed
-def test_a_step_that_is_spoilt_on_one_rank_is_skipped_on_all(tmp_path: Path) -> None:
-    (tmp_path / "corpus").mkdir()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        (tmp_path / "corpus" / file.name).write_text(file.read_text())
-    spawn(skip_on_one_of_two, args=(tmp_path,), nprocs=2)
+def test_a_step_that_is_spoilt_on_one_rank_is_skipped_on_all(
+    tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    write_corpus(tmp_path / "corpus")
+    two_ranks(skip_on_one_of_two, tmp_path)
 
 
 def test_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path, world: World) -> None:

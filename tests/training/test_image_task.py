@@ -27,8 +27,9 @@ from simvq_moe.training.image_measures import (
     check_networks,
     optional_measures,
 )
-from tests.launching import metrics, run
-from tests.short_training import train_two_steps
+from tests.launching import metrics
+from tests.short_training import train_flags, train_two_steps
+from tests.two_ranks import TwoRanks
 
 JUDGED = ImageTokenizerConfig(
     architecture="vqgan",
@@ -172,7 +173,9 @@ def test_sums_over_batches_give_the_means_over_all_images() -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [1, 2])
-def test_two_ranks_play_the_same_game_as_one(tmp_path: Path, stage: int) -> None:
+def test_two_ranks_play_the_same_game_as_one(
+    tmp_path: Path, world: World, two_ranks: TwoRanks, stage: int
+) -> None:
     flags = (
         *("--data.crops", "64", "--data.held_out_crops", "18", "--data.image_size", "16"),
         *("--quantizer.codes", "16", "--quantizer.width", "4", "--image_tokenizer.hidden", "4"),
@@ -183,10 +186,8 @@ def test_two_ranks_play_the_same_game_as_one(tmp_path: Path, stage: int) -> None
         *("--train.batch_size", "8", "--train.log_every", "1", "--train.accumulation", "2"),
         *("--train.eval_every", "5"),
     )
-    for ranks in (1, 2):
-        finished = run("train", "--name", f"ranks{ranks}", *flags, cwd=tmp_path, ranks=ranks)
-        assert finished.returncode == 0, finished.stderr
-    one, two = (metrics(tmp_path / "runs" / f"ranks{ranks}") for ranks in (1, 2))
+    one = metrics(train_flags(world, tmp_path, "--name", "one", *flags))
+    two = metrics(two_ranks(train_flags, tmp_path, "--name", "two", *flags)[0])
     played = [line["train/adversarial_weight"] > 0 for line in one]
     assert played == [False, False, True, True, True]
     for a, b in zip(one, two, strict=True):

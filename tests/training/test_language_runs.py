@@ -19,7 +19,8 @@ from simvq_moe.merging import ConfigError, with_flags
 from simvq_moe.training.engine import World
 from simvq_moe.training.tasks import build_task
 from tests.launching import ROOT, metrics, run
-from tests.short_training import train_two_steps
+from tests.short_training import train_flags, train_two_steps
+from tests.two_ranks import TwoRanks
 
 TEXT = (
     *("--task", "language_model", "--data.vocabulary", "300", "--data.context", "16"),
@@ -175,19 +176,16 @@ def test_options_that_mean_nothing_are_refused(flags: str, message: str) -> None
 
 @pytest.mark.distributed
 def test_ranks_that_share_experts_checkpoint_activations_and_write_samples(
-    source: str, tmp_path: Path
+    source: str, tmp_path: Path, world: World, two_ranks: TwoRanks
 ) -> None:
     flags = (*TEXT, "--data.source", source, "--train.steps", "4", "--train.log_every", "1")
-    arms = {
-        "plain": (1, ()),
-        "shared": (2, ("--moe.expert_parallel", "2", "--train.activation_checkpointing", "True")),
-    }
+    shared = ("--moe.expert_parallel", "2", "--train.activation_checkpointing", "True")
+    one = train_flags(world, tmp_path, "--name", "plain", *flags)
+    two, _ = two_ranks(train_flags, tmp_path, "--name", "shared", *flags, *shared)
     found = []
-    for name, (ranks, more) in arms.items():
-        done = run("train", "--name", name, *flags, *more, cwd=tmp_path, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-        found.append([line["train/loss"] for line in metrics(tmp_path / "runs" / name)])
-        assert (tmp_path / "runs" / name / "samples" / "val_000004.txt").is_file()
+    for run_dir in (one, two):
+        found.append([line["train/loss"] for line in metrics(run_dir)])
+        assert (run_dir / "samples" / "val_000004.txt").is_file()
     # sums over ranks round differently, and Adam's first steps magnify it
     assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from simvq_moe.config_checks import check
 from simvq_moe.merging import ConfigError, with_flags
 from simvq_moe.training.devices import peak_flops
 from simvq_moe.training.engine import World
-from simvq_moe.training.loop import Trainer
 from simvq_moe.training.phases import PHASES, Phases, profiled
-from tests.launching import ROOT, metrics, run
+from tests.launching import ROOT, metrics
+from tests.short_training import train_flags
+from tests.two_ranks import TwoRanks
 
 LM = (
     *("--task", "language_model", "--data.source", str(ROOT / "tests" / "moe")),
@@ -38,17 +40,14 @@ LM = (
 )
 
 
-@pytest.fixture
-def trained(tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]) -> tuple[Path, str]:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, world: World) -> tuple[Path, str]:
     """A run with a trace and a known peak, and what it printed."""
+    printed = io.StringIO()
     flags = (*LM, "--train.profile", "True", "--train.peak_flops", "1e12")
-    config = with_flags(Config(runs_dir=str(tmp_path)), flags, "train")
-    config = replace(config, data=replace(config.data, cache_dir=str(tmp_path / "cache")))
-    config.run_dir.mkdir()
-    trainer = Trainer(config, world, lambda: False)
-    trainer.run()
-    trainer.close()
-    return config.run_dir, capsys.readouterr().err
+    with contextlib.redirect_stderr(printed):
+        run_dir = train_flags(world, tmp_path_factory.mktemp("phases"), *flags)
+    return run_dir, printed.getvalue()
 
 
 def lines(run_dir: Path) -> list[dict[str, float]]:
@@ -144,10 +143,10 @@ def test_the_peak_of_a_gpu_is_found_by_its_name() -> None:
 
 
 @pytest.mark.distributed
-def test_ranks_that_share_experts_say_how_long_they_communicate(tmp_path: Path) -> None:
-    done = run("train", *LM, "--moe.expert_parallel", "2", cwd=tmp_path, ranks=2)
-    assert done.returncode == 0, done.stderr
-    run_dir = tmp_path / "runs" / "run"
+def test_ranks_that_share_experts_say_how_long_they_communicate(
+    tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    run_dir, _ = two_ranks(train_flags, tmp_path, *LM, "--moe.expert_parallel", "2")
     assert not any("time/step" in line for line in metrics(run_dir))  # no two runs share it
     for line in lines(run_dir):
         assert 0 < line["time/communication"] < line["time/step"]

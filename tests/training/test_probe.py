@@ -32,8 +32,9 @@ from simvq_moe.moe.router import Routing
 from simvq_moe.training.engine import World
 from simvq_moe.training.probe import OTHERS, Probe, choose_tokens, expert_outputs, read
 from simvq_moe.training.tasks import Task, build_task
-from tests.launching import metrics, run
-from tests.short_training import train_two_steps
+from tests.launching import metrics
+from tests.short_training import train_flags, train_two_steps
+from tests.two_ranks import TwoRanks
 
 EXPERTS, LAYERS, CONTEXT = 6, 2, 8
 MEASURES = {
@@ -343,24 +344,26 @@ def test_a_run_logs_measures_pictures_and_the_probe(
 
 
 @pytest.mark.distributed
-def test_ranks_that_share_experts_measure_what_one_does(folder: Path) -> None:
+def test_ranks_that_share_experts_measure_what_one_does(
+    folder: Path, world: World, two_ranks: TwoRanks
+) -> None:
     flags = (
-        *("--task", "language_model", "--data.source", "corpus", "--data.vocabulary", "300"),
+        *("--task", "language_model", "--data.vocabulary", "300"),
+        *("--data.source", str(folder / "corpus")),
         *("--data.context", "8", "--moe.experts", "6", "--moe.top_k", "2", "--moe.hidden", "8"),
         *("--train.steps", "2", "--train.eval_every", "1", "--train.batch_size", "4"),
         *("--train.probe_tokens", "160", "--moe.expert_out_map", "linear"),
     )
-    found = []
-    for ranks in (1, 2):
-        name = f"{ranks}_ranks"
-        of_ranks = ("--name", name, "--moe.expert_parallel", str(ranks))
-        finished = run("train", *flags, *of_ranks, cwd=folder, ranks=ranks)
-        assert finished.returncode == 0, finished.stderr
-        of_probe = [
+    split = ("--moe.expert_parallel", "2")
+    one = train_flags(world, folder, "--name", "one", *flags)
+    two, _ = two_ranks(train_flags, folder, "--name", "two", *flags, *split)
+    found = [
+        [
             {k: v for k, v in line.items() if k.rsplit("/", 1)[-1] in MEASURES | {"fluctuation"}}
-            for line in metrics(folder / "runs" / name)
+            for line in metrics(run_dir)
         ]
-        found.append(of_probe)
+        for run_dir in (one, two)
+    ]
     assert "val/moe/00/fluctuation" in found[0][1]
     # sums over ranks round differently, and Adam's first steps magnify it
     assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)

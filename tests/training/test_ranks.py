@@ -1,10 +1,8 @@
-"""Two ranks train what one trains, and a resumed run is the uninterrupted one."""
+"""Two ranks train what one trains, and a run goes on from what it saved, or says why not."""
 
 from __future__ import annotations
 
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +10,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from simvq_moe.cli import main
 from simvq_moe.training import checkpoint
-from tests.launching import metrics, run, start
+from simvq_moe.training.engine import World
+from simvq_moe.training.faults import TrainingFailed
+from tests.launching import ROOT, metrics, run
+from tests.short_training import train_flags
+from tests.two_ranks import TwoRanks
 
 IMAGE = ("--train.batch_size", "8", "--data.crops", "64", "--data.held_out_crops", "18")
 TEXT = (
-    *("--task", "language_model", "--data.source", "corpus", "--data.vocabulary", "300"),
+    *("--task", "language_model", "--data.vocabulary", "300"),
     *("--data.context", "32", "--moe.experts", "8", "--moe.top_k", "2", "--train.batch_size", "8"),
     *("--moe.balance", "aux", "--moe.expert_out_map", "linear", "--optimizer.lr", "3e-3"),
 )
@@ -25,18 +28,12 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with a small corpus of real text: this test suite."""
+    """A working directory with a small corpus of real text: some of these tests."""
     root = tmp_path_factory.mktemp("ranks")
     (root / "corpus").mkdir()
-    for file in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        (root / "corpus" / f"{file.parent.name}_{file.name}").write_text(file.read_text())
+    for file in sorted((ROOT / "tests" / "core").glob("*.py")):
+        (root / "corpus" / file.name).write_text(file.read_text())
     return root
-
-
-def train(folder: Path, name: str, *flags: str, ranks: int = 1) -> Path:
-    finished = run("train", "--name", name, *flags, cwd=folder, ranks=ranks)
-    assert finished.returncode == 0, finished.stderr
-    return folder / "runs" / name
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -56,11 +53,13 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     ],
 )
 def test_two_ranks_see_the_same_counts_and_losses_as_one(
-    folder: Path, name: str, flags: tuple[str, ...]
+    folder: Path, world: World, two_ranks: TwoRanks, name: str, flags: tuple[str, ...]
 ) -> None:
     flags = (*flags, "--train.steps", "6", "--train.log_every", "1")
-    one = train(folder, f"{name}_1", *flags)
-    two = train(folder, f"{name}_2", *flags, ranks=2)
+    if "--task" in flags:
+        flags += ("--data.source", str(folder / "corpus"))
+    one = train_flags(world, folder, "--name", f"{name}_1", *flags)
+    two, _ = two_ranks(train_flags, folder, "--name", f"{name}_2", *flags)
     with np.load(one / "usage.npz") as a, np.load(two / "usage.npz") as b:
         np.testing.assert_array_equal(a["counts"][0], b["counts"][0])
         assert a["counts"].sum() == b["counts"].sum() > 0
@@ -74,11 +73,15 @@ def test_two_ranks_see_the_same_counts_and_losses_as_one(
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_copies_of_experts_split_over_two_ranks_train_what_one_process_does(
-    folder: Path,
+    folder: Path, world: World
 ) -> None:
     flags = (*TEXT, "--train.clip", "0.5", "--train.steps", "6", "--train.log_every", "1")
-    one = train(folder, "experts_1", *flags)
-    four = train(folder, "experts_4", *flags, "--moe.expert_parallel", "2", ranks=4)
+    flags += ("--data.source", str(folder / "corpus"))
+    one = train_flags(world, folder, "--name", "experts_1", *flags)
+    split = ("--name", "experts_4", "--moe.expert_parallel", "2")
+    finished = run("train", *flags, *split, cwd=folder, ranks=4)
+    assert finished.returncode == 0, finished.stderr
+    four = folder / "runs" / "experts_4"
     for key in ("train/loss", "train/grad_norm", "val/loss"):
         values = [[line[key] for line in metrics(r) if key in line] for r in (one, four)]
         # sums over ranks round differently, and Adam's first steps magnify it
@@ -86,120 +89,64 @@ def test_two_copies_of_experts_split_over_two_ranks_train_what_one_process_does(
     assert_close(weights(four), weights(one))
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("name", "flags", "ranks"),
-    [
-        ("image", (*IMAGE, "--quantizer.kind", "ema"), 1),
-        ("text", (*TEXT, "--train.accumulation", "2"), 2),
-        ("bf16", (*TEXT, "--train.dtype", "bf16", "--moe.router_map", "linear"), 2),
-    ],
-)
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    folder: Path, name: str, flags: tuple[str, ...], ranks: int
-) -> None:
-    flags = (*flags, "--train.steps", "300", "--train.log_every", "7", "--train.save_every", "50")
-    whole = train(folder, f"{name}_whole", *flags, ranks=ranks)
-    process = start("train", "--name", f"{name}_broken", *flags, cwd=folder, ranks=ranks)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step "):
-            break
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    broken = folder / "runs" / f"{name}_broken"
-    assert not (broken / "summary.json").exists(), "finished before the signal: raise train.steps"
-    stopped_at = int((broken / "checkpoints" / "latest").read_text())
-    assert 0 < stopped_at < 300
-    resumed = run("train", "--name", f"{name}_broken", *flags, cwd=folder, ranks=ranks)
-    assert f"resuming runs/{name}_broken at step {stopped_at}" in resumed.stderr
-    assert metrics(broken) == metrics(whole)
-    with np.load(whole / "usage.npz") as a, np.load(broken / "usage.npz") as b:
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
-    assert_close(weights(broken), weights(whole), rtol=0, atol=0)
-
-
-def test_a_run_killed_while_it_saves_goes_on_as_if_nothing_had_happened(folder: Path) -> None:
-    flags = (*IMAGE, "--train.steps", "60", "--train.log_every", "1", "--train.save_every", "1")
-    whole = train(folder, "whole", *flags)
-    process = start("train", "--name", "killed", *flags, cwd=folder)
-    killed = folder / "runs" / "killed"
-    while process.poll() is None and checkpoint.committed_steps(killed / "checkpoints")[-1:] < [3]:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert not (killed / "summary.json").exists(), "finished before the signal: raise train.steps"
-    resumed = run("train", "--name", "killed", *flags, cwd=folder)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming runs/killed at step" in resumed.stderr
-    assert metrics(killed) == metrics(whole)
-    assert_close(weights(killed), weights(whole), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_130(folder: Path, number: signal.Signals) -> None:
-    flags = (*IMAGE, "--train.steps", "100000", "--train.log_every", "5")
-    process = start("train", "--name", f"stopped_{number.name}", *flags, cwd=folder)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step "):
-            break
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "which is saved" in err
-    assert (folder / "runs" / f"stopped_{number.name}" / "checkpoints" / "latest").exists()
-
-
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_step_and_checkpoint(
-    folder: Path,
+    folder: Path, world: World
 ) -> None:
     flags = (*IMAGE, "--optimizer.lr", "1e30", "--optimizer.warmup_steps", "0")
-    stopped = run("train", "--name", "nan", *flags, "--train.save_every", "1", cwd=folder)
-    assert stopped.returncode == 1
-    last = stopped.stderr.strip().splitlines()[-1]
-    assert "step 1 was the last good one (checkpoint runs/nan/checkpoints/1)" in last
+    with pytest.raises(TrainingFailed) as stopped:
+        train_flags(world, folder, "--name", "nan", *flags, "--train.save_every", "1")
+    last = str(stopped.value)
+    saved = folder / "runs" / "nan" / "checkpoints" / "1"
+    assert f"step 1 was the last good one (checkpoint {saved})" in last
     assert "not finite" in last or "gradient norm" in last
 
 
-def test_a_broken_newest_checkpoint_is_skipped_for_the_one_before(folder: Path) -> None:
-    flags = (*IMAGE, "--train.steps", "40", "--train.save_every", "10")
-    run_dir = train(folder, "torn", *flags)
-    (run_dir / "summary.json").unlink()
+def test_a_broken_newest_checkpoint_is_skipped_for_the_one_before(
+    folder: Path, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = (*IMAGE, "--name", "torn", "--train.steps", "8", "--train.save_every", "2")
+    run_dir = train_flags(world, folder, *flags)
     whole = metrics(run_dir)
-    assert sorted(p.name for p in (run_dir / "checkpoints").glob("[0-9]*")) == ["30", "40"]
-    torn = run_dir / "checkpoints" / "40" / "optimizer_0.safetensors"
+    assert sorted(p.name for p in (run_dir / "checkpoints").glob("[0-9]*")) == ["6", "8"]
+    torn = run_dir / "checkpoints" / "8" / "optimizer_0.safetensors"
     torn.write_bytes(torn.read_bytes()[:1000])
-    resumed = run("train", "--name", "torn", *flags, cwd=folder)
-    assert resumed.returncode == 0
-    assert "checkpoint runs/torn/checkpoints/40 is skipped" in resumed.stderr
-    assert "resuming runs/torn at step 30" in resumed.stderr
+    train_flags(world, folder, *flags)
+    assert f"checkpoint {torn.parent} is skipped" in caplog.text
     assert metrics(run_dir) == whole
 
 
-def test_the_saved_config_repeats_the_run(folder: Path) -> None:
-    first = train(folder, "first", *IMAGE, "--train.steps", "3", "--train.log_every", "1")
-    again = train(folder, "again", "--config", str(first / "config.yaml"), "--name", "again")
-    assert metrics(again) == metrics(first)
+def test_the_saved_config_repeats_the_run_in_a_process_of_its_own(
+    folder: Path, world: World
+) -> None:
+    first = train_flags(world, folder, *IMAGE, "--train.steps", "3", "--train.log_every", "1")
+    flags = ("--config", str(first / "config.yaml"), "--name", "again")
+    finished = run("train", *flags, cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+    assert metrics(folder / "runs" / "again") == metrics(first)
 
 
-def test_an_error_found_with_the_data_leaves_no_run_behind(folder: Path) -> None:
+def test_an_error_found_with_the_data_leaves_no_run_behind(
+    folder: Path, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del world
+    monkeypatch.chdir(folder)
     flags = ("--task", "language_model", "--data.source", "corpus", "--data.vocabulary", "60000")
-    refused = run("train", "--name", "too_large", *flags, cwd=folder)
-    assert refused.returncode == 2
-    assert "data.vocabulary" in refused.stderr.splitlines()[-1]
+    assert main(["train", "--name", "too_large", *flags]) == 2
+    assert "data.vocabulary" in capsys.readouterr().err.splitlines()[-1]
     assert not (folder / "runs" / "too_large").exists()
 
 
-def test_a_run_does_not_go_on_with_other_data(folder: Path) -> None:
-    source = folder / "changing"
-    shutil.copytree(folder / "corpus", source)
-    flags = (*TEXT, "--data.source", "changing", "--train.steps", "4")
-    run_dir = train(folder, "changed", *flags)
-    (run_dir / "summary.json").unlink()
+def test_a_run_does_not_go_on_with_other_data(
+    folder: Path, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    source = Path("changing")
+    shutil.copytree("corpus", source)
+    flags = (*TEXT, "--data.source", "changing", "--train.steps", "4", "--name", "changed")
+    run_dir = train_flags(world, Path(), *flags)
     (source / "more.py").write_text("print('more')\n" * 100)
-    refused = run("train", "--name", "changed", *flags, cwd=folder)
-    assert refused.returncode == 2
-    assert "are not those that runs/changed began with" in refused.stderr.splitlines()[-1]
+    kept = ("--runs_dir", "runs", "--data.cache_dir", "cache")
+    assert main(["train", *flags, *kept]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "are not those that runs/changed began with" in error
     assert (run_dir / "checkpoints" / "4").is_dir()

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from simvq_moe.merging import ConfigError
 from simvq_moe.training.slurm import adopt_slurm, first_host
-from tests.launching import environment, metrics
 
 STEP = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
 NODES = {"SLURM_STEP_NODELIST": "gpu[007-008]", "SLURM_JOB_ID": "123456"}
@@ -61,33 +54,3 @@ def test_the_users_own_address_is_kept_and_a_missing_one_is_named() -> None:
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.1", "1234")
     with pytest.raises(ConfigError, match="export MASTER_ADDR"):
         adopt_slurm(dict(STEP))
-
-
-@pytest.mark.distributed
-def test_two_tasks_of_srun_train_together(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    step = {
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_JOB_ID": "7",
-        "MASTER_PORT": str(port),
-    }
-    flags = "--train.steps 2 --train.batch_size 8 --data.crops 64 --data.held_out_crops 18"
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "simvq_moe", "train", "--name", "step", *flags.split()],
-            cwd=tmp_path,
-            env=environment() | step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for task in tasks:
-        _, err = task.communicate(timeout=240)
-        assert task.returncode == 0, err
-    assert metrics(tmp_path / "runs" / "step")[-1]["step"] == 2
-    assert '"world_size": 2' in (tmp_path / "runs" / "step" / "meta.json").read_text()
-    assert "RANK" not in os.environ

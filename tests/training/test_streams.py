@@ -18,6 +18,7 @@ from simvq_moe.training.engine import World
 from simvq_moe.training.faults import Interrupted
 from simvq_moe.training.loop import Trainer
 from tests.launching import metrics, run
+from tests.two_ranks import TwoRanks
 
 FLAGS = (
     *("--task", "language_model", "--data.streaming", "True", "--data.vocabulary", "257"),
@@ -42,7 +43,7 @@ def flags(folder: Path, name: str, *more: str, steps: int = 8) -> list[str]:
     return [*FLAGS, *kept, "--name", name, "--train.steps", str(steps), *more]
 
 
-def train(folder: Path, world: World, name: str, *more: str, steps: int = 8, stop: int = 0) -> Path:
+def train(world: World, folder: Path, name: str, *more: str, steps: int = 8, stop: int = 0) -> Path:
     """A run in this process, until asked to stop after so many steps."""
     config = with_flags(Config(), flags(folder, name, *more, steps=steps), "train")
     check(config)
@@ -64,9 +65,9 @@ def test_an_interrupted_and_resumed_stream_trains_what_an_undisturbed_one_does(
         write_rows(tmp_path / name)
     mixture = ("--data.sources", str(tmp_path / "red"), str(tmp_path / "blue"))
     mixture += ("--data.source_weights", "2", "1", "--train.accumulation", "2")
-    undisturbed = train(tmp_path, world, "undisturbed", *mixture, "--data.prefetch", "0")
+    undisturbed = train(world, tmp_path, "undisturbed", *mixture, "--data.prefetch", "0")
     for stop in (3, 5, 0):
-        resumed = train(tmp_path, world, "resumed", *mixture, "--data.prefetch", "3", stop=stop)
+        resumed = train(world, tmp_path, "resumed", *mixture, "--data.prefetch", "3", stop=stop)
     assert [line["train/loss"] for line in metrics(resumed)] == [
         line["train/loss"] for line in metrics(undisturbed)
     ]
@@ -78,15 +79,14 @@ def test_an_interrupted_and_resumed_stream_trains_what_an_undisturbed_one_does(
 
 @pytest.mark.distributed
 def test_two_ranks_share_the_batches_of_one_and_go_on_where_it_was(
-    tmp_path: Path, world: World
+    tmp_path: Path, world: World, two_ranks: TwoRanks
 ) -> None:
     source = ("--data.source", str(write_rows(tmp_path / "rows", 3)))
-    one = train(tmp_path, world, "one", *source)
-    train(tmp_path, world, "moved", *source, stop=4)
+    one = train(world, tmp_path, "one", *source)
+    train(world, tmp_path, "moved", *source, stop=4)
     for name in ("two", "moved"):
-        done = run("train", *flags(tmp_path, name, *source), cwd=tmp_path, ranks=2)
-        assert done.returncode == 0, done.stderr
-        found = [line["train/loss"] for line in metrics(tmp_path / "runs" / name)]
+        run_dir, _ = two_ranks(train, tmp_path, name, *source)
+        found = [line["train/loss"] for line in metrics(run_dir)]
         # sums over ranks round differently, and Adam's first steps magnify it
         expected = [line["train/loss"] for line in metrics(one)]
         assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -98,7 +98,7 @@ def test_a_broken_shard_of_one_rank_ends_both_with_its_name_and_skip_goes_on(
 ) -> None:
     source = write_rows(tmp_path / "rows")
     on = ("--data.source", str(source), "--train.save_every", "2")
-    train(tmp_path, world, "whole", *on, steps=1)  # it takes the held-out documents
+    train(world, tmp_path, "whole", *on, steps=1)  # it takes the held-out documents
     broken = source / "3.jsonl"
     content = broken.read_bytes()
     broken.write_bytes(content[: len(content) // 3].ljust(len(content), b"x"))
