@@ -313,7 +313,7 @@ class TrainConfig:
     needs a GPU."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states over ranks, 2 gradients as well, 3
-    parameters as well."""
+    parameters as well. One rank has nothing to shard: 1 and 2 run there as 0 where they can."""
     deepspeed_config: str | None = None
     """JSON file with further settings of DeepSpeed, such as offloading; those that follow from this
     config can't be in it."""

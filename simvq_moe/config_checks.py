@@ -87,7 +87,7 @@ def _problems(config: Config) -> Iterator[str]:
     for name in ("activation_checkpointing", "compile"):
         if getattr(config.train, name) and config.task != "language_model":
             yield f"train.{name} True with task {config.task!r}: only 'language_model' has it"
-    yield from _zero_problems(config)
+    yield from zero_problems(config)
     yield from quantizer_problems(q)
     if q.kind == "simvq" and q.transform != "linear" and q.base_width not in (None, q.width):
         yield (
@@ -122,7 +122,7 @@ def _speed_problems(train: TrainConfig) -> Iterator[str]:
         )
 
 
-def _zero_problems(config: Config) -> Iterator[str]:
+def zero_problems(config: Config) -> Iterator[str]:
     """What DeepSpeed's stage 0 gets wrong, and what its stage 3 can't gather."""
     train, moe, stage = config.train, config.moe, config.train.zero_stage
     mixtures = config.task == "language_model" and config.language_model.moe_every > 0

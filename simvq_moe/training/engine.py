@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import tempfile
@@ -25,6 +26,8 @@ from simvq_moe.moe.router import Router
 from simvq_moe.training.engine_optimizer import make_optimizer
 from simvq_moe.training.engine_settings import BUCKET, engine_settings, import_deepspeed
 from simvq_moe.training.engine_sharding import keep_heads, mark_pieces
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -114,12 +117,18 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     if any(moe.is_moe_param(p) for p in model.parameters()):
         split = moe.split_params_into_different_moe_groups_for_optimizer(groups)
         groups = [group for group in split if group["params"]]
-    settings = engine_settings(config)
+    settings = engine_settings(config, world.size)
+    stage = settings["zero_optimization"]["stage"]
+    if stage != config.train.zero_stage:
+        logger.info(
+            "train.zero_stage %d: %d on one rank, which shards nothing",
+            *(config.train.zero_stage, stage),
+        )
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # DeepSpeed makes room for a whole bucket in every step, however small the model
     settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, learned))
     optimizer = make_optimizer(groups, config.optimizer, settings, world.device)
-    sharded = config.train.zero_stage == 3
+    sharded = stage == 3
     if sharded:
         mark_pieces(model)
     with _muon_not_compiled():
@@ -131,7 +140,7 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
         )
     if sharded:
         keep_heads(model)
-    if config.train.zero_stage == 0:
+    if stage == 0:
         optimizer.register_step_pre_hook(partial(_clip, engine, config.train.clip))
     return engine
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from simvq_moe.config import Config
+from simvq_moe.config_checks import zero_problems
 from simvq_moe.merging import ConfigError, suggestion
 
 BUCKET = 500_000_000
@@ -62,19 +64,32 @@ def import_deepspeed() -> ModuleType:
     return deepspeed
 
 
-def engine_settings(config: Config) -> dict[str, Any]:
+def zero_stage(config: Config, ranks: int) -> int:
+    """The stage that runs: on one rank 1 and 2 shard nothing, but copy every gradient and weight,
+    so stage 0 takes their place wherever it is right."""
+    train = config.train
+    if ranks > 1 or train.zero_stage == 3 or train.deepspeed_config is not None:
+        return train.zero_stage
+    whole = replace(config, train=replace(train, zero_stage=0))
+    return train.zero_stage if any(zero_problems(whole)) else 0
+
+
+def engine_settings(config: Config, ranks: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
+
+    Args:
+        ranks: number of them.
 
     Raises:
         ConfigError: train.deepspeed_config is no JSON object, or sets what it may not.
     """
-    train = config.train
+    train, stage = config.train, zero_stage(config, ranks)
     ours: dict[str, Any] = {
         "train_batch_size": train.batch_size,
         "gradient_accumulation_steps": train.accumulation,
         # at stage 0 the engine's norm is ours, and clipping with it
-        "gradient_clipping": train.clip if train.zero_stage else 0.0,
-        "zero_optimization": {"stage": train.zero_stage},
+        "gradient_clipping": train.clip if stage else 0.0,
+        "zero_optimization": {"stage": stage},
         "bf16": {"enabled": train.dtype == "bf16"},
         "fp16": {"enabled": train.dtype == "fp16"},  # with a dynamic scale of the loss
         "steps_per_print": NEVER,

@@ -2,8 +2,9 @@
 
 Memory of states: ZeRO (Rajbhandari et al., arXiv:1910.02054, section 5): mixed precision keeps 12
 bytes a parameter for the optimizer, weights and two moments in float32, and so does DeepSpeed where
-all is float32. Traffic: of a ring, the least there can be (Thakur, Rabenseifner and Gropp, 2005): a
-rank sends (n - 1) / n of a tensor to reduce it in parts or to gather it, twice that to do both.
+all is float32, except at stage 0, which updates the weights themselves. Traffic: of a ring, the
+least there can be (Thakur, Rabenseifner and Gropp, 2005): a rank sends (n - 1) / n of a tensor to
+reduce it in parts or to gather it, twice that to do both.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from simvq_moe.moe import MoE
 from simvq_moe.training.activations import SampleCost, activation_bytes, sample_cost
 from simvq_moe.training.cost import expert_parameters, flops_per_token
 from simvq_moe.training.engine import parameter_groups
-from simvq_moe.training.engine_settings import BUCKET
+from simvq_moe.training.engine_settings import BUCKET, zero_stage
 
-OPTIMIZER_BYTES = 12
-"""Of a parameter that a rank owns."""
+MOMENT_BYTES, MASTER_BYTES = 8, 4
+"""Of a parameter that a rank owns: Adam's moments, and the weights that ZeRO updates."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,13 @@ class Plan:
             samples: of an optimizer step on one rank.
         """
         train, parallel = self.config.train, self.config.moe.expert_parallel
-        stage, size = train.zero_stage, self.size
+        stage, size = zero_stage(self.config, ranks), self.size
         local = self.dense + self.experts // parallel
         owned = self.dense // ranks + self.experts // ranks
         held = owned if stage else local
         weights = (owned if stage == 3 else local) * size
         gradients = local if stage < 2 else owned + min(local, BUCKET)
-        copies, calls = self._passes()
+        copies, calls = self._passes(stage)
         per_sample, flops, saved = self._work(samples // train.accumulation)
         return PerRank(
             ranks=ranks,
@@ -102,7 +103,7 @@ class Plan:
             flops_per_token=flops,
             parameter_bytes=weights + self.frozen_bytes,
             gradient_bytes=gradients * size,
-            optimizer_bytes=held * OPTIMIZER_BYTES,
+            optimizer_bytes=held * (MOMENT_BYTES + MASTER_BYTES * (stage > 0)),
             activation_bytes=saved,
             owned_parameters=held,
             dense_bytes=round(copies * self.dense * size * (ranks - 1) / ranks),
@@ -112,7 +113,7 @@ class Plan:
             exchanges=0 if parallel == 1 else train.accumulation * self._mixtures() * 5,
         )
 
-    def _passes(self) -> tuple[int, int]:
+    def _passes(self, stage: int) -> tuple[int, int]:
         """How often all weights go round a ring in a step, and the collectives of that.
 
         Stages 1 and 2 are what DeepSpeed 0.19 does: it reduces whole gradients to every rank, where
@@ -120,10 +121,10 @@ class Plan:
         """
         train = self.config.train
         buckets = -(-(self.dense + self.experts) // BUCKET)
-        often = train.accumulation if train.zero_stage >= 2 else 1
-        if train.zero_stage == 0:
+        often = train.accumulation if stage >= 2 else 1
+        if stage == 0:
             return 2, buckets
-        if train.zero_stage < 3:
+        if stage < 3:
             return 2 * often + 1, buckets * often + self.groups
         return 3 * often, (buckets + 2 * len(list(self.model.parameters()))) * often
 

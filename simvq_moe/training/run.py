@@ -93,7 +93,7 @@ def check_launch(config: Config, world_size: int) -> None:
     check_ranks(config, world_size)
     check_source(config)
     check_networks(config)
-    engine_settings(config)
+    engine_settings(config, world_size)
     saved = config.run_dir / "config.yaml"
     if saved.is_file():
         difference = first_difference(_laid_out_as(config, merge_files(Config, [saved])), config)

@@ -14,7 +14,12 @@ from simvq_moe.config import Config, OptimizerConfig
 from simvq_moe.merging import ConfigError, with_flags
 from simvq_moe.training.engine import World
 from simvq_moe.training.engine_optimizer import choose_kernel, make_optimizer
-from simvq_moe.training.engine_settings import DECIDED, check_device, engine_settings
+from simvq_moe.training.engine_settings import (
+    DECIDED,
+    check_device,
+    engine_settings,
+    zero_stage,
+)
 from tests.launching import ROOT
 from tests.short_training import train_two_steps
 
@@ -40,11 +45,11 @@ def config_with(path: Path) -> Config:
 def settings_of(folder: Path, theirs: Any) -> dict[str, Any]:
     path = folder / "deepspeed.json"
     path.write_text(json.dumps(theirs))
-    return engine_settings(config_with(path))
+    return engine_settings(config_with(path), 2)
 
 
 def test_free_settings_go_on_top_of_ours(tmp_path: Path) -> None:
-    ours, merged = engine_settings(Config()), settings_of(tmp_path, OFFLOAD)
+    ours, merged = engine_settings(Config(), 2), settings_of(tmp_path, OFFLOAD)
     assert merged["zero_optimization"] == {"stage": 1, "offload_optimizer": {"device": "cpu"}}
     assert merged["zero_force_ds_cpu_optimizer"] is False
     assert merged.items() >= {k: v for k, v in ours.items() if k != "zero_optimization"}.items()
@@ -75,16 +80,16 @@ def test_what_deepspeed_would_take_silently_or_late_is_refused(
 
 def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file or directory: give a JSON file"):
-        engine_settings(config_with(tmp_path / "none.json"))
+        engine_settings(config_with(tmp_path / "none.json"), 1)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match="is no JSON"):
-        engine_settings(config_with(tmp_path / "broken.json"))
+        engine_settings(config_with(tmp_path / "broken.json"), 1)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_trains_as_a_run_without_it(example: Path, tmp_path: Path, world: World) -> None:
     config = with_flags(config_with(example), SMALL, "train")
-    if "offload_param" in engine_settings(config)["zero_optimization"]:
+    if "offload_param" in engine_settings(config, 1)["zero_optimization"]:
         pytest.skip("needs stage 3: see test_engine_stages")
     plain = replace(config, train=replace(config.train, deepspeed_config=None))
     losses = [
@@ -101,12 +106,30 @@ def test_stage_0_takes_no_settings_of_zero(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"'zero_optimization', which train\.zero_stage 0 switches"
     ):
-        engine_settings(replace(config, train=replace(config.train, **settings)))
+        engine_settings(replace(config, train=replace(config.train, **settings)), 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "stage"),
+    [
+        (1, (), 0),
+        (1, ("--train.zero_stage", "2"), 0),
+        (1, ("--train.zero_stage", "3"), 3),
+        (1, ("--train.dtype", "bf16"), 1),
+        (1, ("--train.on_not_finite", "skip"), 1),
+        (1, ("--train.deepspeed_config", str(EXAMPLES[0])), 1),
+        (2, (), 1),
+    ],
+)
+def test_one_rank_shards_nothing_where_stage_0_is_right(
+    ranks: int, flags: tuple[str, ...], stage: int
+) -> None:
+    assert zero_stage(with_flags(Config(), flags, "train"), ranks) == stage
 
 
 def test_fp16_scales_the_loss_and_needs_a_gpu() -> None:
     config = with_flags(Config(), ("--train.dtype", "fp16"), "train")
-    settings = engine_settings(config)
+    settings = engine_settings(config, 1)
     assert settings["fp16"] == {"enabled": True}
     assert settings["bf16"] == {"enabled": False}
     from deepspeed.runtime.precision_config import DeepSpeedFP16Config
