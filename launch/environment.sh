@@ -1,5 +1,7 @@
 # Sourced by the scripts beside it: `environment [extra]` makes .venv in the project's root, installs
 # the project there with the pinned versions, and changes into the root. Nothing outside is touched.
+# `supervised deepspeed ARGS` passes signals on to the ranks here, which save and stop (exit code 130):
+# the launcher alone would end and leave them running.
 
 environment() {
     local extra="${1:-}" python="${PYTHON:-python3}" stamp wanted
@@ -20,4 +22,17 @@ environment() {
         echo "$wanted" > "$stamp"
     fi
     PATH="$PWD/.venv/bin:$PATH"
+}
+
+supervised() {
+    local launcher
+    setsid "$@" & # where Ctrl-C does not reach it, only this script
+    launcher=$!
+    # the ranks are its grandchildren
+    trap 'pkill -TERM -P "$(pgrep -P "$launcher")"' INT TERM HUP
+    wait "$launcher" || true # a signal ends it as well
+    while kill -0 "$launcher" 2> /dev/null; do
+        wait "$launcher" || true
+    done
+    wait "$launcher" # its exit code
 }

@@ -13,4 +13,4 @@ if ! [[ "$ranks" =~ ^[1-9][0-9]*$ ]]; then
 fi
 command=(deepspeed -q --no_local_rank --num_accelerators "$ranks" --module simvq_moe train "${@:2}")
 echo "local: ${command[*]}" >&2
-exec "${command[@]}"
+supervised "${command[@]}"

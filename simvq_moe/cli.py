@@ -6,21 +6,19 @@ Standard output is for machine-readable results, standard error for everything e
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import tyro
 
 import simvq_moe
 from simvq_moe.config import Config
-from simvq_moe.merging import ConfigError, flag_error, merge_files, suggestion, with_flags
+from simvq_moe.merging import ConfigError, merge_files, parse_flags, suggestion, with_flags
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 
@@ -43,7 +41,9 @@ class TrainArgs:
 def train(args: Sequence[str]) -> int:
     """Train one run, or resume it: --config F [--config F2] [--section.key value ...]."""
     # a field of the config is a flag as well, so unknown flags and --help are the config's
-    options, flags = _parse(TrainArgs, args, "train", return_unknown_args=True, add_help=False)
+    options, flags = parse_flags(
+        TrainArgs, args, "simvq-moe train", return_unknown_args=True, add_help=False
+    )
     prog = "simvq-moe train [--config FILE ...] [--profile] [--dry-run [--cluster FILE]]"
     config = with_flags(merge_files(Config, options.config), flags, prog)
     if options.profile:
@@ -75,7 +75,7 @@ class SweepArgs:
 
 def sweep(args: Sequence[str]) -> int:
     """Run arms x paired seeds, resume broken ones, end with the report."""
-    options = _parse(SweepArgs, args, "sweep")
+    options = parse_flags(SweepArgs, args, "simvq-moe sweep")
     from simvq_moe.analysis import report, sweep_grid, sweep_runs
     from simvq_moe.analysis import sweep as sweeps
     from simvq_moe.training.run import check_launch
@@ -115,7 +115,7 @@ class ReportArgs:
 
 def report(args: Sequence[str]) -> int:
     """Compare runs: report.html, report.json, report.md."""
-    options = _parse(ReportArgs, args, "report")
+    options = parse_flags(ReportArgs, args, "simvq-moe report")
     if not options.paths:
         raise ConfigError("report needs runs: simvq-moe report RUN_OR_FOLDER ... --out FOLDER")
     from simvq_moe.analysis import report as reports
@@ -138,7 +138,7 @@ class DashboardArgs:
 
 def dashboard(args: Sequence[str]) -> int:
     """Watch usage live in TensorBoard on 127.0.0.1."""
-    options = _parse(DashboardArgs, args, "dashboard")
+    options = parse_flags(DashboardArgs, args, "simvq-moe dashboard")
     from simvq_moe.analysis import tensorboard
 
     return tensorboard.serve(options.runs_dir, options.port)
@@ -156,7 +156,7 @@ class WatchArgs:
 
 def watch(args: Sequence[str]) -> int:
     """Watch runs live in the terminal."""
-    options = _parse(WatchArgs, args, "watch")
+    options = parse_flags(WatchArgs, args, "simvq-moe watch")
     from simvq_moe.analysis import watch as watching
 
     return watching.watch(options.runs_dir, once=options.once)
@@ -178,7 +178,7 @@ class EvalArgs:
 
 def evaluate(args: Sequence[str]) -> int:
     """Evaluate a run over its whole held-out set, or another source's: JSON."""
-    options = _parse(EvalArgs, args, "eval")
+    options = parse_flags(EvalArgs, args, "simvq-moe eval")
     from simvq_moe.training import export
 
     networks = {"rfid": options.rfid, "lpips": options.lpips}
@@ -201,7 +201,7 @@ class FoldArgs:
 
 def fold(args: Sequence[str]) -> int:
     """Merge a run's shared maps into its weights: model.safetensors."""
-    options = _parse(FoldArgs, args, "fold")
+    options = parse_flags(FoldArgs, args, "simvq-moe fold")
     from simvq_moe.training import export
 
     difference = export.fold_run(options.run, options.out, merge_norms=options.merge_norms)
@@ -226,7 +226,7 @@ class EncodeArgs:
 
 def encode(args: Sequence[str]) -> int:
     """Encode a run's images or audio, or another source's, into token shards."""
-    options = _parse(EncodeArgs, args, "encode")
+    options = parse_flags(EncodeArgs, args, "simvq-moe encode")
     from simvq_moe.training import encoding
 
     manifest = encoding.encode_run(options.run, options.data, options.out, options.shard_samples)
@@ -251,7 +251,7 @@ class DecodeArgs:
 
 def decode(args: Sequence[str]) -> int:
     """Decode token shards to png or wav files."""
-    options = _parse(DecodeArgs, args, "decode")
+    options = parse_flags(DecodeArgs, args, "simvq-moe decode")
     from simvq_moe.training import decoding
 
     written = decoding.decode_folder(options.folder, options.out, options.limit)
@@ -284,7 +284,7 @@ class GenerateArgs:
 
 def generate(args: Sequence[str]) -> int:
     """Let a language model's run continue a text, or make images or sound (--out)."""
-    options = _parse(GenerateArgs, args, "generate")
+    options = parse_flags(GenerateArgs, args, "simvq-moe generate")
     from simvq_moe.training import codes_task, export
 
     of_drawing = {"top_k": options.top_k, "seed": options.seed}
@@ -299,114 +299,11 @@ def generate(args: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class BenchArgs:
-    """Time quantizers side by side with their peers in one process; ratios, not records."""
-
-    json: Path | None = None
-    """Also write every number to this file."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where."""
-
-
-@dataclass(frozen=True)
-class BenchMoEArgs(BenchArgs):
-    """Time MoE layers, DeepSpeed's and transformers' too, against a dense network: CPU seconds of
-    one thread, best of several rounds. Every combination of the sizes is measured."""
-
-    full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """All sizes, for hours, in place of those of 3 minutes; sizes given replace both."""
-    width: tuple[int, ...] = ()
-    """Channels of a token."""
-    hidden: tuple[int, ...] = ()
-    """Channels inside an expert."""
-    experts: tuple[int, ...] = ()
-    """Number of experts."""
-    top_k: tuple[int, ...] = ()
-    """Experts of a token."""
-    tokens: tuple[int, ...] = ()
-    """Tokens of a step."""
-    dtype: tuple[Literal["float32", "bfloat16"], ...] = ()
-    """Precision of tokens, weights and products."""
-    skew: tuple[Literal["even", "skewed"], ...] = ()
-    """Even assignments, or half of the tokens on one expert."""
-    rounds: int = 5
-    """Rounds of which the best counts."""
-
-
-@dataclass(frozen=True)
-class BenchTrainArgs(BenchArgs):
-    """Time our training loop against a bare PyTorch loop of the same model, transformers' Trainer
-    with a Mixtral of the same shape, and itself on several ranks."""
-
-    config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A language model's config in place of the two shapes of 3 minutes, its experts SwiGLU; give
-    it again to merge another on top."""
-    steps: int = 10
-    """Optimizer steps of a round."""
-    rounds: int = 3
-    """Rounds of which the best counts."""
-    ranks: int = 2
-    """Processes of the last comparison; 1: none."""
-
-
 def bench(args: Sequence[str]) -> int:
     """Measure speed and memory side by side with peers: bench quantizer, bench moe, bench train."""
-    known = {"quantizer": BenchArgs, "moe": BenchMoEArgs, "train": BenchTrainArgs}
-    if not args or args[0] not in (*known, "-h", "--help"):
-        raise ConfigError(f"bench {' '.join(args[:1])}: choose one of {', '.join(known)}")
-    subjects: Any = Annotated[BenchArgs, tyro.conf.subcommand("quantizer")]
-    subjects |= Annotated[BenchMoEArgs, tyro.conf.subcommand("moe")]
-    subjects |= Annotated[BenchTrainArgs, tyro.conf.subcommand("train")]
-    options = _parse(subjects, args, "bench")
-    import torch
+    from simvq_moe.benchmarks import command
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu")
-    if isinstance(options, BenchMoEArgs):
-        results, table = _bench_moe(options)
-    elif isinstance(options, BenchTrainArgs):
-        results, table = _bench_train(options)
-    else:
-        results, table = _bench_quantizer(options)
-    print(table)
-    if options.json is not None:
-        options.json.write_text(json.dumps([r.as_dict() for r in results], indent=1) + "\n")
-    return 0
-
-
-def _bench_quantizer(options: BenchArgs) -> tuple[list[Any], str]:
-    from simvq_moe import bench as benches
-
-    results = benches.bench_quantizer(device=options.device)
-    return results, benches.table(results)
-
-
-def _bench_moe(options: BenchMoEArgs) -> tuple[list[Any], str]:
-    from simvq_moe import bench_moe as benches
-
-    names = ("width", "hidden", "experts", "top_k", "tokens", "dtype")
-    sizes = {name: getattr(options, name) for name in names}
-    preset = benches.FULL if options.full else benches.QUICK
-    cases = benches.moe_cases(preset, load=options.skew, **sizes)
-    results = benches.bench_moe(cases, rounds=options.rounds, device=options.device)
-    return results, benches.moe_table(results)
-
-
-def _bench_train(options: BenchTrainArgs) -> tuple[list[Any], str]:
-    from simvq_moe import bench_train as benches
-    from simvq_moe.training.engine import start_distributed
-
-    for name in ("steps", "rounds", "ranks"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} {getattr(options, name)}: use at least 1")
-    shapes = benches.SHAPES
-    if options.config:
-        config = merge_files(Config, options.config)
-        shapes = [replace(config, moe=replace(config.moe, expert="swiglu"))]
-    numbers = {name: getattr(options, name) for name in ("steps", "rounds", "ranks")}
-    results = benches.bench_train(shapes, start_distributed(), **numbers)
-    return results, benches.train_table(results)
+    return command.bench(args)
 
 
 @dataclass(frozen=True)
@@ -416,7 +313,7 @@ class DoctorArgs:
 
 def doctor(args: Sequence[str]) -> int:
     """Check this machine: versions, devices, DeepSpeed, data, offline state."""
-    _parse(DoctorArgs, args, "doctor")
+    parse_flags(DoctorArgs, args, "simvq-moe doctor")
     from simvq_moe import diagnosis
 
     return diagnosis.doctor()
@@ -462,18 +359,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def _parse(schema: type, args: Sequence[str], command: str, **options: Any) -> Any:
-    console = io.StringIO()
-    prog = f"simvq-moe {command}"
-    try:
-        with contextlib.redirect_stderr(console):
-            return tyro.cli(schema, args=args, prog=prog, use_underscores=True, **options)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise flag_error(console.getvalue()) from None
 
 
 def _overview() -> str:

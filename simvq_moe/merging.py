@@ -73,26 +73,29 @@ def with_overrides(config: T, overrides: Any, origin: str) -> T:
 
 def with_flags(config: T, flags: Sequence[str], prog: str) -> T:
     """config with `--section.key value` flags on top; `--help` prints every field."""
-    console = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(console):
-            found, unknown = tyro.cli(
-                type(config),
-                default=config,
-                # launchers append the local rank, which every rank also finds in its environment
-                args=[flag for flag in flags if not flag.startswith("--local_rank")],
-                prog=prog,
-                use_underscores=True,
-                return_unknown_args=True,
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise flag_error(console.getvalue()) from None
+    # launchers append the local rank, which every rank also finds in its environment
+    own = [flag for flag in flags if not flag.startswith("--local_rank")]
+    whole = {"default": config, "config": (tyro.conf.FlagConversionOff,)}
+    found, unknown = parse_flags(type(config), own, prog, return_unknown_args=True, **whole)
     if unknown:
         raise unknown_flags(unknown, list(flatten(config)))
     return found
+
+
+def parse_flags(schema: Any, flags: Sequence[str], prog: str, **options: Any) -> Any:
+    """What tyro makes of flags; its boxed errors become a `ConfigError` of one line.
+
+    Args:
+        options: of `tyro.cli`.
+    """
+    console = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(console):
+            return tyro.cli(schema, args=flags, prog=prog, use_underscores=True, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise _flag_error(console.getvalue()) from None
 
 
 def to_yaml(config: Any) -> str:
@@ -202,7 +205,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def flag_error(console: str) -> ConfigError:
+def _flag_error(console: str) -> ConfigError:
     """tyro's boxed error, between its first two rules, as one line."""
     parts: list[list[str]] = [[]]
     for line in console.splitlines():

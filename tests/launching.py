@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from simvq_moe.analysis.sweep_runs import free_port
 
 ROOT = Path(__file__).parent.parent
 TIMINGS = ("time", "speed/", "memory/")
@@ -32,14 +33,23 @@ def environment() -> dict[str, str]:
 
 def start(*args: str, cwd: Path, ranks: int = 1) -> subprocess.Popen[str]:
     """`simvq-moe ...` in cwd, by torchrun for more than one rank."""
-    launch = ["-m", "simvq_moe", *args]
+    launch = [sys.executable]
     if ranks > 1:
-        launch = [
-            *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
-            *launch,
-        ]
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return _process([*launch, "-m", "simvq_moe", *args], cwd)
+
+
+def start_local(*args: str, cwd: Path, ranks: int = 2) -> subprocess.Popen[str]:
+    """`launch/local.sh RANKS ...` in cwd: by the deepspeed launcher, without the installation."""
+    deepspeed = ["deepspeed", "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
+    command = [*deepspeed, "--master_port", str(free_port()), "--module", "simvq_moe", *args]
+    script = f'source {ROOT}/launch/environment.sh && supervised "$@"'
+    return _process(["bash", "-c", script, "local", *command], cwd)
+
+
+def _process(command: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *launch],
+        command,
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -64,9 +74,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def start_tasks(*args: str, cwd: Path, ranks: int = 2) -> list[subprocess.Popen[str]]:
     """`srun --ntasks RANKS python -m simvq_moe ...` in cwd: one process a rank, and no launcher."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     step = {"SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_STEP_NODELIST": "localhost"}
     return [
         subprocess.Popen(

@@ -1,216 +1,23 @@
-"""A decoder-only language model whose feed-forward layers are mixtures of experts, all or some.
-
-RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), causal attention, tied or own head.
-"""
+"""A decoder-only language model whose feed-forward layers are mixtures of experts, all or some."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simvq_moe.core.streams import own_stream
+from simvq_moe.models.attention import documents_of
+from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock, compiled_in_training, merge_gain
 from simvq_moe.moe.balance import mean_losses
-from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
-from simvq_moe.moe.layer import MoE, build_moe
-from simvq_moe.moe.router import NoisyTopKRouter, Routing, TopKRouter
+from simvq_moe.moe.router import Routing
 
-ROTARY_BASE = 10_000.0
 INITIAL_STD = 0.02
-
-
-class Documents(NamedTuple):
-    """The documents in packed windows; the end of a document belongs to it."""
-
-    mask: Bool[Tensor, "batch tokens tokens"]
-    """Which keys a query sees: those before it in its document, and itself."""
-    positions: Int[Tensor, "batch tokens"]
-    """From the start of the document, or of the window."""
-
-
-def documents_of(tokens: Int[Tensor, "batch tokens"], end_of_text: Int[Tensor, ""]) -> Documents:
-    """Where documents lie in windows of tokens, from the ends of text in them."""
-    ends = tokens == end_of_text
-    starts = ends.roll(1, dims=1)
-    starts[:, 0] = True
-    number = starts.cumsum(1)
-    place = torch.arange(tokens.shape[1], device=tokens.device)
-    first = torch.where(starts, place, 0).cummax(1).values
-    mask = (number[:, :, None] == number[:, None]) & (place[:, None] >= place)
-    return Documents(mask, place - first)
-
-
-class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, width: int, heads: int, context: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        half = width // heads // 2
-        angles = torch.outer(
-            torch.arange(context).float(), ROTARY_BASE ** (-torch.arange(half) / half)
-        )
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(
-        self, x: Float[Tensor, "batch tokens width"], documents: Documents | None = None
-    ) -> Float[Tensor, "batch tokens width"]:
-        batch, tokens, width = x.shape
-        # the size said, for a batch may be empty
-        shape = (batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = self.qkv(x).view(shape).permute(2, 0, 3, 1, 4)
-        positions = None if documents is None else documents.positions[:, None]
-        q, k = self._turn(q, positions), self._turn(k, positions)
-        if documents is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.mask[:, None])
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
-
-    def _turn(
-        self,
-        x: Float[Tensor, "batch heads tokens channels"],
-        positions: Int[Tensor, "batch 1 tokens"] | None = None,
-    ) -> Tensor:
-        where = slice(x.shape[-2]) if positions is None else positions
-        cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
-        even, odd = x.chunk(2, dim=-1)
-        return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-
-
-class Block(nn.Module):
-    """Attention on a normalized residual branch; a subclass adds the feed-forward branch."""
-
-    def __init__(self, width: int, heads: int, context: int) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(width)
-        self.attention = Attention(width, heads, context)
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch tokens width"],
-        token_ids: Int[Tensor, "batch tokens"],
-        documents: Documents | None = None,
-    ) -> tuple[Float[Tensor, "batch tokens width"], Routing | None]:
-        """Outputs, and how a mixture routed the tokens.
-
-        Args:
-            documents: those that attention is kept inside of; None: all is one.
-        """
-        x = x + compiled_in_training(self.attention, self.attention_norm(x), documents)
-        y, routing = self.feed_forward(x, token_ids)
-        return x + y, routing
-
-    def feed_forward(
-        self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
-    ) -> tuple[Float[Tensor, "batch tokens width"], Routing | None]:
-        """The second branch."""
-        raise NotImplementedError
-
-    def reset(self, std: float, ending_std: float) -> None:
-        """Start again from N(0, std), what ends a branch from N(0, ending_std)."""
-        self.attention.qkv.weight.normal_(std=std)
-        self.attention.out.weight.normal_(std=ending_std)
-
-    def merge_norms_(self) -> None:
-        """See `LanguageModel.merge_norms_`."""
-        merge_gain(self.attention_norm, self.attention.qkv.weight)
-
-    @property
-    def is_one_graph(self) -> bool:
-        """Whether torch.compile can trace all of it, with no size that depends on the data."""
-        raise NotImplementedError
-
-
-class MoEBlock(Block):
-    """A block whose second branch is a mixture of experts."""
-
-    def __init__(self, width: int, heads: int, context: int, moe: Mapping[str, Any]) -> None:
-        super().__init__(width, heads, context)
-        self.moe_norm = nn.RMSNorm(width)
-        self.moe = build_moe(width, **moe)
-
-    def feed_forward(
-        self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
-    ) -> tuple[Float[Tensor, "batch tokens width"], Routing]:
-        return self.moe.route_and_run(self.moe_norm(x), token_ids)
-
-    def reset(self, std: float, ending_std: float) -> None:
-        super().reset(std, ending_std)
-        with own_stream():
-            self.moe.reset(std, ending_std)
-
-    def merge_norms_(self) -> None:
-        moe = self.moe
-        router = moe.router if isinstance(moe, MoE) else moe
-        # one that chooses otherwise may still score by x R^T
-        scores = (TopKRouter.score, NoisyTopKRouter.score)
-        if not isinstance(router, TopKRouter) or type(router).score not in scores:
-            raise ValueError(
-                f"{type(router).__name__} has no rows that a gain on its input can be merged into"
-            )
-        if router.centre is not None:
-            raise ValueError(
-                f"{type(router).__name__} takes a mean off its input, which no gain can be merged "
-                "into"
-            )
-        assert isinstance(moe, MoE)
-        banks = (router.bank, moe.experts.up)
-        if any(bank.maps for bank in banks):
-            raise ValueError("a bank still has its map: fold the maps first, then merge the norms")
-        shared = moe.shared_experts
-        readers = [bank.base for bank in banks] + ([] if shared is None else [shared.up.weight])
-        readers += [router.noise] if isinstance(router, NoisyTopKRouter) else []
-        super().merge_norms_()
-        merge_gain(self.moe_norm, *readers)
-
-    @property
-    def is_one_graph(self) -> bool:
-        # other products of groups loop over them, and ranks exchange as many rows as were chosen
-        if not isinstance(self.moe, MoE) or type(self.moe.experts) is not Experts:
-            return False
-        experts = self.moe.experts
-        aligned = all(n % 8 == 0 for n in (experts.width, experts.hidden, experts.key_rank))
-        return aligned and self.attention.qkv.weight.dtype == torch.bfloat16
-
-
-class DenseBlock(Block):
-    """A block whose second branch is one network for every token."""
-
-    def __init__(self, width: int, heads: int, context: int, moe: Mapping[str, Any]) -> None:
-        super().__init__(width, heads, context)
-        self.dense_norm = nn.RMSNorm(width)
-        self.dense = network_of_equal_cost(width, **moe)
-
-    def feed_forward(
-        self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
-    ) -> tuple[Float[Tensor, "batch tokens width"], None]:
-        del token_ids
-        return self.dense(self.dense_norm(x)), None
-
-    def reset(self, std: float, ending_std: float) -> None:
-        super().reset(std, ending_std)
-        with own_stream():
-            self.dense.reset(std, ending_std)
-
-    def merge_norms_(self) -> None:
-        super().merge_norms_()
-        merge_gain(self.dense_norm, self.dense.up.weight)
-
-    @property
-    def is_one_graph(self) -> bool:
-        return True
 
 
 class LanguageModel(nn.Module):
@@ -394,20 +201,6 @@ class LanguageModel(nn.Module):
             self.head.weight.normal_(std=INITIAL_STD)
 
 
-def network_of_equal_cost(
-    width: int,
-    *,
-    hidden: int,
-    top_k: int,
-    expert: ExpertKind = "gelu",
-    shared_experts: int = 0,
-    **of_mixtures: Any,
-) -> FeedForward:
-    """One network as large as all experts that a token meets in a mixture of these options."""
-    del of_mixtures
-    return FeedForward(width, (top_k + shared_experts) * hidden, kind=expert)
-
-
 def draw(
     scores: Float[Tensor, "batch vocabulary"],
     temperature: float,
@@ -424,18 +217,3 @@ def draw(
     if generator is not None:
         shares = shares.to(generator.device)
     return shares.multinomial(1, generator=generator)
-
-
-def compiled_in_training(module: nn.Module, *inputs: Tensor | Documents | None) -> Any:
-    """module(*inputs), in training by its compiled code where there is some: elsewhere shapes vary,
-    and each would be compiled anew."""
-    if module.training or module._compiled_call_impl is None:
-        return module(*inputs)
-    return module.forward(*inputs)
-
-
-def merge_gain(norm: nn.RMSNorm, *readers: Float[Tensor, "... width"]) -> None:
-    """(x * gain) R^T = x (R * gain)^T: move the gain into the rows of all that read the norm."""
-    for reader in readers:
-        reader.mul_(norm.weight)
-    norm.weight.fill_(1.0)

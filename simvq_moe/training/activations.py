@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simvq_moe.config import Config
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
-from simvq_moe.models.language_model import Block, DenseBlock, LanguageModel, MoEBlock
+from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock
+from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.moe.experts import FeedForward
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from simvq_moe.config import Config
 from simvq_moe.core.bank import Bank
-from simvq_moe.models.language_model import Attention, LanguageModel, MoEBlock
+from simvq_moe.models.attention import Attention
+from simvq_moe.models.blocks import MoEBlock
+from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.moe.hyper import HyperRouter
 from simvq_moe.moe.prototype import CosineRouter, DistanceRouter

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simvq_moe.models.language_model import Block, LanguageModel
+from simvq_moe.models.blocks import Block
+from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.quantizers import AnyQuantizer, Quantized
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from simvq_moe.bench_moe import (
+from simvq_moe.benchmarks.moe import (
     FULL,
     LIMITS,
     QUICK,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simvq_moe.bench_train import (
+from simvq_moe.benchmarks.train import (
     BARE,
     OURS,
     SHAPES,

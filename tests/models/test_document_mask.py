@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from simvq_moe.models.language_model import LanguageModel, documents_of
+from simvq_moe.models.attention import documents_of
+from simvq_moe.models.language_model import LanguageModel
 
 END = 3
 

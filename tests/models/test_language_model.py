@@ -14,7 +14,9 @@ from torch._dynamo.utils import counters as dynamo_counters
 from torch.testing import assert_close
 
 from simvq_moe.core.usage import counters
-from simvq_moe.models.language_model import Attention, DenseBlock, LanguageModel, MoEBlock, draw
+from simvq_moe.models.attention import Attention
+from simvq_moe.models.blocks import DenseBlock, MoEBlock
+from simvq_moe.models.language_model import LanguageModel, draw
 from simvq_moe.moe.after_step import StepState
 
 OF_THE_MODEL = ("layers", "moe_every", "tied_head", "activation_checkpointing")

@@ -33,6 +33,7 @@ from tests.launching import (
     rank_of,
     run,
     start,
+    start_local,
     start_tasks,
     stop_where,
     wait_until,
@@ -135,18 +136,27 @@ def newest(run_dir: Path) -> int:
 
 
 @pytest.mark.distributed
-def test_a_run_whose_rank_is_killed_while_it_saves_goes_on_as_if_nothing_had_happened(
+def test_under_deepspeed_a_run_that_is_killed_in_a_save_and_preempted_goes_on_as_if_it_had_not_been(
     folder: Path, whole: dict[str, Path]
 ) -> None:
-    run_dir = folder / "runs" / "killed"
-    launcher = start("train", "--name", "killed", *TASKS["image"], cwd=folder, ranks=2)
+    command, run_dir = ("train", "--name", "killed", *TASKS["image"]), folder / "runs" / "killed"
+    launcher = start_local(*command, cwd=folder)
     victim = rank_of(launcher, 0)
     stop_where(victim, in_save(run_dir, 4))
     saved = checkpoint.committed_steps(run_dir / "checkpoints")
     victim.kill()
     launcher.communicate(timeout=600)
-    assert launcher.returncode == 1
-    assert 4 <= saved[-1] <= newest(run_dir) < LAST
+    assert launcher.returncode == 256 - signal.SIGKILL
+    killed_at = newest(run_dir)
+    assert 4 <= saved[-1] <= killed_at < LAST
+    # SIGTERM to the script, which the launcher would keep from the ranks
+    launcher = start_local(*command, cwd=folder)
+    wait_until(launcher, in_step(run_dir, 0, killed_at + 2))
+    launcher.send_signal(signal.SIGTERM)
+    error = launcher.communicate(timeout=600)[1]
+    assert launcher.returncode == 130, error
+    assert killed_at < newest(run_dir) < LAST
+    assert f"runs/killed: stopped at step {newest(run_dir)}, which is saved" in error
     goes_on(folder, "killed", "image", newest(run_dir), whole["image"])
 
 

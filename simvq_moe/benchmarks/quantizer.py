@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simvq_moe.benchmarks.timing import Step, best_of_rounds, installed, megabytes
 from simvq_moe.quantizers import SimVQ
-from simvq_moe.timing import Step, best_of_rounds, installed, megabytes
 
 CASES = [(4096, 1024, 64), (4096, 8192, 128), (4096, 65536, 128), (1024, 262144, 128)]
 """Tokens, codes, width."""

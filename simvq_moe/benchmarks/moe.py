@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from simvq_moe.benchmarks.timing import Step, best_of_rounds, installed
 from simvq_moe.merging import ConfigError
 from simvq_moe.moe import MoE
 from simvq_moe.moe.experts import ExpertKind, FeedForward
-from simvq_moe.timing import Step, best_of_rounds, installed
 
 Load = Literal["even", "skewed"]
 Dtype = Literal["float32", "bfloat16"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simvq_moe.bench import PRODUCT, bench_quantizer, table
+from simvq_moe.benchmarks.quantizer import PRODUCT, bench_quantizer, table
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
 from simvq_moe.analysis.sweep_runs import free_port
+from simvq_moe.benchmarks.timing import best_of_rounds, installed, seconds
 from simvq_moe.config import Config, LanguageModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from simvq_moe.config_checks import check
 from simvq_moe.data.streaming import TextStream
 from simvq_moe.merging import ConfigError
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.timing import best_of_rounds, installed, seconds
 from simvq_moe.training.building import build_model
 from simvq_moe.training.engine import World, start_distributed
 from simvq_moe.training.loop import Trainer

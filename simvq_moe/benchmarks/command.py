@@ -1,0 +1,124 @@
+"""The command `simvq-moe bench`: which measurements there are, and their options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from simvq_moe.config import Config
+from simvq_moe.merging import ConfigError, merge_files, parse_flags
+
+
+@dataclass(frozen=True)
+class BenchArgs:
+    """Time quantizers side by side with their peers in one process; ratios, not records."""
+
+    json: Path | None = None
+    """Also write every number to this file."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+
+
+@dataclass(frozen=True)
+class BenchMoEArgs(BenchArgs):
+    """Time MoE layers, DeepSpeed's and transformers' too, against a dense network: CPU seconds of
+    one thread, best of several rounds. Every combination of the sizes is measured."""
+
+    full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """All sizes, for hours, in place of those of 3 minutes; sizes given replace both."""
+    width: tuple[int, ...] = ()
+    """Channels of a token."""
+    hidden: tuple[int, ...] = ()
+    """Channels inside an expert."""
+    experts: tuple[int, ...] = ()
+    """Number of experts."""
+    top_k: tuple[int, ...] = ()
+    """Experts of a token."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of a step."""
+    dtype: tuple[Literal["float32", "bfloat16"], ...] = ()
+    """Precision of tokens, weights and products."""
+    skew: tuple[Literal["even", "skewed"], ...] = ()
+    """Even assignments, or half of the tokens on one expert."""
+    rounds: int = 5
+    """Rounds of which the best counts."""
+
+
+@dataclass(frozen=True)
+class BenchTrainArgs(BenchArgs):
+    """Time our training loop against a bare PyTorch loop of the same model, transformers' Trainer
+    with a Mixtral of the same shape, and itself on several ranks."""
+
+    config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A language model's config in place of the two shapes of 3 minutes, its experts SwiGLU; give
+    it again to merge another on top."""
+    steps: int = 10
+    """Optimizer steps of a round."""
+    rounds: int = 3
+    """Rounds of which the best counts."""
+    ranks: int = 2
+    """Processes of the last comparison; 1: none."""
+
+
+def bench(args: Sequence[str]) -> int:
+    """Measure speed and memory side by side with peers: bench quantizer, bench moe, bench train."""
+    known = {"quantizer": BenchArgs, "moe": BenchMoEArgs, "train": BenchTrainArgs}
+    if not args or args[0] not in (*known, "-h", "--help"):
+        raise ConfigError(f"bench {' '.join(args[:1])}: choose one of {', '.join(known)}")
+    subjects: Any = Annotated[BenchArgs, tyro.conf.subcommand("quantizer")]
+    subjects |= Annotated[BenchMoEArgs, tyro.conf.subcommand("moe")]
+    subjects |= Annotated[BenchTrainArgs, tyro.conf.subcommand("train")]
+    options = parse_flags(subjects, args, "simvq-moe bench")
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu")
+    if isinstance(options, BenchMoEArgs):
+        results, table = _bench_moe(options)
+    elif isinstance(options, BenchTrainArgs):
+        results, table = _bench_train(options)
+    else:
+        results, table = _bench_quantizer(options)
+    print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps([r.as_dict() for r in results], indent=1) + "\n")
+    return 0
+
+
+def _bench_quantizer(options: BenchArgs) -> tuple[list[Any], str]:
+    from simvq_moe.benchmarks import quantizer as benches
+
+    results = benches.bench_quantizer(device=options.device)
+    return results, benches.table(results)
+
+
+def _bench_moe(options: BenchMoEArgs) -> tuple[list[Any], str]:
+    from simvq_moe.benchmarks import moe as benches
+
+    names = ("width", "hidden", "experts", "top_k", "tokens", "dtype")
+    sizes = {name: getattr(options, name) for name in names}
+    preset = benches.FULL if options.full else benches.QUICK
+    cases = benches.moe_cases(preset, load=options.skew, **sizes)
+    results = benches.bench_moe(cases, rounds=options.rounds, device=options.device)
+    return results, benches.moe_table(results)
+
+
+def _bench_train(options: BenchTrainArgs) -> tuple[list[Any], str]:
+    from simvq_moe.benchmarks import train as benches
+    from simvq_moe.training.engine import start_distributed
+
+    for name in ("steps", "rounds", "ranks"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} {getattr(options, name)}: use at least 1")
+    shapes = benches.SHAPES
+    if options.config:
+        config = merge_files(Config, options.config)
+        shapes = [replace(config, moe=replace(config.moe, expert="swiglu"))]
+    numbers = {name: getattr(options, name) for name in ("steps", "rounds", "ranks")}
+    results = benches.bench_train(shapes, start_distributed(), **numbers)
+    return results, benches.train_table(results)

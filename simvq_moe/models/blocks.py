@@ -1,0 +1,172 @@
+"""Blocks of a transformer: attention, then one network for every token or a mixture of experts.
+
+Both branches are residual and read their input through RMSNorm (arXiv:1910.07467).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from simvq_moe.core.streams import own_stream
+from simvq_moe.models.attention import Attention, Documents
+from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
+from simvq_moe.moe.layer import MoE, build_moe
+from simvq_moe.moe.router import NoisyTopKRouter, Routing, TopKRouter
+
+
+class Block(nn.Module):
+    """Attention on a normalized residual branch; a subclass adds the feed-forward branch."""
+
+    def __init__(self, width: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width)
+        self.attention = Attention(width, heads, context)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens width"],
+        token_ids: Int[Tensor, "batch tokens"],
+        documents: Documents | None = None,
+    ) -> tuple[Float[Tensor, "batch tokens width"], Routing | None]:
+        """Outputs, and how a mixture routed the tokens.
+
+        Args:
+            documents: those that attention is kept inside of; None: all is one.
+        """
+        x = x + compiled_in_training(self.attention, self.attention_norm(x), documents)
+        y, routing = self.feed_forward(x, token_ids)
+        return x + y, routing
+
+    def feed_forward(
+        self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], Routing | None]:
+        """The second branch."""
+        raise NotImplementedError
+
+    def reset(self, std: float, ending_std: float) -> None:
+        """Start again from N(0, std), what ends a branch from N(0, ending_std)."""
+        self.attention.qkv.weight.normal_(std=std)
+        self.attention.out.weight.normal_(std=ending_std)
+
+    def merge_norms_(self) -> None:
+        """See `LanguageModel.merge_norms_`."""
+        merge_gain(self.attention_norm, self.attention.qkv.weight)
+
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether torch.compile can trace all of it, with no size that depends on the data."""
+        raise NotImplementedError
+
+
+class MoEBlock(Block):
+    """A block whose second branch is a mixture of experts."""
+
+    def __init__(self, width: int, heads: int, context: int, moe: Mapping[str, Any]) -> None:
+        super().__init__(width, heads, context)
+        self.moe_norm = nn.RMSNorm(width)
+        self.moe = build_moe(width, **moe)
+
+    def feed_forward(
+        self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], Routing]:
+        return self.moe.route_and_run(self.moe_norm(x), token_ids)
+
+    def reset(self, std: float, ending_std: float) -> None:
+        super().reset(std, ending_std)
+        with own_stream():
+            self.moe.reset(std, ending_std)
+
+    def merge_norms_(self) -> None:
+        moe = self.moe
+        router = moe.router if isinstance(moe, MoE) else moe
+        # one that chooses otherwise may still score by x R^T
+        scores = (TopKRouter.score, NoisyTopKRouter.score)
+        if not isinstance(router, TopKRouter) or type(router).score not in scores:
+            raise ValueError(
+                f"{type(router).__name__} has no rows that a gain on its input can be merged into"
+            )
+        if router.centre is not None:
+            raise ValueError(
+                f"{type(router).__name__} takes a mean off its input, which no gain can be merged "
+                "into"
+            )
+        assert isinstance(moe, MoE)
+        banks = (router.bank, moe.experts.up)
+        if any(bank.maps for bank in banks):
+            raise ValueError("a bank still has its map: fold the maps first, then merge the norms")
+        shared = moe.shared_experts
+        readers = [bank.base for bank in banks] + ([] if shared is None else [shared.up.weight])
+        readers += [router.noise] if isinstance(router, NoisyTopKRouter) else []
+        super().merge_norms_()
+        merge_gain(self.moe_norm, *readers)
+
+    @property
+    def is_one_graph(self) -> bool:
+        # other products of groups loop over them, and ranks exchange as many rows as were chosen
+        if not isinstance(self.moe, MoE) or type(self.moe.experts) is not Experts:
+            return False
+        experts = self.moe.experts
+        aligned = all(n % 8 == 0 for n in (experts.width, experts.hidden, experts.key_rank))
+        return aligned and self.attention.qkv.weight.dtype == torch.bfloat16
+
+
+class DenseBlock(Block):
+    """A block whose second branch is one network for every token."""
+
+    def __init__(self, width: int, heads: int, context: int, moe: Mapping[str, Any]) -> None:
+        super().__init__(width, heads, context)
+        self.dense_norm = nn.RMSNorm(width)
+        self.dense = network_of_equal_cost(width, **moe)
+
+    def feed_forward(
+        self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], None]:
+        del token_ids
+        return self.dense(self.dense_norm(x)), None
+
+    def reset(self, std: float, ending_std: float) -> None:
+        super().reset(std, ending_std)
+        with own_stream():
+            self.dense.reset(std, ending_std)
+
+    def merge_norms_(self) -> None:
+        super().merge_norms_()
+        merge_gain(self.dense_norm, self.dense.up.weight)
+
+    @property
+    def is_one_graph(self) -> bool:
+        return True
+
+
+def network_of_equal_cost(
+    width: int,
+    *,
+    hidden: int,
+    top_k: int,
+    expert: ExpertKind = "gelu",
+    shared_experts: int = 0,
+    **of_mixtures: Any,
+) -> FeedForward:
+    """One network as large as all experts that a token meets in a mixture of these options."""
+    del of_mixtures
+    return FeedForward(width, (top_k + shared_experts) * hidden, kind=expert)
+
+
+def compiled_in_training(module: nn.Module, *inputs: Tensor | Documents | None) -> Any:
+    """module(*inputs), in training by its compiled code where there is some: elsewhere shapes vary,
+    and each would be compiled anew."""
+    if module.training or module._compiled_call_impl is None:
+        return module(*inputs)
+    return module.forward(*inputs)
+
+
+def merge_gain(norm: nn.RMSNorm, *readers: Float[Tensor, "... width"]) -> None:
+    """(x * gain) R^T = x (R * gain)^T: move the gain into the rows of all that read the norm."""
+    for reader in readers:
+        reader.mul_(norm.weight)
+    norm.weight.fill_(1.0)
