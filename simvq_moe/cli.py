@@ -300,7 +300,7 @@ def generate(args: Sequence[str]) -> int:
 
 
 def bench(args: Sequence[str]) -> int:
-    """Measure speed and memory side by side with peers: bench quantizer, bench moe, bench train."""
+    """Measure against peers: bench quantizer, moe, train; or this machine: bench cluster."""
     from simvq_moe.benchmarks import command
 
     return command.bench(args)

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from simvq_moe.config import Config
-from simvq_moe.merging import ConfigError, merge_files, parse_flags
+from simvq_moe.merging import ConfigError, check_least, merge_files, parse_flags
+
+SUBJECTS = ("quantizer", "moe", "train", "cluster")
 
 
 @dataclass(frozen=True)
@@ -65,29 +67,53 @@ class BenchTrainArgs(BenchArgs):
     """Processes of the last comparison; 1: none."""
 
 
+@dataclass(frozen=True)
+class BenchClusterArgs:
+    """Measure what `train --dry-run --cluster` needs to know of this machine, and steps beside what
+    it predicts of them, on one rank and on several."""
+
+    config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A language model's config in place of the two shapes of bench train; give it again to merge
+    another on top."""
+    ranks: int = 2
+    """Processes, one a GPU where there are any."""
+    rounds: int = 10
+    """Rounds whose median counts."""
+    out: Path | None = None
+    """Write the numbers of the last row to this file, for --cluster."""
+    json: Path | None = None
+    """Also write every number to this file."""
+
+
 def bench(args: Sequence[str]) -> int:
-    """Measure speed and memory side by side with peers: bench quantizer, bench moe, bench train."""
-    known = {"quantizer": BenchArgs, "moe": BenchMoEArgs, "train": BenchTrainArgs}
-    if not args or args[0] not in (*known, "-h", "--help"):
-        raise ConfigError(f"bench {' '.join(args[:1])}: choose one of {', '.join(known)}")
+    """Measure speed and memory side by side with peers, or this machine for predictions."""
+    if not args or args[0] not in (*SUBJECTS, "-h", "--help"):
+        raise ConfigError(f"bench {' '.join(args[:1])}: choose one of {', '.join(SUBJECTS)}")
     subjects: Any = Annotated[BenchArgs, tyro.conf.subcommand("quantizer")]
     subjects |= Annotated[BenchMoEArgs, tyro.conf.subcommand("moe")]
     subjects |= Annotated[BenchTrainArgs, tyro.conf.subcommand("train")]
+    subjects |= Annotated[BenchClusterArgs, tyro.conf.subcommand("cluster")]
     options = parse_flags(subjects, args, "simvq-moe bench")
+    if isinstance(options, BenchClusterArgs):
+        results, table = _bench_cluster(options)
+    else:
+        results, table = _bench_peers(options)
+    print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps([r.as_dict() for r in results], indent=1) + "\n")
+    return 0
+
+
+def _bench_peers(options: BenchArgs) -> tuple[list[Any], str]:
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu")
     if isinstance(options, BenchMoEArgs):
-        results, table = _bench_moe(options)
-    elif isinstance(options, BenchTrainArgs):
-        results, table = _bench_train(options)
-    else:
-        results, table = _bench_quantizer(options)
-    print(table)
-    if options.json is not None:
-        options.json.write_text(json.dumps([r.as_dict() for r in results], indent=1) + "\n")
-    return 0
+        return _bench_moe(options)
+    if isinstance(options, BenchTrainArgs):
+        return _bench_train(options)
+    return _bench_quantizer(options)
 
 
 def _bench_quantizer(options: BenchArgs) -> tuple[list[Any], str]:
@@ -112,13 +138,25 @@ def _bench_train(options: BenchTrainArgs) -> tuple[list[Any], str]:
     from simvq_moe.benchmarks import train as benches
     from simvq_moe.training.engine import start_distributed
 
-    for name in ("steps", "rounds", "ranks"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} {getattr(options, name)}: use at least 1")
+    numbers = {name: getattr(options, name) for name in ("steps", "rounds", "ranks")}
+    check_least(**{name: (value, 1) for name, value in numbers.items()})
     shapes = benches.SHAPES
     if options.config:
         config = merge_files(Config, options.config)
         shapes = [replace(config, moe=replace(config.moe, expert="swiglu"))]
-    numbers = {name: getattr(options, name) for name in ("steps", "rounds", "ranks")}
     results = benches.bench_train(shapes, start_distributed(), **numbers)
     return results, benches.train_table(results)
+
+
+def _bench_cluster(options: BenchClusterArgs) -> tuple[list[Any], str]:
+    from simvq_moe.benchmarks import cluster as benches
+    from simvq_moe.benchmarks.train import SHAPES
+
+    check_least(ranks=(options.ranks, 1), rounds=(options.rounds, 1))
+    if options.out is not None and not options.config:
+        raise ConfigError(f"--out {options.out}: the numbers are those of a model: add --config")
+    shapes = [merge_files(Config, options.config)] if options.config else SHAPES
+    results = benches.bench_cluster(shapes, ranks=options.ranks, rounds=options.rounds)
+    if options.out is not None:
+        options.out.write_text(benches.cluster_file(results[-1]))
+    return results, benches.cluster_table(results)

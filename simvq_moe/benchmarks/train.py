@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
-from simvq_moe.analysis.sweep_runs import free_port
+from simvq_moe.benchmarks.ranks import on_ranks
 from simvq_moe.benchmarks.timing import best_of_rounds, installed, seconds
 from simvq_moe.config import Config, LanguageModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from simvq_moe.config_checks import check
@@ -34,7 +34,7 @@ from simvq_moe.data.streaming import TextStream
 from simvq_moe.merging import ConfigError
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.training.building import build_model
-from simvq_moe.training.engine import World, start_distributed
+from simvq_moe.training.engine import World
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.tasks import DataSet
 
@@ -145,9 +145,9 @@ def mixtral_of(config: Config) -> nn.Module:
 
 
 def _loops(config: Config, world: World, steps: int, rounds: int) -> list[MeasuredLoop]:
-    shape = _shape(config)
+    shape = shape_of(config)
     print(f"measuring {shape}", file=sys.stderr)
-    trainer = _trainer(config, world)
+    trainer = trainer_of(config, world)
     loops: dict[str, Callable[[], object]] = {
         BARE: _bare_loop(config, trainer, steps),
         OURS: lambda: _our_steps(trainer, steps),
@@ -164,7 +164,7 @@ def _loops(config: Config, world: World, steps: int, rounds: int) -> list[Measur
     ]
 
 
-def _trainer(config: Config, world: World) -> Trainer:
+def trainer_of(config: Config, world: World) -> Trainer:
     """A run that never evaluates or saves."""
     train = replace(config.train, steps=ENDLESS, eval_every=ENDLESS, save_every=ENDLESS)
     config = replace(config, train=train)
@@ -267,41 +267,30 @@ def _on_ranks(config: Config, ranks: int, steps: int) -> list[MeasuredLoop]:
     tokens = config.train.batch_size * config.data.context
     results: list[MeasuredLoop] = []
     for size in (1, ranks):
-        folder = Path(config.runs_dir) / f"{size}_ranks"
-        own = replace(config, runs_dir=str(folder))
-        start_processes(
-            _on_this_rank, (size, own, free_port(), steps), nprocs=size, start_method="spawn"
-        )
-        found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+        own = replace(config, runs_dir=str(Path(config.runs_dir) / f"{size}_ranks"))
+        found = on_ranks(size, _on_this_rank, own, steps)
         busiest, wall = max(cpu for cpu, _ in found), max(wall for _, wall in found)
         one = results[0].seconds if results else busiest
         results.append(
             MeasuredLoop(
-                *(_shape(config), OURS, size, busiest, tokens / busiest, busiest / one, wall)
+                *(shape_of(config), OURS, size, busiest, tokens / busiest, busiest / one, wall)
             )
         )
     return results
 
 
-def _on_this_rank(rank: int, size: int, config: Config, port: int, steps: int) -> None:
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in places.items()}
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    torch.set_num_threads(1)
-    world = start_distributed()
-    trainer = _trainer(config, world)
+def _on_this_rank(world: World, config: Config, steps: int) -> tuple[float, float]:
+    trainer = trainer_of(config, world)
     _our_steps(trainer, steps)
     world.barrier()
     began = time.perf_counter()
     used = seconds(lambda: _our_steps(trainer, steps), world.device.type)
     wall = time.perf_counter() - began
-    file = Path(config.runs_dir) / f"{rank}.json"
-    file.write_text(json.dumps([used / steps, wall / steps]))
     trainer.close()
-    torch.distributed.destroy_process_group()
+    return used / steps, wall / steps
 
 
-def _shape(config: Config) -> str:
+def shape_of(config: Config) -> str:
     lm, moe = config.language_model, config.moe
     return (
         f"{lm.layers} blocks of width {lm.width}, {moe.top_k} of {moe.experts} experts of "

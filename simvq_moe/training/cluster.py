@@ -1,13 +1,14 @@
 """Predict the step of a run on machines that are not here: time, throughput, MFU, up to thousands
 of GPUs.
 
-A step is the sum of matrix products at a share of the peak, the optimizer's pass over memory, and
-communication, without overlap, which is how our settings run DeepSpeed. Communication follows the
-latency-bandwidth model (Thakur, Rabenseifner and Gropp, 2005, table 1): n ranks reduce or gather
-in log2 n rounds, E ranks exchange in E - 1. What crosses nodes shares the node's network.
+A step is the sum of matrix products at a share of the peak, of what a micro-batch costs however
+small, of the optimizer's passes over memory, and of communication, without overlap, which is how
+our settings run DeepSpeed. Communication follows the latency-bandwidth model (Thakur, Rabenseifner
+and Gropp, 2005, table 1): n ranks reduce or gather in log2 n rounds, E ranks exchange in E - 1.
+What crosses nodes shares the node's network.
 
-Not modelled: elementwise work and launches of kernels beyond what `efficiency` says, waiting for
-data, ranks of different speed, uneven experts, and congestion.
+`simvq-moe bench cluster` measures these numbers. Not modelled: elementwise work beyond what
+`efficiency` says, waiting for data, ranks of different speed, uneven experts, and congestion.
 """
 
 from __future__ import annotations
@@ -22,9 +23,6 @@ from simvq_moe.config import Config
 from simvq_moe.merging import ConfigError, merge_files
 from simvq_moe.training.per_rank import PerRank, Plan
 
-ADAM_BYTES = 28
-"""Memory traffic of an update in float32: weight, gradient and two moments read, three written."""
-
 
 @dataclass(frozen=True)
 class Cluster:
@@ -37,8 +35,10 @@ class Cluster:
     peak_tflops: float
     """Of a GPU, 1e12 floating-point operations a second in the precision of train.dtype."""
     efficiency: float
-    """Share of the peak that forward and backward reach on one GPU: the MFU without communication,
-    as measured by speed/mfu of a run on one."""
+    """Share of the peak that forward and backward reach on one GPU beyond `overhead_ms`, while its
+    neighbours work as well."""
+    overhead_ms: float
+    """Of forward and backward of a micro-batch, however few its tokens: launches, Python."""
     memory_gb: float
     """Of a GPU, 1e9 bytes."""
     memory_gb_per_s: float
@@ -87,7 +87,7 @@ def read_cluster(file: Path) -> Cluster:
     cluster = merge_files(Cluster, [file])
     for field in fields(cluster):
         value = getattr(cluster, field.name)
-        if not value > 0:
+        if not (value > 0 or (value == 0 and field.name == "overhead_ms")):
             raise ConfigError(f"{file}: {field.name} {value}: use more than 0")
     if cluster.efficiency > 1:
         raise ConfigError(f"{file}: efficiency {cluster.efficiency} > 1: it is a share of the peak")
@@ -109,8 +109,9 @@ def predict(rank: PerRank, plan: Plan, cluster: Cluster) -> Prediction:
     again = 4 / 3 if plan.config.train.activation_checkpointing else 1.0
     peak = cluster.peak_tflops * 1e12
     work = rank.tokens * rank.flops_per_token
-    compute = work * again / (peak * cluster.efficiency)
-    optimizer = rank.owned_parameters * ADAM_BYTES / (cluster.memory_gb_per_s * 1e9)
+    passes = plan.config.train.accumulation * again
+    compute = work * again / (peak * cluster.efficiency) + passes * cluster.overhead_ms * 1e-3
+    optimizer = rank.update_bytes / (cluster.memory_gb_per_s * 1e9)
     communication = (
         rank.dense_bytes / _bandwidth(cluster, rank.ranks, 1)
         + rank.expert_bytes / _bandwidth(cluster, rank.ranks, parallel)

@@ -17,9 +17,6 @@ TITLES = {
     "same_batch_per_gpu": "as many samples on each GPU as that leaves on most of them",
 }
 
-SHORT = 0.01
-"""Seconds of compute, below which a GPU mostly waits for launches."""
-
 
 def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, dict[str, Any]]:
     """Costs of a rank of so many, and predictions for a cluster.
@@ -46,11 +43,6 @@ def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, 
             p.memory_bytes > cluster.memory_gb * 1e9 for rows in scalings.values() for p in rows
         ):
             text += f"\n! more than the {cluster.memory_gb:g} GB of a GPU"
-        if any(p.compute_s < SHORT for rows in scalings.values() for p in rows):
-            text += (
-                f"\nsteps with less than {1e3 * SHORT:g} ms of compute take longer than predicted: "
-                "launches of kernels are not modelled"
-            )
     return text, found
 
 

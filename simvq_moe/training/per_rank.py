@@ -4,7 +4,8 @@ Memory of states: ZeRO (Rajbhandari et al., arXiv:1910.02054, section 5): mixed 
 bytes a parameter for the optimizer, weights and two moments in float32, and so does DeepSpeed where
 all is float32, except at stage 0, which updates the weights themselves. Traffic: of a ring, the
 least there can be (Thakur, Rabenseifner and Gropp, 2005): a rank sends (n - 1) / n of a tensor to
-reduce it in parts or to gather it, twice that to do both.
+reduce it in parts or to gather it, twice that to do both. Beside that DeepSpeed 0.19 copies every
+gradient into its buckets and from there to the optimizer, as its code is read here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from simvq_moe.training.cost import expert_parameters, flops_per_token
 from simvq_moe.training.engine import parameter_groups
 from simvq_moe.training.engine_settings import BUCKET, zero_stage
 
+ADAM_BYTES = 28
+"""Memory traffic of an update in float32: weight, gradient and two moments read, three written."""
 MOMENT_BYTES, MASTER_BYTES = 8, 4
 """Of a parameter that a rank owns: Adam's moments, and the weights that ZeRO updates."""
 
@@ -39,8 +42,8 @@ class PerRank:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
-    owned_parameters: int
-    """Parameters that this rank updates."""
+    update_bytes: int
+    """Read and written by the optimizer step and the engine's copies of gradients and weights."""
     dense_bytes: int
     """Sent for gradients and weights of what all ranks share."""
     expert_bytes: int
@@ -48,7 +51,8 @@ class PerRank:
     exchange_bytes: int
     """Sent by all-to-all: tokens on their way to experts and back, and their gradients."""
     reductions: int
-    """Collectives of the first two kinds."""
+    """Collectives of the first two kinds, and small ones: norms of gradients, counts of
+    assignments, and the agreement of ranks to go on."""
     exchanges: int
     """All-to-alls."""
 
@@ -105,11 +109,11 @@ class Plan:
             gradient_bytes=gradients * size,
             optimizer_bytes=held * (MOMENT_BYTES + MASTER_BYTES * (stage > 0)),
             activation_bytes=saved,
-            owned_parameters=held,
+            update_bytes=self._updated(stage, local, held),
             dense_bytes=round(copies * self.dense * size * (ranks - 1) / ranks),
             expert_bytes=round(copies * self.experts / parallel * size * (1 - parallel / ranks)),
             exchange_bytes=self._exchanged(samples * per_sample),
-            reductions=calls,
+            reductions=calls + self._small_calls(stage),
             exchanges=0 if parallel == 1 else train.accumulation * self._mixtures() * 5,
         )
 
@@ -127,6 +131,21 @@ class Plan:
         if stage < 3:
             return 2 * often + 1, buckets * often + self.groups
         return 3 * often, (buckets + 2 * len(list(self.model.parameters()))) * often
+
+    def _small_calls(self, stage: int) -> int:
+        norms = self.groups if stage else 0
+        return 1 + norms + (self._mixtures() > 0) * self.config.train.accumulation
+
+    def _updated(self, stage: int, local: int, owned: int) -> int:
+        """Bytes that pass through memory, for parameters held here and those updated here."""
+        train, size = self.config.train, self.size
+        copies = train.accumulation if stage >= 2 else 1
+        clipped = 8 if train.clip else 0
+        # into a bucket, and there the mean over ranks
+        moved = copies * 4 * size * local
+        if stage:  # to the optimizer's gradient in float32, and its weights back
+            moved += 2 * (size + 4) * owned
+        return moved + (4 + clipped + ADAM_BYTES) * owned
 
     def _work(self, samples: int) -> tuple[int, float, int]:
         """Tokens of a sample, FLOPs of a token and bytes kept, for a micro-batch."""

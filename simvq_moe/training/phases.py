@@ -66,23 +66,9 @@ class Phases:
 
     @contextlib.contextmanager
     def collectives_timed(self) -> Iterator[None]:
-        """Inside, every collective within a phase is communication.
-
-        The names in torch.distributed are exchanged, and the two functions that DeepSpeed's
-        backend has taken from there: that is where its calls and ours meet.
-        """
-        from deepspeed.comm import comm
-
-        places: list[tuple[Any, str]] = [(dist, name) for name in COLLECTIVES]
-        places += [(comm.cdb, f"{name}_function") for name in ("all_gather", "reduce_scatter")]
-        before = [(owner, name, getattr(owner, name)) for owner, name in places]
-        try:
-            for owner, name, function in before:
-                setattr(owner, name, self._timed(function))
+        """Inside, every collective within a phase is communication."""
+        with exchanged(self._timed):
             yield
-        finally:
-            for owner, name, function in before:
-                setattr(owner, name, function)
 
     def take(self) -> dict[str, float]:
         """Seconds of each phase, to start again from 0; on a GPU it waits for the last event."""
@@ -117,6 +103,27 @@ class Phases:
         elif self.open:
             self.seconds[self.open[-1]] += now - self.last
         self.last = now
+
+
+@contextlib.contextmanager
+def exchanged(other: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, every collective is what `other` makes of it.
+
+    The names in torch.distributed are exchanged, and the two functions that DeepSpeed's backend has
+    taken from there: that is where its calls and ours meet.
+    """
+    from deepspeed.comm import comm
+
+    places: list[tuple[Any, str]] = [(dist, name) for name in COLLECTIVES]
+    places += [(comm.cdb, f"{name}_function") for name in ("all_gather", "reduce_scatter")]
+    before = [(owner, name, getattr(owner, name)) for owner, name in places]
+    try:
+        for owner, name, function in before:
+            setattr(owner, name, other(function))
+        yield
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,11 @@ from simvq_moe.training.activations import activation_bytes, sample_cost, saved_
 from simvq_moe.training.building import build_model
 from simvq_moe.training.cluster import Cluster, gpu_counts, predict, predictions, read_cluster
 from simvq_moe.training.engine import World, make_engine
+from simvq_moe.training.loop import Trainer
 from simvq_moe.training.per_rank import PerRank, Plan
+from simvq_moe.training.phases import exchanged
 from tests.launching import ROOT
+from tests.two_ranks import TwoRanks
 
 SMALL = (
     *("--task", "language_model", "--data.vocabulary", "260", "--data.context", "16"),
@@ -31,6 +37,7 @@ ROUND = Cluster(
     gpus_per_node=8,
     peak_tflops=100.0,
     efficiency=0.5,
+    overhead_ms=0.0,
     memory_gb=80.0,
     memory_gb_per_s=1000.0,
     intra_node_gb_per_s=400.0,
@@ -137,7 +144,8 @@ def test_experts_on_several_ranks_travel_less_and_tokens_more() -> None:
     assert shared.expert_bytes == pytest.approx(
         alone.expert_bytes / 4 * (1 / 2) / (7 / 8), rel=1e-6
     )
-    assert shared.owned_parameters == alone.owned_parameters
+    # what it updates, and more for the whole gradients that it copies
+    assert alone.update_bytes - shared.update_bytes == 4 * 4 * plan().experts * 3 // 4
 
 
 def rank_of(ranks: int, **other: Any) -> PerRank:
@@ -146,7 +154,7 @@ def rank_of(ranks: int, **other: Any) -> PerRank:
 
 
 def test_a_step_is_products_the_optimizer_and_communication() -> None:
-    one = predict(rank_of(1, owned_parameters=10**9), plan(), ROUND)
+    one = predict(rank_of(1, update_bytes=28 * 10**9), plan(), ROUND)
     assert one.compute_s == pytest.approx(1000 * 5e10 / 50e12)
     assert one.optimizer_s == pytest.approx(28e9 / 1e12)
     assert one.communication_s == 0
@@ -154,6 +162,9 @@ def test_a_step_is_products_the_optimizer_and_communication() -> None:
     assert predict(rank_of(1), plan("--train.activation_checkpointing True"), ROUND).mfu == (
         pytest.approx(0.5 * 3 / 4)
     )
+    slow = replace(ROUND, overhead_ms=5.0)
+    parts = predict(rank_of(1), plan("--train.accumulation 2"), slow)
+    assert parts.compute_s - one.compute_s == pytest.approx(2 * 5e-3)
     sent = {"dense_bytes": 10**11, "reductions": 3}
     node, all_nodes = (predict(rank_of(n, **sent), plan(), ROUND) for n in (8, 32))
     assert node.communication_s == pytest.approx(1e11 / 400e9 + 3 * 2 * 3e-6)
@@ -238,3 +249,48 @@ def test_a_cluster_without_a_dry_run_or_a_batch_that_fits_is_refused(
     flags = ["--dry-run", "--cluster", str(H100), "--train.batch_size", "5", *SMALL[:-2]]
     assert main(["train", *flags, "--moe.expert_parallel", "8"]) == 2
     assert "train.batch_size 5" in capsys.readouterr().err
+
+
+def calls_of_a_step(world: World, folder: Path, flags: list[str]) -> list[tuple[str, int]]:
+    """Name and bytes of every collective of a step."""
+    where = ["--runs_dir", str(folder), "--data.cache_dir", str(folder / "cache")]
+    config = with_flags(config_of(""), [*flags, *where], "train")
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    calls: list[tuple[str, int]] = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            out = args[0] if args else kwargs.get("output_tensor", kwargs.get("tensor"))
+            calls.append((function.__name__, out.numel() * out.element_size()))
+            return function(*args, **kwargs)
+
+        return call
+
+    with contextlib.closing(Trainer(config, world, lambda: False)) as trainer:
+        trainer._update()
+        with exchanged(noted):
+            trainer._update()
+    return calls
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--train.accumulation 2",
+        "--train.zero_stage 2 --train.accumulation 2",
+        "--train.zero_stage 0",
+        "--train.clip 1 --optimizer.weight_decay 0.1",
+    ],
+)
+def test_a_step_makes_the_collective_calls_that_are_said(
+    flags: str, tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    flags += f" --data.source {ROOT / 'tests' / 'moe'} --train.probe_tokens 0"
+    calls = two_ranks(calls_of_a_step, tmp_path, flags.split())[0]
+    rank = plan(flags).on(2, 8)
+    # of two ranks each sends all of what it reduces, and half of what it gathers
+    sent = sum(size / (1 if name == "all_reduce" else 2) for name, size in calls)
+    assert len(calls) == rank.reductions
+    assert sent == pytest.approx(rank.dense_bytes + rank.expert_bytes, rel=0.01)

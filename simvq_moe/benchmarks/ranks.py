@@ -1,0 +1,40 @@
+"""The same work on several ranks, processes of one thread each on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.spawn import start_processes
+
+from simvq_moe.analysis.sweep_runs import free_port
+from simvq_moe.training.engine import start_distributed
+
+
+def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """What work(world, *args) returns on each rank, anything that JSON has."""
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(
+            _on_this_rank,
+            (size, free_port(), Path(folder), work, args),
+            nprocs=size,
+            start_method="spawn",
+        )
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def _on_this_rank(
+    rank: int, size: int, port: int, folder: Path, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    found = work(start_distributed(), *args)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()

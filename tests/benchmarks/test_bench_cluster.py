@@ -1,0 +1,53 @@
+"""What a prediction needs is measured, and steps beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from simvq_moe.benchmarks.cluster import bench_cluster, cluster_file, cluster_table
+from simvq_moe.benchmarks.train import config_of
+from simvq_moe.cli import main
+from simvq_moe.config import Config, DataConfig
+from simvq_moe.merging import ConfigError
+from simvq_moe.training.cluster import read_cluster
+from tests.launching import ROOT
+
+TINY = config_of(width=16, heads=2, layers=1, experts=4, top_k=2, hidden=8)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_one_rank_and_several_are_measured_and_predicted(tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    data = DataConfig(source=str(ROOT / "tests" / "moe"), vocabulary=300, cache_dir=cache)
+    one, two = bench_cluster([replace(TINY, data=data)], rounds=3)
+    assert [r.cluster.gpus for r in (one, two)] == [1, 2]
+    assert one.prediction.communication_s == 0 < two.prediction.communication_s
+    assert two.communication_s > one.communication_s
+    for r in (one, two):
+        assert 0 < r.forward_backward_s + r.optimizer_s + r.communication_s < 1.5 * r.step_s
+    assert cluster_table([one, two]).count("| 2 |") == 1
+    (tmp_path / "here.yaml").write_text(cluster_file(two))
+    assert read_cluster(tmp_path / "here.yaml") == two.cluster
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (Config(), "task 'image_tokenizer'"),
+        (replace(TINY, train=replace(TINY.train, batch_size=12)), "does not divide by --ranks 2"),
+        (replace(TINY, moe=replace(TINY.moe, expert_parallel=2)), "expert_parallel 2: .* use 1"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused(config: Config, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        bench_cluster([config])
+
+
+def test_a_file_is_for_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "cluster", "--out", str(tmp_path / "here.yaml")]) == 2
+    assert "add --config" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
