@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from simvq_moe.benchmarks.ranks import on_ranks
-from simvq_moe.benchmarks.train import shape_of, trainer_of
+from simvq_moe.benchmarks.train import SIDE, shape_of, trainer_of
 from simvq_moe.config import Config
 from simvq_moe.config_checks import check
 from simvq_moe.merging import ConfigError, to_yaml
@@ -36,8 +36,6 @@ from simvq_moe.training.devices import device_peak
 from simvq_moe.training.engine import World
 from simvq_moe.training.per_rank import ADAM_BYTES, Plan
 
-SIDE = 1024
-"""Rows and columns of the product that stands for a peak that is not known."""
 SMALL = 256
 """Numbers in an all-reduce that is all latency."""
 FEWER = 4

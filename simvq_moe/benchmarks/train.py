@@ -3,9 +3,10 @@
 On one thread, the best of several rounds; time is CPU seconds (wall time on a GPU) a step. A bare
 PyTorch loop of our model is the limit: batch, forward, backward, clip, AdamW, interleaved with ours
 in one process. What our loop does beside that, the DeepSpeed engine, usage counts, the watch for
-losses that are not finite, logs, is what it takes over 1.00. `transformers`' Trainer trains a
-Mixtral of the same shape in a process of its own; it needs `accelerate`. Ranks are processes of one
-thread each, and the global batch stays the same.
+losses that are not finite, logs, is what it takes over 1.00. No loop can beat the model's matrix
+products, counted at the speed of one large product that is measured in the same rounds.
+`transformers`' Trainer trains a Mixtral of the same shape in a process of its own; it needs
+`accelerate`. Ranks are processes of one thread each, and the global batch stays the same.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ from simvq_moe.training.loop import Trainer
 from simvq_moe.training.tasks import DataSet
 
 OURS, BARE, TRANSFORMERS = "simvq-moe train", "bare PyTorch loop", "transformers Trainer, Mixtral"
+PRODUCTS = "the step's matrix products alone"
+SIDE = 1024
+"""Rows and columns of the product at whose speed they are counted."""
 ENDLESS = 1_000_000
 """Steps of a run that is never finished."""
 
@@ -152,12 +156,15 @@ def _loops(config: Config, world: World, steps: int, rounds: int) -> list[Measur
         BARE: _bare_loop(config, trainer, steps),
         OURS: lambda: _our_steps(trainer, steps),
     }
+    square = torch.randn(SIDE, SIDE, device=world.device)
+    loops[PRODUCTS] = lambda: [square @ square for _ in range(steps)]
     best = best_of_rounds(loops, rounds, world.device.type)
     best = {name: found / steps for name, found in best.items()}
+    tokens = config.train.batch_size * config.data.context
+    best[PRODUCTS] *= tokens * trainer.cost["flops_per_token"] / (2 * SIDE**3)
     if installed("transformers") and installed("accelerate"):
         best[TRANSFORMERS] = _transformers_seconds(config, trainer, steps, rounds)
     trainer.close()
-    tokens = config.train.batch_size * config.data.context
     return [
         MeasuredLoop(shape, name, 1, found, tokens / found, found / best[BARE])
         for name, found in best.items()

@@ -10,6 +10,7 @@ import pytest
 from simvq_moe.benchmarks.train import (
     BARE,
     OURS,
+    PRODUCTS,
     SHAPES,
     TRANSFORMERS,
     bench_train,
@@ -48,7 +49,7 @@ def test_every_loop_is_measured_and_compared_with_the_bare_one(
     cache = str(tmp_path / "cache")
     data = DataConfig(source=str(ROOT / "tests" / "moe"), vocabulary=300, cache_dir=cache)
     results = bench_train([replace(TINY, data=data)], world, steps=2, rounds=1)
-    assert [r.name for r in results] == [BARE, OURS, TRANSFORMERS, OURS, OURS]
-    assert [r.ranks for r in results] == [1, 1, 1, 1, 2]
-    assert results[0].relative == results[3].relative == 1
+    assert [r.name for r in results] == [BARE, OURS, PRODUCTS, TRANSFORMERS, OURS, OURS]
+    assert [r.ranks for r in results] == [1, 1, 1, 1, 1, 2]
+    assert results[0].relative == results[4].relative == 1 > results[2].relative
     assert train_table(results).count("\n") == len(results) + 1

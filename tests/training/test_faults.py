@@ -220,14 +220,15 @@ def test_full_disks_end_all_ranks_with_one_line_and_lose_nothing(
     run_dir = folder / "runs" / "full"
     flags = (*TASKS["text"], "--train.eval_every", "90", "--train.log_every")
     before = 0
-    for rank, log_every, words in (
-        (1, "90", "tmp/model_1.safetensors could not be"),
-        (0, "3", "records of runs/full could not be"),
+    for rank, log_every, room, words in (
+        (1, "90", 1_000, "tmp/model_1.safetensors could not be"),
+        (0, "90", 40_000, "tmp/model_0.safetensors could not be"),
+        (0, "3", 1_000, "records of runs/full could not be"),
     ):
         tasks = start_tasks("train", "--name", "full", *flags, log_every, cwd=folder)
         wait_until(tasks[rank], in_step(run_dir, rank, before + 5))
-        # no file of this rank may grow beyond 1 kB from now on
-        resource.prlimit(tasks[rank].pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        # no file of this rank may grow beyond so many bytes from now on
+        resource.prlimit(tasks[rank].pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
         errors = [task.communicate(timeout=600)[1] for task in tasks]
         assert [task.returncode for task in tasks] == [1, 1], errors
         before, previous = newest(run_dir), before
