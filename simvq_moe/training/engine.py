@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from simvq_moe.config import Config, OptimizerConfig
 from simvq_moe.core.bank import Bank
 from simvq_moe.moe.router import Router
+from simvq_moe.training.devices import keep_freed_memory
 from simvq_moe.training.engine_optimizer import make_optimizer
 from simvq_moe.training.engine_settings import BUCKET, engine_settings, import_deepspeed
 from simvq_moe.training.engine_sharding import keep_heads, mark_pieces
@@ -92,6 +93,8 @@ def start_distributed(timeout_s: float = 0.0) -> World:
     deepspeed = import_deepspeed()
     timeout = timedelta(seconds=max(1800.0, 2 * timeout_s))
     cuda = torch.cuda.is_available()
+    if not cuda:
+        keep_freed_memory()
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
@@ -141,7 +144,9 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     if sharded:
         keep_heads(model)
     if stage == 0:
-        optimizer.register_step_pre_hook(partial(_clip, engine, config.train.clip))
+        # alone there is nothing to reduce, only to copy there and back
+        engine.enable_backward_allreduce = world.size > 1
+        optimizer.register_step_pre_hook(partial(_finish_gradients, engine, config.train.clip))
     return engine
 
 
@@ -160,10 +165,14 @@ def _muon_not_compiled() -> Iterator[None]:
             os.environ[key] = before
 
 
-def _clip(engine: Any, largest: float, *_: Any) -> None:
-    """At stage 0 DeepSpeed clips, but tells no norm."""
-    found = nn.utils.clip_grad_norm_(engine.module.parameters(), largest or math.inf)
-    engine._global_grad_norm = found
+def _finish_gradients(engine: Any, largest: float, *_: Any) -> None:
+    """At stage 0 DeepSpeed clips, but tells no norm; and what has no gradient has one of 0 at other
+    stages, which still moves Adam's moments."""
+    parameters = [p for p in engine.module.parameters() if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    engine._global_grad_norm = nn.utils.clip_grad_norm_(parameters, largest or math.inf)
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:

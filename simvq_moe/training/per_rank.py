@@ -109,7 +109,7 @@ class Plan:
             gradient_bytes=gradients * size,
             optimizer_bytes=held * (MOMENT_BYTES + MASTER_BYTES * (stage > 0)),
             activation_bytes=saved,
-            update_bytes=self._updated(stage, local, held),
+            update_bytes=self._updated(stage, ranks, local, held),
             dense_bytes=round(copies * self.dense * size * (ranks - 1) / ranks),
             expert_bytes=round(copies * self.experts / parallel * size * (1 - parallel / ranks)),
             exchange_bytes=self._exchanged(samples * per_sample),
@@ -136,13 +136,13 @@ class Plan:
         norms = self.groups if stage else 0
         return 1 + norms + (self._mixtures() > 0) * self.config.train.accumulation
 
-    def _updated(self, stage: int, local: int, owned: int) -> int:
+    def _updated(self, stage: int, ranks: int, local: int, owned: int) -> int:
         """Bytes that pass through memory, for parameters held here and those updated here."""
         train, size = self.config.train, self.size
         copies = train.accumulation if stage >= 2 else 1
         clipped = 8 if train.clip else 0
         # into a bucket, and there the mean over ranks
-        moved = copies * 4 * size * local
+        moved = copies * 4 * size * local if stage or ranks > 1 else 0
         if stage:  # to the optimizer's gradient in float32, and its weights back
             moved += 2 * (size + 4) * owned
         return moved + (4 + clipped + ADAM_BYTES) * owned
