@@ -3,8 +3,9 @@
 Ranks are processes of this machine, of one thread each on a CPU, and all do the same at once, for
 neighbours share memory and power; the slowest counts. Forward and backward of the bare model at two
 batch sizes give the share of the peak and what a micro-batch costs without tokens; AdamW alone the
-bandwidth of memory; an all-reduce of next to nothing, and one of all gradients, latency and
-bandwidth between ranks. Then steps of a run are measured, beside what `predict` makes of them.
+bandwidth of memory; an all-reduce of next to nothing the latency between ranks; an all-reduce of
+all gradients and an all-gather of all weights, as ZeRO 1 has them, the bandwidth. Then steps of a
+run are measured, beside what `predict` makes of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import ceil, log2
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import psutil
@@ -35,6 +36,7 @@ from simvq_moe.training.cluster import Cluster, Prediction, predict
 from simvq_moe.training.devices import device_peak
 from simvq_moe.training.engine import World
 from simvq_moe.training.per_rank import ADAM_BYTES, Plan
+from simvq_moe.training.phases import PHASES
 
 SMALL = 256
 """Numbers in an all-reduce that is all latency."""
@@ -122,7 +124,8 @@ def _measure(config: Config, ranks: int, rounds: int) -> MeasuredStep:
     with tempfile.TemporaryDirectory() as folder:
         own = replace(config, runs_dir=str(Path(folder)))
         each = on_ranks(ranks, _on_this_rank, own, rounds)
-    found = {name: max(rank[name] for rank in each) for name in each[0]}
+    # ranks wait for the slowest, but what they wait is no work
+    found = {name: (mean if name in PHASES else max)(r[name] for r in each) for name in each[0]}
     model = build_model(config)
     plan = Plan(model, config)
     share = config.train.batch_size // ranks
@@ -132,7 +135,8 @@ def _measure(config: Config, ranks: int, rounds: int) -> MeasuredStep:
     work = rank.tokens // config.train.accumulation * rank.flops_per_token
     rounds_of_all_reduce = 2 * ceil(log2(ranks))
     latency = found["small"] / max(1, rounds_of_all_reduce)
-    sent = 8 * parameters * (ranks - 1) / ranks
+    sent = 3 * 4 * parameters * (ranks - 1) / ranks
+    bandwidth = max(1e-3, sent / (found["reduce"] + found["gather"]) / 1e9)
     cluster = Cluster(
         nodes=1,
         gpus_per_node=ranks,
@@ -141,8 +145,8 @@ def _measure(config: Config, ranks: int, rounds: int) -> MeasuredStep:
         overhead_ms=max(0.0, 1e3 * (found["whole"] - slope)),
         memory_gb=found["memory_gb"],
         memory_gb_per_s=ADAM_BYTES * parameters / found["adam"] / 1e9,
-        intra_node_gb_per_s=max(1e-3, sent / found["large"] / 1e9),
-        inter_node_gb_per_s=max(1e-3, sent / found["large"] / 1e9),
+        intra_node_gb_per_s=bandwidth,
+        inter_node_gb_per_s=bandwidth,
         latency_us=max(1e-3, 1e6 * latency),
     )
     return MeasuredStep(
@@ -167,7 +171,8 @@ def _on_this_rank(world: World, config: Config, rounds: int) -> dict[str, float]
     weights.grad = torch.randn_like(weights)
     adam = torch.optim.AdamW([weights], fused=True)
     small = torch.zeros(SMALL, device=device)
-    large = torch.zeros(parameters, device=device)
+    large = torch.zeros(parameters // world.size * world.size, device=device)
+    own = large.chunk(world.size)[world.rank]
     square = torch.randn(SIDE, SIDE, device=device, dtype=DTYPES[config.train.dtype])
     work: dict[str, tuple[Callable[[], Any], int]] = {
         "whole": (_passes(model, micro_batch, device), 1),
@@ -175,7 +180,8 @@ def _on_this_rank(world: World, config: Config, rounds: int) -> dict[str, float]
         "adam": (adam.step, 2),
         "product": (lambda: square @ square, 4),
         "small": (lambda: dist.all_reduce(small), 20),
-        "large": (lambda: dist.all_reduce(large), 2),
+        "reduce": (lambda: dist.all_reduce(large), 2),
+        "gather": (lambda: dist.all_gather_into_tensor(large, own), 2),
         "step": (trainer._update, 2),
     }
     found: dict[str, list[float]] = {name: [] for name in work}

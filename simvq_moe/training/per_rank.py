@@ -141,10 +141,10 @@ class Plan:
         train, size = self.config.train, self.size
         copies = train.accumulation if stage >= 2 else 1
         clipped = 8 if train.clip else 0
-        # into a bucket, and there the mean over ranks
-        moved = copies * 4 * size * local if stage or ranks > 1 else 0
-        if stage:  # to the optimizer's gradient in float32, and its weights back
-            moved += 2 * (size + 4) * owned
+        # into a bucket, out of it in the order of their owners, and the mean over ranks
+        moved = copies * 6 * size * local if stage or ranks > 1 else 0
+        if stage:  # back, together, to the optimizer's gradient in float32, and its weights back
+            moved += (copies * 4 * size + 2 * (size + 4)) * owned
         return moved + (4 + clipped + ADAM_BYTES) * owned
 
     def _work(self, samples: int) -> tuple[int, float, int]:
