@@ -260,7 +260,7 @@ def calls_of_a_step(world: World, folder: Path, flags: list[str]) -> list[tuple[
 
     def noted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            out = args[0] if args else kwargs.get("output_tensor", kwargs.get("tensor"))
+            out = args[0] if args else kwargs["tensor" if "tensor" in kwargs else "output_tensor"]
             calls.append((function.__name__, out.numel() * out.element_size()))
             return function(*args, **kwargs)
 
