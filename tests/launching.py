@@ -47,11 +47,11 @@ def start_local(*args: str, cwd: Path, ranks: int = 2) -> subprocess.Popen[str]:
     return _process(["bash", "-c", script, "local", *command], cwd)
 
 
-def _process(command: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
+def _process(command: Sequence[str], cwd: Path, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         cwd=cwd,
-        env=environment(),
+        env=environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,18 +76,10 @@ def start_tasks(*args: str, cwd: Path, ranks: int = 2) -> list[subprocess.Popen[
     """`srun --ntasks RANKS python -m simvq_moe ...` in cwd: one process a rank, and no launcher."""
     port = free_port()
     step = {"SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_STEP_NODELIST": "localhost"}
+    step |= {"MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "simvq_moe", *args]
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "simvq_moe", *args],
-            cwd=cwd,
-            env=environment()
-            | step
-            | {"MASTER_PORT": str(port), "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        _process(command, cwd, **step, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
         for i in range(ranks)
     ]
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import ceil, log2
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -26,9 +24,9 @@ import torch.distributed as dist
 from torch import nn
 
 from simvq_moe.benchmarks.ranks import on_ranks
-from simvq_moe.benchmarks.train import SIDE, shape_of, trainer_of
+from simvq_moe.benchmarks.timing import wall_seconds
+from simvq_moe.benchmarks.train import SIDE, check_shape, shape_of, trainer_of
 from simvq_moe.config import Config
-from simvq_moe.config_checks import check
 from simvq_moe.merging import ConfigError, to_yaml
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.training.building import build_model
@@ -69,9 +67,7 @@ def bench_cluster(shapes: list[Config], *, ranks: int = 2, rounds: int = 10) -> 
         ConfigError: a shape that can't be trained on so many ranks, or is no language model.
     """
     for config in shapes:
-        check(config)
-        if config.task != "language_model":
-            raise ConfigError(f"task {config.task!r}: bench cluster needs 'language_model'")
+        check_shape(config, "bench cluster")
         samples = config.train.batch_size // config.train.accumulation
         if samples % (ranks * FEWER):
             raise ConfigError(
@@ -122,7 +118,7 @@ def _measure(config: Config, ranks: int, rounds: int) -> MeasuredStep:
     shape = shape_of(config)
     print(f"measuring {shape} on {ranks} rank{'' if ranks == 1 else 's'}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        own = replace(config, runs_dir=str(Path(folder)))
+        own = replace(config, runs_dir=folder)
         each = on_ranks(ranks, _on_this_rank, own, rounds)
     # ranks wait for the slowest, but what they wait is no work
     found = {name: (mean if name in PHASES else max)(r[name] for r in each) for name in each[0]}
@@ -190,7 +186,7 @@ def _on_this_rank(world: World, config: Config, rounds: int) -> dict[str, float]
             for name, (call, times) in work.items():
                 world.barrier()
                 trainer.phases.take()
-                found[name].append(_seconds(call, times, device))
+                found[name].append(wall_seconds(call, device.type, times))
                 if name == "step":
                     for phase, seconds in trainer.phases.take().items():
                         found.setdefault(phase, []).append(seconds / times)
@@ -214,18 +210,6 @@ def _passes(model: LanguageModel, samples: int, device: torch.device) -> Callabl
         model.zero_grad()
 
     return run
-
-
-def _seconds(call: Callable[[], Any], times: int, device: torch.device) -> float:
-    """Wall seconds of a call, the mean of several."""
-    if device.type != "cpu":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(times):
-        call()
-    if device.type != "cpu":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / times
 
 
 def _memory(device: torch.device, ranks: int) -> float:

@@ -31,14 +31,22 @@ def best_of_rounds(steps: Mapping[str, Step], rounds: int, device: str) -> dict[
 def seconds(step: Step, device: str) -> float:
     """CPU seconds of the process, on a GPU wall time until it has finished."""
     if device != "cpu":
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return wall_seconds(step, device)
     start = time.process_time()
     step()
     return time.process_time() - start
+
+
+def wall_seconds(step: Step, device: str, times: int = 1) -> float:
+    """Wall seconds of a step until it has finished, the mean of several in a row."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times
 
 
 def megabytes(step: Step) -> float:

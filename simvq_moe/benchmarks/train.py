@@ -97,9 +97,7 @@ def bench_train(
         ConfigError: a shape that can't be trained, or is no language model.
     """
     for config in shapes:
-        check(config)
-        if config.task != "language_model":
-            raise ConfigError(f"task {config.task!r}: bench train needs 'language_model'")
+        check_shape(config, "bench train")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     results: list[MeasuredLoop] = []
@@ -112,6 +110,13 @@ def bench_train(
     finally:
         torch.set_num_threads(threads)
     return results
+
+
+def check_shape(config: Config, command: str) -> None:
+    """Raise `ConfigError` for what the command can't measure: no language model, or a wrong one."""
+    check(config)
+    if config.task != "language_model":
+        raise ConfigError(f"task {config.task!r}: {command} needs 'language_model'")
 
 
 def train_table(results: list[MeasuredLoop]) -> str:
