@@ -48,18 +48,20 @@ class Attention(nn.Module):
         angles = torch.outer(
             torch.arange(context).float(), ROTARY_BASE ** (-torch.arange(half) / half)
         )
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", torch.cat([cos, cos], dim=1), persistent=False)
+        self.register_buffer("sin", torch.cat([-sin, sin], dim=1), persistent=False)
 
     def forward(
         self, x: Float[Tensor, "batch tokens width"], documents: Documents | None = None
     ) -> Float[Tensor, "batch tokens width"]:
         batch, tokens, width = x.shape
         # the size said, for a batch may be empty
-        shape = (batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = self.qkv(x).view(shape).permute(2, 0, 3, 1, 4)
-        positions = None if documents is None else documents.positions[:, None]
-        q, k = self._turn(q, positions), self._turn(k, positions)
+        shape = (batch, tokens, 3 * self.heads, width // self.heads)
+        turned, v = self.qkv(x).view(shape).split([2 * self.heads, self.heads], dim=2)
+        turned = self._turn(turned, None if documents is None else documents.positions)
+        q, k = turned.transpose(1, 2).chunk(2, dim=1)
+        v = v.transpose(1, 2)
         if documents is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -68,10 +70,11 @@ class Attention(nn.Module):
 
     def _turn(
         self,
-        x: Float[Tensor, "batch heads tokens channels"],
-        positions: Int[Tensor, "batch 1 tokens"] | None = None,
+        x: Float[Tensor, "batch tokens heads channels"],
+        positions: Int[Tensor, "batch tokens"] | None,
     ) -> Tensor:
-        where = slice(x.shape[-2]) if positions is None else positions
-        cos, sin = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
-        even, odd = x.chunk(2, dim=-1)
-        return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        """Each pair (x_i, x_{i + channels / 2}) turned by its angle: few passes over memory."""
+        where = slice(x.shape[1]) if positions is None else positions
+        cos, sin = (table[where].to(x.dtype).unsqueeze(-2) for table in (self.cos, self.sin))
+        first, second = x.chunk(2, dim=-1)
+        return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)

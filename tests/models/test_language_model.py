@@ -14,7 +14,6 @@ from torch._dynamo.utils import counters as dynamo_counters
 from torch.testing import assert_close
 
 from simvq_moe.core.usage import counters
-from simvq_moe.models.attention import Attention
 from simvq_moe.models.blocks import DenseBlock, MoEBlock
 from simvq_moe.models.language_model import LanguageModel, draw
 from simvq_moe.moe.after_step import StepState
@@ -52,19 +51,6 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token_plus_the_weighted_balan
     nats = [-F.log_softmax(logits[b, t], -1)[window[b, t + 1]] for b in range(3) for t in range(12)]
     assert_close(terms["cross_entropy"], torch.stack(nats).mean())
     assert_close(loss, terms["cross_entropy"] + 0.5 * losses["balance"])
-
-
-def test_rotary_attention_sees_distances_not_positions() -> None:
-    torch.manual_seed(0)
-    attention = Attention(16, 2, 20).double()
-    q, k = torch.randn(2, 8, dtype=torch.float64)
-    turned = [attention._turn(v.expand(1, 1, 20, 8)) for v in (q, k)]
-    scores = (turned[0] @ turned[1].mT)[0, 0]
-    for distance in range(3):
-        diagonal = scores.diagonal(-distance)
-        # the angles are a float32 table
-        assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-6)
-    assert_close(turned[0].norm(dim=-1), q.norm().expand(1, 1, 20), rtol=1e-5, atol=1e-6)
 
 
 def test_arms_start_from_the_same_weights_and_the_same_first_loss() -> None:
