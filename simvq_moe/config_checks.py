@@ -190,7 +190,7 @@ def _text_problems(config: Config) -> Iterator[str]:
     if data.sources and data.source is not None:
         yield (
             f"data.source {data.source!r} with data.sources {data.sources}: add it to "
-            "data.sources, or drop one of them"
+            "data.sources, or drop one of them (--data.source None)"
         )
     weights = data.source_weights
     if weights and (len(weights) != len(data.sources) or not min(weights) > 0):

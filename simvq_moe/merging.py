@@ -39,7 +39,8 @@ def merge_files(schema: type[T], files: Sequence[Path]) -> T:
     for file in files:
         merged = merge(_writable(merged), _read_yaml(file), origin=str(file))
     if missing := sorted(OmegaConf.missing_keys(merged)):
-        raise ConfigError(f"{files[-1] if files else 'config'}: {', '.join(missing)} missing: set")
+        file = files[-1] if files else "config"
+        raise ConfigError(f"{file} does not set {', '.join(missing)}: add what is missing")
     return to_dataclass(merged, schema)
 
 

@@ -72,8 +72,9 @@ def bench_cluster(shapes: list[Config], *, ranks: int = 2, rounds: int = 10) -> 
         if samples % (ranks * FEWER):
             raise ConfigError(
                 f"train.batch_size {config.train.batch_size} / train.accumulation "
-                f"{config.train.accumulation} does not divide by --ranks {ranks} x {FEWER}: "
-                "raise train.batch_size"
+                f"{config.train.accumulation} does not divide by --ranks {ranks} x {FEWER} (a "
+                f"{FEWER}th of a rank's samples is measured too): use other --ranks, or set "
+                "train.batch_size in another --config"
             )
         if config.moe.expert_parallel > 1:
             raise ConfigError(

@@ -116,9 +116,9 @@ def _tokens_of_a_sample(model: nn.Module, config: Config) -> int:
 def _of_block(block: Block, size: int) -> int:
     """Bytes of a token."""
     width, heads = block.attention.out.in_features, block.attention.heads
-    # q, k and v, of which v stays a view of all three; turned q and k; the result of the heads in
-    # their order and in that of channels; logarithms of their sums
-    attention = 7 * width * size + FLOAT32 * heads
+    # q, k and v, of which v stays a view of all three; turned q and k; the result of the heads, of
+    # which the next product reads a view; logarithms of their sums
+    attention = 6 * width * size + FLOAT32 * heads
     branches = attention + 2 * _of_norm(width, size)
     if isinstance(block, DenseBlock):
         return branches + _of_network(block.dense, size)

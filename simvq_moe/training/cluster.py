@@ -82,8 +82,12 @@ def read_cluster(file: Path) -> Cluster:
     """The cluster that a YAML file describes.
 
     Raises:
-        ConfigError: a key is missing, unknown or not positive.
+        ConfigError: there is no file, or a key is missing, unknown or not positive.
     """
+    if not file.is_file():
+        raise ConfigError(
+            f"--cluster {file} is no file: give YAML, such as that in configs/clusters/"
+        )
     cluster = merge_files(Cluster, [file])
     for field in fields(cluster):
         value = getattr(cluster, field.name)

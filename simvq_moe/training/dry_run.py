@@ -13,8 +13,8 @@ from simvq_moe.training.cost import parameter_counts
 from simvq_moe.training.per_rank import PerRank, Plan
 
 TITLES = {
-    "same_global_batch": "the global batch of the config, shared by all GPUs",
-    "same_batch_per_gpu": "as many samples on each GPU as that leaves on most of them",
+    "same_global_batch": "the global batch of the config, on numbers of GPUs that it divides over",
+    "same_batch_per_gpu": "as many samples on each GPU as in the last line of that table",
 }
 
 
@@ -33,7 +33,8 @@ def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, 
         "flops_per_token": round(rank.flops_per_token),
         "per_rank": rank.as_dict(),
     }
-    text = _describe(parameters, rank)
+    micro_batch = config.train.batch_size // (ranks * config.train.accumulation)
+    text = _describe(parameters, rank, micro_batch)
     if cluster is not None:
         scalings = predictions(plan, cluster)
         found["predictions"] = {k: [p.as_dict() for p in rows] for k, rows in scalings.items()}
@@ -46,7 +47,7 @@ def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, 
     return text, found
 
 
-def _describe(parameters: dict[str, int], rank: PerRank) -> str:
+def _describe(parameters: dict[str, int], rank: PerRank, micro_batch: int) -> str:
     sizes = {
         "weights": rank.parameter_bytes,
         "gradients": rank.gradient_bytes,
@@ -60,13 +61,17 @@ def _describe(parameters: dict[str, int], rank: PerRank) -> str:
     return "\n".join(
         [
             f"{parameters['total']:,} parameters, {parameters['active']:,} of them for a token; "
-            f"{rank.flops_per_token:,.0f} FLOPs a token, "
+            f"{rank.flops_per_token:,.0f} FLOPs a token in micro-batches of {micro_batch}, "
             f"{rank.tokens * rank.ranks:,} tokens a step",
-            f"each of {rank.ranks} rank{'' if rank.ranks == 1 else 's'} holds {_megabytes(sizes)}",
-            f"each sends {_megabytes(sent)} a step",
+            f"each of {rank.ranks} rank{'' if rank.ranks == 1 else 's'} holds {_sizes(sizes)}",
+            f"each sends {_sizes(sent)} a step",
         ]
     )
 
 
-def _megabytes(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{size / 1e6:,.1f} MB {name}" for name, size in sizes.items())
+def _sizes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{_size(size)} {name}" for name, size in sizes.items())
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -83,6 +83,16 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def share_cores(environ: Mapping[str, str]) -> None:
+    """Give each rank of a machine its part of the cores, unless OMP_NUM_THREADS says otherwise.
+
+    torchrun sets that to 1; under `deepspeed` every rank would take all cores, and wait for them.
+    """
+    ranks = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or 1)
+    if ranks > 1 and "OMP_NUM_THREADS" not in environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+
+
 def start_distributed(timeout_s: float = 0.0) -> World:
     """Join the ranks that the launcher started, or be the only one.
 
@@ -95,6 +105,7 @@ def start_distributed(timeout_s: float = 0.0) -> World:
     cuda = torch.cuda.is_available()
     if not cuda:
         keep_freed_memory()
+    share_cores(os.environ)
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)

@@ -71,6 +71,13 @@ def said_by_any(world: World, error: Exception | None) -> str:
     return "; ".join(each for each in world.gather(said) if each is not None)
 
 
+def is_lost_rank(error: Exception) -> bool:
+    """Whether a collective call failed for the end of a connection: a rank was killed, or its
+    machine has gone. Words of gloo and of NCCL."""
+    ends = ("by peer", "Broken pipe", "remote process exited")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ends)
+
+
 class Agreement:
     """All ranks learn whether one was asked to stop, has a loss that is not finite, or failed.
 

@@ -40,7 +40,13 @@ from simvq_moe.training.engine import (
     start_distributed,
 )
 from simvq_moe.training.engine_settings import check_device, engine_settings
-from simvq_moe.training.faults import Interrupted, TrainingFailed, WriteFailed, writing
+from simvq_moe.training.faults import (
+    Interrupted,
+    TrainingFailed,
+    WriteFailed,
+    is_lost_rank,
+    writing,
+)
 from simvq_moe.training.image_measures import check_networks
 from simvq_moe.training.logs import write_json, write_text
 from simvq_moe.training.loop import Trainer
@@ -89,11 +95,9 @@ def train(config: Config) -> int:
 def check_launch(config: Config, world_size: int) -> None:
     """Raise `ConfigError` for whatever would keep this config from running on so many ranks."""
     config = fit_to_codes(config)
-    check(config)
-    check_ranks(config, world_size)
+    _check_settings(config, world_size)
     check_source(config)
     check_networks(config)
-    engine_settings(config, world_size)
     saved = config.run_dir / "config.yaml"
     if saved.is_file():
         difference = first_difference(_laid_out_as(config, merge_files(Config, [saved])), config)
@@ -104,6 +108,12 @@ def check_launch(config: Config, world_size: int) -> None:
             )
         if not is_finished(config):
             checkpoint.check_form(config.run_dir / "checkpoints")
+
+
+def _check_settings(config: Config, world_size: int) -> None:
+    check(config)
+    check_ranks(config, world_size)
+    engine_settings(config, world_size)
 
 
 FREE_TO_CHANGE = (
@@ -153,7 +163,7 @@ def _begin(config: Config, before: int | None) -> None:
 
 def dry_run(config: Config, cluster_file: Path | None = None) -> int:
     """Print the resolved config and what the run would cost, the costs on standard output as JSON;
-    write nothing.
+    write nothing. Data that are not here are said, and not needed.
 
     Args:
         cluster_file: YAML of the machines to predict the step time on.
@@ -162,8 +172,12 @@ def dry_run(config: Config, cluster_file: Path | None = None) -> int:
     check(config)
     cluster = None if cluster_file is None else read_cluster(cluster_file)
     ranks = launched_ranks() if cluster is None else fitting_gpus(config, cluster)[-1]
-    check_launch(config, ranks)
+    _check_settings(config, ranks)
     text, costs = estimate(config, ranks, cluster)
+    try:
+        check_launch(config, ranks)
+    except ConfigError as error:
+        text += f"\n! would not start here: {error}"
     print(mapping_to_yaml(without_other_tasks(config)), text, sep="\n", file=sys.stderr)
     print(json.dumps(costs))
     return FINISHED
@@ -178,6 +192,7 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     world = start_distributed(config.train.timeout_s)
     meta = _meta(config, world) | {"started": started}
+    before, now = _ranks_before(config), _ranks_of(meta)
     _write_meta(config, world, meta | {"status": "running", "error": None})
     status, error, code = "finished", None, FINISHED
     summary: dict[str, float] = {}
@@ -186,7 +201,10 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
         meta |= _describe(trainer)
         _write_meta(config, world, meta | {"status": "running", "error": None})
         if world.is_main and trainer.resumed_from:
-            print(f"resuming {config.run_dir} at step {trainer.resumed_from}", file=sys.stderr)
+            where = f"{config.run_dir} at step {trainer.resumed_from}"
+            if before not in (None, now):
+                where += f" on {now}, not to the bit: it was on {before}"
+            print(f"resuming {where}", file=sys.stderr)
         with contextlib.closing(trainer):
             summary = trainer.run()
         if world.is_main:
@@ -195,10 +213,18 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
         status, error, code = "interrupted", str(stop), INTERRUPTED
     except TrainingFailed as failure:
         status, error, code = "failed", str(failure), FAILED
-    except Exception:
+    except Exception as failure:
         error = traceback.format_exc().strip().splitlines()[-1]
+        lost = is_lost_rank(failure)
+        if lost:
+            newest = checkpoint.latest_step(config.run_dir / "checkpoints")
+            saved = "no checkpoint yet" if newest is None else f"newest checkpoint: step {newest}"
+            error = f"rank {world.rank}: another rank has ended ({saved}); the same command goes on"
+            print(f"{config.run_dir}: {error}", file=sys.stderr)
         with contextlib.suppress(WriteFailed):
             _write_meta(config, world, meta | {"status": "failed", "error": error})
+        if lost:
+            return FAILED  # with no call that it would have to answer
         raise
     with contextlib.suppress(WriteFailed):
         _write_meta(config, world, meta | {"status": status, "error": error})
@@ -207,6 +233,18 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
     world.barrier()
     dist.destroy_process_group()
     return code
+
+
+def _ranks_before(config: Config) -> str | None:
+    """What `_ranks_of` says of the run so far; None: it is new, or has no whole meta.json."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return _ranks_of(json.loads((config.run_dir / "meta.json").read_text()))
+    return None
+
+
+def _ranks_of(meta: Mapping[str, Any]) -> str:
+    """What the last bits of a CPU's sums depend on."""
+    return f"{meta['world_size']} x {meta['threads']} threads"
 
 
 def _write_summary(config: Config, summary: Mapping[str, float]) -> None:
@@ -239,6 +277,7 @@ def _meta(config: Config, world: World) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),
         "world_size": world.size,
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -47,7 +47,34 @@ def test_what_can_not_be_measured_is_refused(config: Config, words: str) -> None
         bench_cluster([config])
 
 
-def test_a_file_is_for_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "cluster", "--out", str(tmp_path / "here.yaml")]) == 2
-    assert "add --config" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+LANGUAGE = ("--config", str(ROOT / "configs" / "language_quickstart.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--out", "here.yaml"), "add --config"),
+        ((*LANGUAGE, "--ranks", "1", "--out", "here.yaml"), "--ranks 1 with --out"),
+        ((*LANGUAGE, "--out", "old.yaml"), "--out old.yaml exists"),
+        ((*LANGUAGE, "--out", "no/here.yaml"), "--out no/here.yaml: make the folder no first"),
+        ((*LANGUAGE, "--json", "."), "--json . is a folder"),
+    ],
+)
+def test_what_can_not_be_written_is_refused_before_it_is_measured(
+    flags: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.yaml").write_text("mine: 1\n")
+    assert main(["bench", "cluster", *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["mine: 1\n"]
+
+
+def test_data_that_are_not_there_are_the_configs_mistake() -> None:
+    data = replace(TINY.data, source="nowhere/at/all")
+    with pytest.raises(ConfigError, match="nowhere/at/all"):
+        bench_cluster([replace(TINY, data=data)], rounds=1)

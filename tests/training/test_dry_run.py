@@ -241,6 +241,22 @@ def test_a_wrong_cluster_is_refused(text: str, words: str, tmp_path: Path) -> No
         read_cluster(file)
 
 
+def test_data_that_are_not_here_are_said_and_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data.source", "far/away", "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert "! would not start here: data.source 'far/away' does not exist" in printed.err
+    assert json.loads(printed.out)["flops_per_token"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_that_is_no_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry-run", "--cluster", "nowhere.yaml"]) == 2
+    assert "--cluster nowhere.yaml is no file" in capsys.readouterr().err
+
+
 def test_a_cluster_without_a_dry_run_or_a_batch_that_fits_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

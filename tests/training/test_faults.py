@@ -109,7 +109,7 @@ def goes_on(folder: Path, name: str, task: str, saved: int, undisturbed: Path) -
     """The same command goes on from what was saved, and ends as the undisturbed run."""
     codes, errors = train(folder, name, *TASKS[task])
     assert codes == [0, 0], errors
-    assert f"resuming runs/{name} at step {saved}" in errors[0]
+    assert f"resuming runs/{name} at step {saved}\n" in errors[0]
     assert_same(folder / "runs" / name, undisturbed)
 
 
@@ -183,6 +183,10 @@ def test_a_run_that_is_stopped_killed_and_preempted_goes_on_as_if_nothing_had_ha
     assert f"resuming runs/often at step {stopped_at}" in error
     # another rank may have renamed what was whole
     assert stopped_at < saved[-1] <= newest(run_dir) < LAST
+    said = f"rank 0: another rank has ended (newest checkpoint: step {newest(run_dir)}); the same"
+    assert f"runs/often: {said} command goes on" in error
+    assert "gloo" not in error
+    assert json.loads((run_dir / "meta.json").read_text())["error"].startswith(said)
     # SIGTERM to one task of two, and all agree to stop
     tasks = start_tasks(*command, cwd=folder)
     wait_until(tasks[0], in_step(run_dir, 0, newest(run_dir) + 5))
@@ -206,10 +210,16 @@ def test_ctrl_c_saves_exits_with_130_and_the_run_goes_on_as_if_nothing_had_happe
     process.send_signal(signal.SIGCONT)
     error = process.communicate(timeout=600)[1]
     assert process.returncode == 130, error
-    assert 8 < newest(run_dir) < LAST
-    assert f"runs/stopped: stopped at step {newest(run_dir)}, which is saved" in error
+    newest_before = newest(run_dir)
+    assert 8 < newest_before < LAST
+    assert f"runs/stopped: stopped at step {newest_before}, which is saved" in error
+    meta = json.loads((run_dir / "meta.json").read_text())
+    assert meta["threads"] == 1
+    (run_dir / "meta.json").write_text(json.dumps(meta | {"threads": 7}))
     resumed = run("train", "--name", "stopped", *flags, cwd=folder)
     assert resumed.returncode == 0, resumed.stderr
+    other = "on 1 x 1 threads, not to the bit: it was on 1 x 7 threads"
+    assert f"resuming runs/stopped at step {newest_before} {other}\n" in resumed.stderr
     assert_same(run_dir, undisturbed)
 
 
