@@ -94,7 +94,7 @@ def bench(args: Sequence[str]) -> int:
     subjects |= Annotated[BenchTrainArgs, tyro.conf.subcommand("train")]
     subjects |= Annotated[BenchClusterArgs, tyro.conf.subcommand("cluster")]
     options = parse_flags(subjects, args, "simvq-moe bench")
-    _check_outputs(options)
+    _check_file("json", options.json)
     if isinstance(options, BenchClusterArgs):
         results, table = _bench_cluster(options)
     else:
@@ -105,16 +105,23 @@ def bench(args: Sequence[str]) -> int:
     return 0
 
 
-def _check_outputs(options: BenchArgs | BenchClusterArgs) -> None:
-    """Raise `ConfigError` for files that can't be written, before anything is measured."""
-    for flag in ("json", "out"):
-        path: Path | None = getattr(options, flag, None)
-        if path is not None and path.is_dir():
-            raise ConfigError(f"--{flag} {path} is a folder: give a file")
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"--{flag} {path}: make the folder {path.parent} first")
-        if path is not None and flag == "out" and path.exists():
-            raise ConfigError(f"--out {path} exists: give another name, or remove it")
+def _check_file(flag: str, path: Path | None) -> None:
+    """Raise `ConfigError` for a file that can't be written, before anything is measured."""
+    if path is not None and path.is_dir():
+        raise ConfigError(f"--{flag} {path} is a folder: give a file")
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"--{flag} {path}: make the folder {path.parent} first")
+
+
+def _check_cluster_file(out: Path, options: BenchClusterArgs) -> None:
+    """Raise `ConfigError` also for numbers that would be worth nothing in a file."""
+    _check_file("out", out)
+    if out.exists():
+        raise ConfigError(f"--out {out} exists: give another name, or remove it")
+    if not options.config:
+        raise ConfigError(f"--out {out}: the numbers are those of a model: add --config")
+    if options.ranks == 1:
+        raise ConfigError("--ranks 1 with --out: one rank sends nothing to measure; use 2 or more")
 
 
 def _bench_peers(options: BenchArgs) -> tuple[list[Any], str]:
@@ -166,10 +173,8 @@ def _bench_cluster(options: BenchClusterArgs) -> tuple[list[Any], str]:
     from simvq_moe.benchmarks.train import SHAPES
 
     check_least(ranks=(options.ranks, 1), rounds=(options.rounds, 1))
-    if options.out is not None and not options.config:
-        raise ConfigError(f"--out {options.out}: the numbers are those of a model: add --config")
-    if options.out is not None and options.ranks == 1:
-        raise ConfigError("--ranks 1 with --out: one rank sends nothing to measure; use 2 or more")
+    if options.out is not None:
+        _check_cluster_file(options.out, options)
     shapes = [merge_files(Config, options.config)] if options.config else SHAPES
     results = benches.bench_cluster(shapes, ranks=options.ranks, rounds=options.rounds)
     if options.out is not None:

@@ -195,17 +195,8 @@ def add_shared_maps(
         "map_rank": map_rank,
     }
     blocks = moe_blocks(model)
-    if getattr(model.config, "shared_maps", None) is not None:
-        way_out = (
-            "use load_shared_maps(model, directory)"
-            if getattr(model, "shared_maps", None) is None
-            else "fold(model) merges them first"
-        )
-        raise ValueError(f"this {type(model).__name__} comes with shared maps: {way_out}")
     transforms = {site: settings[f"{site}_map"] for site in WEIGHTS}
-    for site, transform in transforms.items():
-        if transform == "separate":
-            raise ValueError(f"{site}_map 'separate' is not shared: use 'linear' or 'low_rank'")
+    _check_maps(model, transforms)
     frozen = [site for site in WEIGHTS if not settings[f"train_{site}_base"]]
     top_k = model.config.num_experts_per_tok
     model.shared_maps = nn.ModuleList()
@@ -216,7 +207,25 @@ def add_shared_maps(
             model.shared_maps.append(maps)
     model.shared_maps.train(model.training)
     model.config.shared_maps = settings
-    # DDP would overwrite every rank's counts with those of rank 0
+    _keep_counts_from_ddp(model)
+
+
+def _check_maps(model: PreTrainedModel, transforms: dict[str, Transform]) -> None:
+    """Raise `ValueError` for a model that has maps, or maps that are not shared."""
+    if getattr(model.config, "shared_maps", None) is not None:
+        way_out = (
+            "use load_shared_maps(model, directory)"
+            if getattr(model, "shared_maps", None) is None
+            else "fold(model) merges them first"
+        )
+        raise ValueError(f"this {type(model).__name__} comes with shared maps: {way_out}")
+    for site, transform in transforms.items():
+        if transform == "separate":
+            raise ValueError(f"{site}_map 'separate' is not shared: use 'linear' or 'low_rank'")
+
+
+def _keep_counts_from_ddp(model: PreTrainedModel) -> None:
+    """DDP would overwrite every rank's counts with those of rank 0."""
     counts = [name for name, _ in model.named_buffers() if name.startswith(MAPS)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, [*_ignored_by_ddp(model), *counts]

@@ -58,10 +58,9 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         # the size said, for a batch may be empty
         shape = (batch, tokens, 3 * self.heads, width // self.heads)
-        turned, v = self.qkv(x).view(shape).split([2 * self.heads, self.heads], dim=2)
-        turned = self._turn(turned, None if documents is None else documents.positions)
-        q, k = turned.transpose(1, 2).chunk(2, dim=1)
-        v = v.transpose(1, 2)
+        qk, v = self.qkv(x).view(shape).split([2 * self.heads, self.heads], dim=2)
+        qk = self._turn(qk, None if documents is None else documents.positions)
+        q, k, v = (part.transpose(1, 2) for part in (*qk.chunk(2, dim=2), v))
         if documents is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:

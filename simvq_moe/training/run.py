@@ -96,6 +96,18 @@ def check_launch(config: Config, world_size: int) -> None:
     """Raise `ConfigError` for whatever would keep this config from running on so many ranks."""
     config = fit_to_codes(config)
     _check_settings(config, world_size)
+    _check_files(config)
+
+
+def _check_settings(config: Config, world_size: int) -> None:
+    """What the config alone says."""
+    check(config)
+    check_ranks(config, world_size)
+    engine_settings(config, world_size)
+
+
+def _check_files(config: Config) -> None:
+    """What must be here: data, networks of measures, and no other run in the folder."""
     check_source(config)
     check_networks(config)
     saved = config.run_dir / "config.yaml"
@@ -108,12 +120,6 @@ def check_launch(config: Config, world_size: int) -> None:
             )
         if not is_finished(config):
             checkpoint.check_form(config.run_dir / "checkpoints")
-
-
-def _check_settings(config: Config, world_size: int) -> None:
-    check(config)
-    check_ranks(config, world_size)
-    engine_settings(config, world_size)
 
 
 FREE_TO_CHANGE = (
@@ -175,7 +181,7 @@ def dry_run(config: Config, cluster_file: Path | None = None) -> int:
     _check_settings(config, ranks)
     text, costs = estimate(config, ranks, cluster)
     try:
-        check_launch(config, ranks)
+        _check_files(config)
     except ConfigError as error:
         text += f"\n! would not start here: {error}"
     print(mapping_to_yaml(without_other_tasks(config)), text, sep="\n", file=sys.stderr)
@@ -214,18 +220,16 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
     except TrainingFailed as failure:
         status, error, code = "failed", str(failure), FAILED
     except Exception as failure:
-        error = traceback.format_exc().strip().splitlines()[-1]
         lost = is_lost_rank(failure)
+        error = traceback.format_exc().strip().splitlines()[-1]
         if lost:
-            newest = checkpoint.latest_step(config.run_dir / "checkpoints")
-            saved = "no checkpoint yet" if newest is None else f"newest checkpoint: step {newest}"
-            error = f"rank {world.rank}: another rank has ended ({saved}); the same command goes on"
+            error = _without_a_rank(config, world)
             print(f"{config.run_dir}: {error}", file=sys.stderr)
         with contextlib.suppress(WriteFailed):
             _write_meta(config, world, meta | {"status": "failed", "error": error})
-        if lost:
-            return FAILED  # with no call that it would have to answer
-        raise
+        if not lost:
+            raise
+        return FAILED  # with no call that the lost rank would have to answer
     with contextlib.suppress(WriteFailed):
         _write_meta(config, world, meta | {"status": status, "error": error})
     if world.is_main:
@@ -233,6 +237,13 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
     world.barrier()
     dist.destroy_process_group()
     return code
+
+
+def _without_a_rank(config: Config, world: World) -> str:
+    """What a run that has lost a rank says."""
+    newest = checkpoint.latest_step(config.run_dir / "checkpoints")
+    saved = "no checkpoint yet" if newest is None else f"newest checkpoint: step {newest}"
+    return f"rank {world.rank}: another rank has ended ({saved}); the same command goes on"
 
 
 def _ranks_before(config: Config) -> str | None:

@@ -140,7 +140,7 @@ def tiny(scale: float) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("unit", "problems"),
+    ("unit", "cases"),
     [
         ("U", [halfway()]),
         ("V", [shifted(32)]),
@@ -150,11 +150,11 @@ def tiny(scale: float) -> tuple[Tensor, Tensor]:
     ],
 )
 def test_no_unit_of_rounding_can_be_left_out(
-    unit: str, problems: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+    unit: str, cases: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not any(loses(*problem) for problem in problems)
+    assert not any(loses(*case) for case in cases)
     monkeypatch.setattr(screening, unit, 0.0)
-    assert any(loses(*problem) for problem in problems)
+    assert any(loses(*case) for case in cases)
 
 
 @settings(deadline=None)

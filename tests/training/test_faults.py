@@ -210,16 +210,16 @@ def test_ctrl_c_saves_exits_with_130_and_the_run_goes_on_as_if_nothing_had_happe
     process.send_signal(signal.SIGCONT)
     error = process.communicate(timeout=600)[1]
     assert process.returncode == 130, error
-    newest_before = newest(run_dir)
-    assert 8 < newest_before < LAST
-    assert f"runs/stopped: stopped at step {newest_before}, which is saved" in error
+    stopped_at = newest(run_dir)
+    assert 8 < stopped_at < LAST
+    assert f"runs/stopped: stopped at step {stopped_at}, which is saved" in error
     meta = json.loads((run_dir / "meta.json").read_text())
     assert meta["threads"] == 1
     (run_dir / "meta.json").write_text(json.dumps(meta | {"threads": 7}))
     resumed = run("train", "--name", "stopped", *flags, cwd=folder)
     assert resumed.returncode == 0, resumed.stderr
     other = "on 1 x 1 threads, not to the bit: it was on 1 x 7 threads"
-    assert f"resuming runs/stopped at step {newest_before} {other}\n" in resumed.stderr
+    assert f"resuming runs/stopped at step {stopped_at} {other}\n" in resumed.stderr
     assert_same(run_dir, undisturbed)
 
 
