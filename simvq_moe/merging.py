@@ -19,11 +19,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from simvq_moe.errors import ConfigError as ConfigError
+
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A usage or configuration error: one line for the user, exit code 2, nothing written."""
 
 
 def check_least(**flags: tuple[int | float, int]) -> None:

@@ -1,0 +1,362 @@
+"""Files that may be anybody's are read whole, bounded and validated, or refused in one line.
+
+Files of ours are written so that a reader, or a machine that loses power, sees all or nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tokenize
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+import numpy as np
+import pydantic_core
+from numpy.lib import format as npy_format
+from pydantic import TypeAdapter, ValidationError
+
+from simvq_moe.errors import ConfigError
+
+T = TypeVar("T")
+
+TEXT_LIMIT = 2**28
+"""Bytes of a file of text or JSON that are read at most: 256 MiB."""
+ARRAY_LIMIT = 2**32
+"""Bytes of an array that are read at most: 4 GiB."""
+NOT_AN_ARRAY = (
+    *(ValueError, EOFError, KeyError, OverflowError, NotImplementedError, RuntimeError),
+    *(SyntaxError, tokenize.TokenError, TypeError, zipfile.BadZipFile, zlib.error),
+)
+"""What numpy and zipfile raise for bytes that are no array."""
+NO_FOLDER_SYNC = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+"""Failures of a folder's fsync that lose data; others say that a file system has no such call."""
+
+
+class BrokenFileError(ConfigError):
+    """A file that can't be used: one line with its path and the reason."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{printable(str(self.path))} {printable(self.reason)}"
+
+
+class MissingFileError(BrokenFileError):
+    """There is no such file."""
+
+
+class Layout(NamedTuple):
+    """What an array has to be."""
+
+    kinds: str
+    """numpy's letters of the allowed kinds of dtype: "i" integers, "u" unsigned, "f" floats,
+    "b" booleans, "U" strings, "S" bytes."""
+    dims: int | None = None
+    """Number of its axes; None: any."""
+    optional: bool = False
+    """Whether an archive may lack it."""
+
+
+def printable(text: str) -> str:
+    """The text in one line, with whatever a terminal would obey written as an escape: control
+    characters, line ends, marks of direction, and bytes of file names that are not UTF-8."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_visible(character) for character in text)
+
+
+def read_bytes(path: Path, *, limit: int = TEXT_LIMIT, inside: Path | None = None) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        limit: bytes that it may have.
+        inside: folder that the file must lie in once links are followed; None: anywhere.
+
+    Raises:
+        MissingFileError: there is no such file.
+        BrokenFileError: it is a folder, a FIFO or a device, lies elsewhere, is larger than `limit`,
+            or can't be read.
+    """
+    with open_regular(path, inside=inside) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise BrokenFileError(path, f"has {size:,} bytes: at most {limit:,} are read")
+        try:
+            content = file.read(limit + 1)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+    if len(content) > limit:  # it grew, or its size is not known as in /proc
+        raise BrokenFileError(path, f"has more than {limit:,} bytes")
+    return content
+
+
+def open_regular(path: Path, *, inside: Path | None = None) -> IO[bytes]:
+    """A regular file, opened without waiting for a writer as a FIFO would; see `read_bytes`."""
+    if inside is not None and not is_inside(path, inside):
+        raise BrokenFileError(path, f"is a link out of {inside}: its target is not read")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFileError(path, "does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise _unreadable(path, error) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BrokenFileError(path, "is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path leads into a folder once all links are followed."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a null byte
+        return False
+
+
+def read_text(path: Path, *, limit: int = TEXT_LIMIT, inside: Path | None = None) -> str:
+    """The text of a UTF-8 file; see `read_bytes`.
+
+    Raises:
+        BrokenFileError: likewise, or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit=limit, inside=inside).decode()
+    except UnicodeDecodeError as error:
+        raise BrokenFileError(path, f"is not UTF-8 text: byte {error.start}") from None
+
+
+def parse_json(text: str | bytes, where: Path | str) -> Any:
+    """What a JSON text says, nested up to 200 deep.
+
+    Args:
+        where: names the text in an error.
+
+    Raises:
+        BrokenFileError: it is no JSON.
+    """
+    try:
+        return pydantic_core.from_json(text)
+    except ValueError as error:
+        raise BrokenFileError(where, f"is not readable JSON: {error}") from None
+
+
+def validate_json(text: str | bytes, schema: type[T], where: Path | str) -> T:
+    """What a JSON text says, as an instance of a pydantic model, dataclass or any other type.
+
+    Types are strict: a number in quotes is no number.
+
+    Raises:
+        BrokenFileError: it is no JSON, or none of the schema; names the first key that is wrong.
+    """
+    try:
+        return _adapter(schema).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise BrokenFileError(where, _first_defect(error)) from None
+
+
+def read_json(
+    path: Path, schema: type[T], *, limit: int = TEXT_LIMIT, inside: Path | None = None
+) -> T:
+    """The content of a JSON file of a schema; see `read_bytes` and `validate_json`."""
+    return validate_json(read_bytes(path, limit=limit, inside=inside), schema, path)
+
+
+def read_array(
+    path: Path,
+    layout: Layout,
+    *,
+    limit: int = ARRAY_LIMIT,
+    inside: Path | None = None,
+    mapped: bool = False,
+) -> np.ndarray:
+    """The array of an npy file, never one of Python objects.
+
+    Args:
+        limit: bytes that it may have.
+        inside: see `read_bytes`.
+        mapped: leave it on disk, where pages are read as they are used; `limit` does not count.
+
+    Raises:
+        BrokenFileError: it is no array, of another layout, shorter than its header says, or too
+            large.
+    """
+    with open_regular(path, inside=inside) as file:
+        try:
+            shape, dtype = _header(file)
+            start, size = file.tell(), os.fstat(file.fileno()).st_size
+        except (*NOT_AN_ARRAY, OSError) as error:
+            raise BrokenFileError(path, f"is no array of numpy: {error}") from None
+        _check_layout(path, shape, dtype, layout, None if mapped else limit)
+        if size != start + prod(shape) * dtype.itemsize:
+            raise BrokenFileError(path, "is shorter or longer than its header says")
+    try:
+        # an empty array can't be mapped
+        mode = "r" if mapped and prod(shape) else None
+        return np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (*NOT_AN_ARRAY, OSError) as error:
+        raise BrokenFileError(path, f"is no array of numpy: {error}") from None
+
+
+def read_arrays(
+    path: Path,
+    layouts: Mapping[str, Layout],
+    *,
+    others: Layout | None = None,
+    limit: int = ARRAY_LIMIT,
+    inside: Path | None = None,
+) -> dict[str, np.ndarray]:
+    """Arrays of an npz file by name, never such of Python objects.
+
+    Args:
+        layouts: the arrays that it must have; others are not read.
+        others: what all arrays beside those must be, which then are read as well.
+        limit: bytes that all of them may have together, unpacked.
+        inside: see `read_bytes`.
+
+    Raises:
+        BrokenFileError: it is no such archive, lacks an array, or one has another layout.
+    """
+    found: dict[str, np.ndarray] = {}
+    with open_regular(path, inside=inside) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+                wanted = dict(layouts)
+                if others is not None:
+                    wanted |= dict.fromkeys(members.keys() - layouts.keys(), others)
+                for name, layout in wanted.items():
+                    if name in members:
+                        where = f"{path}, array {name},"
+                        found[name] = _member(archive, members[name], where, layout, limit)
+                        limit -= found[name].nbytes
+                    elif not layout.optional:
+                        raise BrokenFileError(path, f"lacks the array {name}")
+        except BrokenFileError:
+            raise
+        except (*NOT_AN_ARRAY, OSError) as error:
+            raise BrokenFileError(path, f"is no archive of numpy arrays: {error}") from None
+    return found
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file whole: readers see the old content or the new, also after a power cut."""
+    with written_whole(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_whole(path: Path, *, apart: str = "") -> Iterator[Path]:
+    """A path beside `path`, with the same suffix, to write to; what stands there at the end becomes
+    `path`, on disk before it has its name. After an error nothing of it is left.
+
+    Args:
+        apart: tells several processes apart that may write the same file at once.
+    """
+    aside = path.with_name(f".tmp-{apart}{path.name}")
+    aside.unlink(missing_ok=True)
+    try:
+        with aside.open("xb"):
+            mode = stat.S_IMODE(aside.stat().st_mode)  # what umask leaves
+        yield aside
+        os.chmod(aside, mode)  # safetensors makes its files for their owner alone
+        _sync(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder last; quiet where the file system has no such call."""
+    try:
+        _sync(folder)
+    except OSError as error:
+        if error.errno in NO_FOLDER_SYNC:
+            raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _visible(character: str) -> str:
+    # controls, format marks, surrogates, line and paragraph separators
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return character
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> BrokenFileError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return BrokenFileError(path, f"can't be read: {reason}")
+
+
+@lru_cache
+def _adapter(schema: Any) -> Any:
+    return TypeAdapter(schema)
+
+
+def _first_defect(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return f"is not readable JSON: {first['msg']}"
+    key = ".".join(str(part) for part in first["loc"])
+    value = repr(first["input"])
+    shown = value if len(value) <= 60 else f"{value[:57]}..."
+    return f"has {key or 'content'} {shown}: {first['msg']}"
+
+
+def _header(file: IO[bytes] | zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of an npy file, which is left where its values begin."""
+    version = npy_format.read_magic(file)
+    read = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0}
+    if version[0] not in read:
+        raise ValueError(f"format version {version[0]}.{version[1]}")
+    shape, _, dtype = read[version[0]](file)
+    return shape, dtype
+
+
+def _check_layout(
+    where: Path | str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    layout: Layout,
+    limit: int | None,
+) -> None:
+    if dtype.kind not in layout.kinds or layout.dims not in (None, len(shape)):
+        raise BrokenFileError(
+            where,
+            f"holds {dtype} of shape {shape}: {layout.dims or 'any'} axes and one of the kinds "
+            f"{', '.join(layout.kinds)} are meant",
+        )
+    if min(shape, default=0) < 0:
+        raise BrokenFileError(where, f"has the shape {shape}")
+    if limit is not None and prod(shape) * dtype.itemsize > limit:
+        raise BrokenFileError(where, f"of shape {shape} has more than {limit:,} bytes")
+
+
+def _member(
+    archive: zipfile.ZipFile, name: str, where: str, layout: Layout, limit: int
+) -> np.ndarray:
+    with archive.open(name) as packed:
+        shape, dtype = _header(packed)
+    _check_layout(where, shape, dtype, layout, limit)
+    with archive.open(name) as packed:
+        return npy_format.read_array(packed, allow_pickle=False)
