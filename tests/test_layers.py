@@ -22,7 +22,7 @@ MAY_IMPORT = {
     },
     "analysis": {"analysis", "config", "merging"},
 }
-FOR_ALL = {"errors", "files"}
+FOR_ALL = {"errors", "files", "plain_yaml"}
 """Imported by every part."""
 EXCEPTIONS = {
     "analysis": {
