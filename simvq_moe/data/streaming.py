@@ -24,7 +24,7 @@ from simvq_moe.data.documents import CorruptDataError, Defect, Defects, OnCorrup
 from simvq_moe.data.order import Share, StepBatches, place_of
 from simvq_moe.data.sources import Cursor, Document, Source, open_source
 from simvq_moe.data.text import build_once, check_vocabulary, digest_of_tokenizer, write_corpus
-from simvq_moe.data.tokenizer import BYTES, load_tokenizer, train_tokenizer
+from simvq_moe.data.tokenizer import BYTES, load_tokenizer, open_tokenizer, train_tokenizer
 from simvq_moe.data.tokens import Corpus, encode, load_tokens
 from simvq_moe.merging import ConfigError
 
@@ -129,10 +129,7 @@ class TextStream:
         Raises:
             CorruptDataError: a file or row is broken and not to be skipped, or a lane is empty.
         """
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(self.tokenizer))
-        tokenizer.encode_special_tokens = True
+        tokenizer = open_tokenizer(self.tokenizer)
         defects = Defects(self.on_corrupt)
         parts = share.of(np.arange(share.batch)).tolist()
         lanes = {

@@ -21,7 +21,12 @@ from torch import Tensor
 
 from simvq_moe.data.domains import Domains, load_domains
 from simvq_moe.data.order import Indices
-from simvq_moe.data.tokenizer import TOKENIZER_FILE, bytes_of_token
+from simvq_moe.data.tokenizer import (
+    TOKENIZER_FILE,
+    bytes_of_token,
+    encode_texts,
+    open_tokenizer,
+)
 from simvq_moe.merging import ConfigError
 
 if TYPE_CHECKING:
@@ -98,9 +103,7 @@ class Corpus:
 
     def decode(self, ids: Integer[Tensor, " tokens"] | Integer[np.ndarray, " tokens"]) -> str:
         """The text of the ids, with the ends of documents left out."""
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(str(self.tokenizer)).decode(np.asarray(ids).tolist())
+        return open_tokenizer(self.tokenizer).decode(np.asarray(ids).tolist())
 
 
 def is_token_folder(source: str) -> bool:
@@ -171,12 +174,8 @@ def _mapped(file: Path, context: int) -> TokenWindows:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[list[int]]:
-    """The ids of documents, each with the end; one that quotes a special token doesn't end there.
-
-    `tokenizer.encode_special_tokens` must be set.
-    """
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [[*encoding.ids, end] for encoding in encodings]
+    """The ids of documents, each with the end, which is nowhere else."""
+    return [[*ids, end] for ids in encode_texts(tokenizer, texts)]
 
 
 def write_tokens(documents: Dataset, tokenizer: Tokenizer, end: int, path: Path) -> int:
@@ -184,7 +183,6 @@ def write_tokens(documents: Dataset, tokenizer: Tokenizer, end: int, path: Path)
     from datasets import Features, List, Value
 
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
-    tokenizer.encode_special_tokens = True
 
     def encoded(batch: Mapping[str, list[str]]) -> dict[str, list]:
         ids = encode(tokenizer, batch["text"], end)
