@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from simvq_moe.conversion import WrongValueError, converted, integer, shown
 from simvq_moe.errors import ConfigError as ConfigError
+from simvq_moe.files import MissingFileError, printable
+from simvq_moe.plain_yaml import plain_yaml, read_yaml
 
 T = TypeVar("T")
 
@@ -33,41 +35,21 @@ def check_least(**flags: tuple[int | float, int]) -> None:
 
 def merge_files(schema: type[T], files: Sequence[Path]) -> T:
     """The dataclass with its defaults overridden by each YAML file in order."""
-    merged = _writable(OmegaConf.structured(schema))
+    content: dict[str, Any] = {}
     for file in files:
-        merged = merge(_writable(merged), _read_yaml(file), origin=str(file))
-    if missing := sorted(OmegaConf.missing_keys(merged)):
-        file = files[-1] if files else "config"
-        raise ConfigError(f"{file} does not set {', '.join(missing)}: add what is missing")
-    return to_dataclass(merged, schema)
+        found = _read_config(file)
+        _Reading(schema, str(file)).section(schema, found)  # so that an error names the file
+        content = _on_top(content, found)
+    reading = _Reading(schema, str(files[-1]) if files else "config")
+    config = reading.section(schema, content)
+    if missing := ", ".join(sorted(reading.missing)):
+        raise ConfigError(f"{reading.origin} does not set {missing}: add what is missing")
+    return config
 
 
-def merge(base: DictConfig, overrides: Any, origin: str) -> DictConfig:
-    """base with overrides; an unknown key or a value of another type is a `ConfigError`."""
-    try:
-        merged = OmegaConf.merge(base, overrides)
-    except ConfigKeyError as error:
-        key = error.full_key or str(error.key)
-        raise ConfigError(
-            f"{origin}: unknown key {key}.{suggestion(key, key_names(base))} --help lists every key"
-        ) from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{origin}: {_locate(base, overrides, error)}") from None
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def to_dataclass(config: DictConfig, schema: type[T]) -> T:
-    """The frozen dataclass that a merged OmegaConf config stands for."""
-    found = OmegaConf.to_object(config)
-    assert isinstance(found, schema)
-    return found
-
-
-def with_overrides(config: T, overrides: Any, origin: str) -> T:
+def with_overrides(config: T, overrides: Mapping[str, Any], origin: str) -> T:
     """config with a nested mapping of overrides, as an arm of a sweep gives them."""
-    base = _writable(OmegaConf.structured(config))
-    return to_dataclass(merge(base, overrides, origin), type(config))
+    return _Reading(type(config), origin).section(type(config), overrides, config)
 
 
 def with_flags(config: T, flags: Sequence[str], prog: str) -> T:
@@ -90,7 +72,9 @@ def parse_flags(schema: Any, flags: Sequence[str], prog: str, **options: Any) ->
     console = io.StringIO()
     try:
         with contextlib.redirect_stderr(console):
-            return tyro.cli(schema, args=flags, prog=prog, use_underscores=True, **options)
+            return tyro.cli(
+                schema, args=flags, prog=prog, use_underscores=True, registry=_words(), **options
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -99,12 +83,12 @@ def parse_flags(schema: Any, flags: Sequence[str], prog: str, **options: Any) ->
 
 def to_yaml(config: Any) -> str:
     """YAML that `merge_files` reads back to an equal config."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return plain_yaml(asdict(config))
 
 
 def mapping_to_yaml(content: Mapping[str, Any]) -> str:
     """YAML of nested mappings, as `to_yaml` writes them."""
-    return OmegaConf.to_yaml(OmegaConf.create(dict(content)))
+    return plain_yaml(content)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -142,66 +126,99 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def _read_yaml(file: Path) -> Any:
-    if not file.is_file():
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(file)
+    except MissingFileError:
         raise ConfigError(
             f"--config {file} does not exist: give a YAML file, such as those in configs/"
-        )
-    try:
-        content = OmegaConf.load(file)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not readable YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, DictConfig):
-        raise ConfigError(f"{file} must hold keys and values, not a {type(content).__name__}")
-    return content
+        ) from None
 
 
-def _writable(config: DictConfig) -> DictConfig:
-    """Frozen dataclasses become read-only nodes; merging needs them writable."""
-    OmegaConf.set_readonly(config, False)
-    for key in config:
-        node = config._get_node(key)
-        if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()):
-            _writable(node)
-    return config
+def _on_top(below: Any, above: Any) -> Any:
+    """Two plain contents merged; whatever is no mapping takes the place of what it lies on."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _on_top(below.get(key), value) for key, value in above.items()}
 
 
-def key_names(config: DictConfig, prefix: str = "") -> list[str]:
-    """Every dotted key of a config."""
-    names = []
-    for key in config:
-        node = config._get_node(key)
-        names.append(f"{prefix}{key}")
-        if isinstance(node, DictConfig):
-            names += key_names(node, f"{prefix}{key}.")
-    return names
+@dataclass
+class _Reading:
+    """From nested plain mappings to a dataclass."""
 
+    root: Any
+    """Class of the whole."""
+    origin: str
+    """Where the mappings come from, for errors."""
+    missing: list[str] = field(default_factory=list)
+    """Takes up keys without default that are not set; without them there is no whole."""
 
-def _locate(base: DictConfig, overrides: Any, error: OmegaConfBaseException) -> str:
-    """The key, its value and the reason of a failed merge, found by merging leaf by leaf."""
-    reason = str(error).splitlines()[0]
-    for key, value in _leaves(overrides):
+    def section(self, schema: Any, content: Any, base: Any = None, key: str = "") -> Any:
+        """An instance of a dataclass, or base with what content has; None: a key is missing."""
+        if not isinstance(content, Mapping):
+            raise ConfigError(f"{self.origin}: {key} {shown(content)}: keys and values expected")
+        kinds = _field_types(schema)
+        inside = f"{key}." if key else ""
+        found: dict[str, Any] = {}
+        for name, value in content.items():
+            if name not in kinds:
+                raise self._unknown(schema, inside, name)
+            held = getattr(base, name, None)
+            found[name] = self.value(kinds[name], value, held, inside + name)
+        if base is not None:
+            return replace(base, **found)
+        unset = [f.name for f in fields(schema) if f.name not in found and _is_required(f)]
+        self.missing += [inside + name for name in unset]
+        return None if self.missing else schema(**found)
+
+    def value(self, kind: Any, value: Any, base: Any, key: str) -> Any:
+        """What a field of this type is; base: what it is so far, or None."""
+        section = _section(kind)
+        if section is not None and not (value is None and section is not kind):
+            return self.section(section, value, base, key)
         try:
-            OmegaConf.merge(base, OmegaConf.from_dotlist([]), _nested(key, value))
-        except OmegaConfBaseException as found:
-            reason = str(found).splitlines()[0].replace("'$VALUE'", repr(value))
-            return f"{key} {value!r}: {reason}"
-    return reason
+            if get_origin(kind) is not dict:
+                return converted(kind, value)
+            if not isinstance(value, Mapping):
+                raise WrongValueError("keys and values expected")
+        except WrongValueError as error:
+            raise ConfigError(f"{self.origin}: {key} {shown(value)}: {error}") from None
+        held, inner = base or {}, get_args(kind)[1]
+        return held | {
+            name: self.value(inner, one, held.get(name), f"{key}.{name}")
+            for name, one in value.items()
+        }
+
+    def _unknown(self, schema: Any, inside: str, name: str) -> ConfigError:
+        known = {*key_names(self.root), *key_names(schema, inside)}
+        hint = suggestion(inside + name, sorted(known))
+        key = printable(inside + name)
+        return ConfigError(f"{self.origin}: unknown key {key}.{hint} --help lists every key")
 
 
-def _leaves(overrides: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    content = OmegaConf.to_container(overrides) if OmegaConf.is_config(overrides) else overrides
-    for key, value in dict(content).items():  # pyright: ignore[reportCallIssue, reportArgumentType]
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + str(key), value
+def _is_required(of: Any) -> bool:
+    return of.default is MISSING and of.default_factory is MISSING
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+def _section(kind: Any) -> Any:
+    """The dataclass that a field's type is, or is where it is not None; None: it is none."""
+    kinds = (kind, *(get_args(kind) if get_origin(kind) is not dict else ()))
+    return next((one for one in kinds if is_dataclass(one)), None)
+
+
+@lru_cache
+def _field_types(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema)
+
+
+def key_names(schema: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a dataclass."""
+    names = []
+    for name, kind in _field_types(schema).items():
+        names.append(f"{prefix}{name}")
+        if (section := _section(kind)) is not None:
+            names += key_names(section, f"{prefix}{name}.")
+    return names
 
 
 def _flag_error(console: str) -> ConfigError:
@@ -222,3 +239,29 @@ def unknown_flags(flags: Sequence[str], known: Sequence[str]) -> ConfigError:
     return ConfigError(
         f"unknown {' '.join(flags)}.{suggestion(name, known)} --help lists every flag"
     )
+
+
+def _words() -> ConstructorRegistry:
+    """How tyro reads the words of flags: an integer also as 1e3."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+        if info.type is not int:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="INT",
+            instance_from_str=_integer_word,
+            is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def _integer_word(words: Sequence[str]) -> int:
+    try:
+        return integer(words[0])
+    except WrongValueError as error:
+        raise ValueError(f"{shown(words[0])}: {error}") from None
