@@ -5,7 +5,6 @@ Each problem is a `ConfigError`: one line that names the key, the value and the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from simvq_moe.config import (
@@ -20,8 +19,8 @@ from simvq_moe.config_checks_tokenizers import (
     image_problems,
     quantizer_problems,
 )
-from simvq_moe.data.codes import is_codes
-from simvq_moe.merging import ConfigError, flatten
+from simvq_moe.config_checks_values import value_problems
+from simvq_moe.errors import ConfigError
 
 PROFILED_STEPS = 6
 """Steps after which a trace of train.profile is written."""
@@ -50,7 +49,7 @@ def check_ranks(config: Config, world_size: int) -> None:
 
 
 def _problems(config: Config) -> Iterator[str]:
-    yield from _below_minimum(config)
+    yield from value_problems(config)
     moe, lm, q = config.moe, config.language_model, config.quantizer
     if moe.top_k > moe.experts:
         yield (
@@ -105,8 +104,6 @@ def _problems(config: Config) -> Iterator[str]:
     yield from image_problems(config)
     yield from audio_problems(config)
     yield from _text_problems(config)
-    if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", config.name) or ".." in config.name.split("/"):
-        yield f"name {config.name!r}: use letters, digits and . _ + = -, with / between folders"
 
 
 def _speed_problems(train: TrainConfig) -> Iterator[str]:
@@ -200,89 +197,3 @@ def _text_problems(config: Config) -> Iterator[str]:
         )
     if not 0 < data.held_out_share < 1:
         yield f"data.held_out_share {data.held_out_share}: use more than 0 and less than 1"
-
-
-MINIMUM = {
-    "quantizer.codes": 2,
-    "quantizer.width": 1,
-    "quantizer.residual_levels": 1,
-    "quantizer.restart": 0,
-    "quantizer.decay": 0,
-    "moe.experts": 1,
-    "moe.top_k": 1,
-    "moe.hidden": 1,
-    "moe.shared_experts": 0,
-    "moe.capacity_factor": 0,
-    "moe.map_rank": 1,
-    "moe.self_selecting_rank": 1,
-    "moe.router_codebook_weight": 0,
-    "moe.router_commitment_weight": 0,
-    "moe.bias_update_rate": 0,
-    "moe.expert_parallel": 1,
-    "moe.z_loss_weight": 0,
-    "moe.balance_weight": 0,
-    "language_model.layers": 1,
-    "language_model.heads": 1,
-    "language_model.width": 2,
-    "language_model.moe_every": 0,
-    "image_tokenizer.hidden": 1,
-    "image_tokenizer.downsamplings": 0,
-    "image_tokenizer.residual_blocks": 0,
-    "image_tokenizer.mse_weight": 0,
-    "image_tokenizer.l1_weight": 0,
-    "image_tokenizer.ssim_weight": 0,
-    "image_tokenizer.lpips_weight": 0,
-    "image_tokenizer.adversarial_weight": 0,
-    "image_tokenizer.adversarial_start": 0,
-    "image_tokenizer.discriminator_hidden": 1,
-    "image_tokenizer.discriminator_layers": 1,
-    "data.shorter_side": 0,
-    "data.decoded_megabytes": 0,
-    "audio_tokenizer.hidden": 1,
-    "audio_tokenizer.waveform_weight": 0,
-    "audio_tokenizer.spectral_weight": 0,
-    "audio_tokenizer.mel_weight": 0,
-    "audio_tokenizer.adversarial_weight": 0,
-    "audio_tokenizer.feature_weight": 0,
-    "audio_tokenizer.adversarial_start": 0,
-    "audio_tokenizer.discriminator_hidden": 1,
-    "data.sample_rate": 1,
-    "data.audio_seconds": 0,
-    "data.image_size": 1,
-    "data.crops": 1,
-    "data.held_out_crops": 1,
-    "data.context": 1,
-    "data.vocabulary": 257,
-    "data.held_out_documents": 1,
-    "data.shuffle_buffer": 1,
-    "data.prefetch": 0,
-    "train.steps": 1,
-    "train.batch_size": 1,
-    "train.accumulation": 1,
-    "train.clip": 0,
-    "train.log_every": 1,
-    "train.eval_every": 1,
-    "train.eval_batch_size": 1,
-    "train.probe_tokens": 0,
-    "train.save_every": 1,
-    "train.keep_checkpoints": 1,
-    "train.keep_every": 0,
-    "train.timeout_s": 0,
-    "optimizer.lr": 0,
-    "optimizer.warmup_steps": 0,
-    "optimizer.map_lr_multiplier": 0,
-    "optimizer.router_lr_multiplier": 0,
-    "seed": 0,
-    "data.seed": 0,
-}
-"""Least values by key; a vocabulary of codes may be smaller."""
-
-
-def _below_minimum(config: Config) -> Iterator[str]:
-    source = config.data.source
-    codes = source is not None and is_codes(source)
-    minimum = MINIMUM | ({"data.vocabulary": 2} if codes else {})
-    flat = flatten(config)
-    for key, least in minimum.items():
-        if not flat[key] >= least:
-            yield f"{key} {flat[key]} < {least}: use at least {least}"
