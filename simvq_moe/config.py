@@ -210,9 +210,10 @@ class MoEConfig:
         "hash",
     ] = "topk"
     """How a token's experts are chosen; topk: by x R^T; the others are baselines, see moe/."""
-    gates: Literal["softmax_topk", "topk_softmax", "sigmoid"] = "topk_softmax"
+    gates: Literal["default", "softmax_topk", "topk_softmax", "sigmoid"] = "default"
     """Softmax over all experts before the choice, softmax over the chosen, or normalized sigmoids
-    of the chosen; the gates of the last two sum to 1."""
+    of the chosen; the gates of the last two sum to 1. default: topk_softmax, but softmax_topk where
+    a token has one expert of several, whose gate would be the constant 1."""
     router_map: Literal["none", "diagonal", "linear", "low_rank"] = "none"
     """Shared map W of the router's rows: logits = x (Q W)^T."""
     router_base_width: int | None = None

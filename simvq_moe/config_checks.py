@@ -13,7 +13,7 @@ from simvq_moe.config import (
     MoEConfig,
     TrainConfig,
 )
-from simvq_moe.config_checks_moe import baseline_problems, router_problems
+from simvq_moe.config_checks_moe import baseline_problems, router_problems, with_gates
 from simvq_moe.config_checks_tokenizers import (
     audio_problems,
     image_problems,
@@ -50,6 +50,7 @@ def check_ranks(config: Config, world_size: int) -> None:
 
 def _problems(config: Config) -> Iterator[str]:
     yield from value_problems(config)
+    config = with_gates(config)
     moe, lm, q = config.moe, config.language_model, config.quantizer
     if moe.top_k > moe.experts:
         yield (

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from simvq_moe.config import MoEConfig
+from simvq_moe.config import Config, MoEConfig
+from simvq_moe.moe.router import default_gates
 
 OF_DEEPSPEED = {
     *("experts", "top_k", "hidden", "expert", "capacity_factor", "gates", "dispatch", "balance"),
     *("balance_weight", "z_loss_weight"),
 }
 """Options that DeepSpeed's own layer has as well."""
+
+
+LEARNS_BY_GATES = ("topk", "noisy_topk", "cosine", "hyper")
+"""Routers that the loss reaches through gates alone."""
+
+
+def with_gates(config: Config) -> Config:
+    """The config with the convention of its gates spelled out."""
+    moe = config.moe
+    if moe.gates != "default":
+        return config
+    return replace(
+        config, moe=replace(moe, gates=default_gates(moe.router, moe.experts, moe.top_k))
+    )
 
 
 def baseline_problems(moe: MoEConfig) -> Iterator[str]:
@@ -68,6 +83,13 @@ def router_problems(moe: MoEConfig) -> Iterator[str]:
         yield (
             f"moe.gates {moe.gates!r} with moe.router 'expert_choice': its gates are the softmax "
             "over all experts: set 'softmax_topk'"
+        )
+    frozen = not moe.train_router_base and moe.router_map == "none"
+    learns = moe.router in LEARNS_BY_GATES and not frozen
+    if learns and moe.experts > moe.top_k == 1 and moe.gates in ("topk_softmax", "sigmoid"):
+        yield (
+            f"moe.gates {moe.gates!r} with moe.top_k 1: the one gate is the constant 1, so the "
+            "router gets no gradient: use 'softmax_topk' or 'default', or raise moe.top_k"
         )
     if moe.router == "hash" and moe.gates == "softmax_topk":
         yield (

@@ -27,7 +27,7 @@ BELOW_1 = nextafter(1, 0)
 LIST = 64
 """Values of a list at most."""
 
-RANGES: dict[str, tuple[float, float]] = {
+RANGES: dict[str, tuple[int | float, int | float]] = {
     "seed": (0, SEED),
     "data.seed": (0, SEED),
     "data.image_size": (1, 2**14),
@@ -147,7 +147,9 @@ def value_problems(config: Config) -> Iterator[str]:
     yield from name_problems("name", config.name)
 
 
-def _number_problems(key: str, value: Any, one: float, least: float, most: float) -> Iterator[str]:
+def _number_problems(
+    key: str, value: Any, one: int | float, least: int | float, most: int | float
+) -> Iterator[str]:
     if not one >= least:
         yield f"{key} {shown(value)} < {least:g}: use at least {least:g}"
     if not isfinite(one) or one > most:

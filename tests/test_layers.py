@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "data": {"data", "config", "merging"},
     "training": {
         *("core", "quantizers", "moe", "models", "data", "training"),
-        *("config", "config_checks", "merging"),
+        *("config", "config_checks", "config_checks_moe", "merging"),
     },
     "analysis": {"analysis", "config", "merging"},
 }

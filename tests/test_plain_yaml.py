@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simvq_moe.files import BrokenFileError
@@ -45,6 +45,7 @@ TREE = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(TREE)
 def test_what_is_written_reads_back_equal(tree: dict[str, Any]) -> None:
     written = plain_yaml(tree)
@@ -52,6 +53,7 @@ def test_what_is_written_reads_back_equal(tree: dict[str, Any]) -> None:
     assert parse_yaml(written, "text") == tree
 
 
+@settings(deadline=None)
 @given(st.text() | st.text(alphabet="[]{}:,-?&*!|>'\"%@` \n#<a0.~e\\xuU9"))
 def test_any_text_is_plain_data_or_one_line_of_error(text: str) -> None:
     said = ""

@@ -19,7 +19,7 @@ from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import UsageCounter
 from simvq_moe.moe.dispatch import dispatch, within_capacity
 from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
-from simvq_moe.moe.router import Gates, Router, Routing
+from simvq_moe.moe.router import Gates, Router, Routing, default_gates
 from simvq_moe.moe.routers import Balance, RouterInit, RouterKind, build_router
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class MoE(nn.Module):
         shared_experts: experts of the same size that every token goes through beside its choice,
             outside of the maps (DeepSeekMoE, arXiv:2401.06066, section 3.2).
         router: how experts are chosen, see `routers`.
-        gates: convention of the gates, see `Router`.
+        gates: convention of the gates, see `Router`; "default": see `default_gates`.
         router_map, router_base_width, train_router_base: bank of the router's rows, R = Q W.
         router_projection: channels of the prototypes of router "cosine", see `CosineRouter`.
         router_init: "data": the maps of routers "distance" and "self_selecting" wait for
@@ -73,7 +73,7 @@ class MoE(nn.Module):
         expert: ExpertKind = "gelu",
         shared_experts: int = 0,
         router: RouterKind = "topk",
-        gates: Gates = "topk_softmax",
+        gates: Gates | Literal["default"] = "default",
         router_map: Transform = "none",
         router_base_width: int | None = None,
         train_router_base: bool = True,
@@ -96,6 +96,8 @@ class MoE(nn.Module):
         super().__init__()
         if top_k > experts:
             raise ValueError(f"top_k {top_k} > experts {experts}: lower top_k or raise experts")
+        if gates == "default":
+            gates = default_gates(router, experts, top_k)
         self.width, self.num_experts, self.top_k = width, experts, top_k
         self.capacity_factor = capacity_factor
         with own_stream():

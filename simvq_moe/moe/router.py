@@ -25,6 +25,16 @@ NOBODY = -1
 """Expert id of a choice that is left open."""
 
 
+def default_gates(router: str, experts: int, top_k: int) -> Gates:
+    """The convention of a router's gates where none is asked for.
+
+    One chosen expert of several has the constant gate 1 where gates sum to 1, and a constant gate
+    teaches the router nothing: there it is the probability (Switch, arXiv:2101.03961, eq. 2).
+    """
+    alone = top_k == 1 and experts > 1 and router != "hash"
+    return "softmax_topk" if alone else "topk_softmax"
+
+
 class Routing(NamedTuple):
     """The choice of experts for each token."""
 

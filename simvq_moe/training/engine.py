@@ -194,6 +194,8 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
             role |= {
                 id(p): "router_vector" if p.ndim < 2 else "router" for p in module.parameters()
             }
+        if isinstance(rows := getattr(module, "router_rows", None), nn.Parameter):
+            role[id(rows)] = "router"  # of DeepSpeed's own layer
         if isinstance(module, Bank):
             role |= {id(p): "map" for p in module.maps}
     settings = {

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from simvq_moe.config import Config, without_other_tasks
 from simvq_moe.config_checks import check, check_ranks
+from simvq_moe.config_checks_moe import with_gates
 from simvq_moe.data.streaming import TextStream
 from simvq_moe.merging import ConfigError, first_difference, mapping_to_yaml, merge_files, to_yaml
 from simvq_moe.training import checkpoint
@@ -65,7 +66,7 @@ def train(config: Config) -> int:
         ConfigError: the config can't run here; nothing was written.
     """
     adopt_slurm(os.environ)
-    config = fit_to_codes(config)
+    config = with_gates(fit_to_codes(config))
     main = launched_rank() == 0
     check_launch(config, launched_ranks())
     check_device(config)
@@ -94,7 +95,7 @@ def train(config: Config) -> int:
 
 def check_launch(config: Config, world_size: int) -> None:
     """Raise `ConfigError` for whatever would keep this config from running on so many ranks."""
-    config = fit_to_codes(config)
+    config = with_gates(fit_to_codes(config))
     _check_settings(config, world_size)
     _check_files(config)
 
@@ -174,7 +175,7 @@ def dry_run(config: Config, cluster_file: Path | None = None) -> int:
     Args:
         cluster_file: YAML of the machines to predict the step time on.
     """
-    config = fit_to_codes(config)
+    config = with_gates(fit_to_codes(config))
     check(config)
     cluster = None if cluster_file is None else read_cluster(cluster_file)
     ranks = launched_ranks() if cluster is None else fitting_gpus(config, cluster)[-1]
