@@ -88,16 +88,18 @@ class Reader:
         found = piece(part, first, end, self.rate)
         if found is not None and len(found) == end - first:
             return found
-        if found is not None and self._shorten(number):
+        if found is not None and self._shorten(number, part):
             return self.samples(number, first, end)
         self._break(number)
         return None
 
-    def _shorten(self, number: int) -> bool:
+    def _shorten(self, number: int, thought: Part) -> bool:
         """Count what a part really has; False: as much as was thought."""
-        part = self.part(number)
-        shorter = part._replace(end=max(part.first, min(part.end, frames_there(part.path))))
-        if shorter == part:
+        if self.part(number) != thought:  # another thread did
+            return True
+        end = max(thought.first, min(thought.end, frames_there(thought.path)))
+        shorter = thought._replace(end=end)
+        if shorter == thought:
             return False
         with self._lock:
             known = number in self.cut

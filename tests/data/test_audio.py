@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,14 @@ import torch
 from numpy.testing import assert_allclose
 
 import simvq_moe.data.audio as audio
-from simvq_moe.data.audio import AudioClips, LazyClips, audio_clips, check_source, resample
+from simvq_moe.data.audio import (
+    AudioClips,
+    LazyClips,
+    audio_clips,
+    check_source,
+    recording_windows,
+    resample,
+)
 from simvq_moe.merging import ConfigError
 
 RATE = 1_000
@@ -302,3 +311,222 @@ def test_a_recording_found_damaged_late_is_replaced_and_named_once(
 def test_digests_tell_sets_of_clips_apart(few: Path, many: Path) -> None:
     assert lazy(many)[0].digest() == lazy(many)[0].digest()
     assert len({part.digest() for part in (*lazy(many), *clips(few), *clips(few, seed=1))}) == 6
+
+
+def write_speakers(folder: Path, layout: str, speakers: int = 12) -> None:
+    """Recordings of constant samples, whose value is the speaker."""
+    for speaker in range(speakers):
+        for i in range(3):
+            path = folder / layout.format(s=100 + speaker, c=i // 2, i=i)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            samples = np.full(200 + i, 1 + speaker, dtype=np.int16)
+            soundfile.write(path, samples, RATE, subtype="PCM_16")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "{s}/{c}/{s}_{c}_{i}.wav",  # LibriTTS
+        "train-clean-100/{s}/{c}/{s}-{c}-{i}.flac",  # LibriSpeech
+        "wav48/p{s}/p{s}_{i}.wav",  # VCTK
+        "speaker{s}/chapter{c}/utterance{i}.wav",
+    ],
+)
+@pytest.mark.parametrize("speakers", [3, 12])
+def test_no_voice_is_on_both_sides(layout: str, speakers: int, tmp_path: Path) -> None:
+    write_speakers(tmp_path, layout, speakers)
+    train, held_out = clips(tmp_path, 2_000, 400)
+    heard, unheard = set(train.samples.unique().tolist()), set(held_out.samples.unique().tolist())
+    assert heard | unheard == set(range(1, 1 + speakers))
+    assert heard
+    assert unheard
+    assert not heard & unheard
+
+
+def test_a_copy_is_on_the_side_of_its_original(many: Path) -> None:
+    for i, path in enumerate(sorted(many.iterdir())):
+        path.with_name(f"copy{i % 7}_{i}.wav").write_bytes(path.read_bytes())
+    train, held_out = clips(many, 4_000, 800)
+    seen, unseen = train.samples.unique().tolist(), held_out.samples.unique().tolist()
+    assert sorted(seen + unseen) == list(range(40))
+
+
+def test_other_contents_of_the_same_names_are_another_set(many: Path) -> None:
+    before = [part.digest() for part in lazy(many)]
+    for path in many.iterdir():
+        soundfile.write(path, soundfile.read(path, dtype="int16")[0] + 1, RATE, subtype="PCM_16")
+    assert not set(before) & {part.digest() for part in lazy(many)}
+
+
+@pytest.mark.parametrize("memory", [0, 2**30])
+def test_names_that_are_not_utf_8_are_names(
+    memory: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_ramp(tmp_path / "a.wav")
+    for i in range(25):
+        content = (tmp_path / "a.wav").read_bytes()[: -2 * i or None]
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9_%d.wav" % i)).write_bytes(content)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b[2J.wav")).write_bytes(b"no recording")
+    with caplog.at_level(logging.WARNING):
+        train, _ = audio_clips(
+            os.fspath(tmp_path),
+            sample_rate=RATE,
+            length=LENGTH,
+            clips=50,
+            held_out_clips=5,
+            seed=0,
+            memory=memory,
+        )
+    assert len(train.batch(np.arange(50))) == 50
+    assert train.digest()
+    (record,) = caplog.records
+    assert record.getMessage().isprintable()
+    recording_windows(os.fspath(tmp_path), sample_rate=RATE, length=LENGTH)
+
+
+def test_folders_behind_links_are_searched_once(few: Path, tmp_path_factory) -> None:
+    linked = tmp_path_factory.mktemp("linked")
+    (linked / "there").symlink_to(few, target_is_directory=True)
+    (few / "back").symlink_to(linked, target_is_directory=True)
+    train, _ = recording_windows(str(linked), sample_rate=RATE, length=LENGTH)
+    assert train.names == ["there/a.wav", "there/deep/b.flac"]
+
+
+def cut_short(path: Path) -> None:
+    """A recording whose header promises 40,000 frames, of which the last quarter is not there."""
+    samples = np.random.default_rng(1).uniform(-0.5, 0.5, 40_000)
+    if path.suffix == ".flac":  # its last frame must be whole
+        soundfile.write(path, samples[:30_000], 16_000)
+        content = bytearray(path.read_bytes())
+        field = int.from_bytes(content[18:26], "big") >> 36 << 36 | 40_000
+        content[18:26] = field.to_bytes(8, "big")
+        path.write_bytes(content)
+        return
+    soundfile.write(path, samples, 16_000)
+    content = path.read_bytes()
+    path.write_bytes(content[: 3 * len(content) // 4])
+
+
+@pytest.mark.parametrize("suffix", ["flac", "mp3", "ogg", "wav", "aiff"])
+def test_a_recording_that_ends_early_is_cut_alike_in_memory_and_batch_by_batch(
+    suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(20):
+        write_ramp(tmp_path / f"{i:02}.wav", start=30 * i)
+    cut_short(tmp_path / f"short.{suffix}")
+    with caplog.at_level(logging.WARNING):
+        whole, batchwise = (
+            audio_clips(
+                str(tmp_path),
+                sample_rate=RATE,
+                length=LENGTH,
+                clips=300,
+                held_out_clips=100,
+                seed=0,
+                memory=memory,
+            )
+            for memory in (2**30, 0)
+        )
+        for a, b in zip(whole, batchwise, strict=True):
+            # one step, for decoders that remember
+            torch.testing.assert_close(
+                a.batch(np.arange(len(a))), b.batch(np.arange(len(b))), rtol=0, atol=1.1 / 2**15
+            )
+    promised = soundfile.info(tmp_path / f"short.{suffix}").frames
+    messages = [record.getMessage() for record in caplog.records]
+    if promised == 40_000:
+        assert len(messages) == 2
+        cut = f"cut 1 recordings that are shorter than their headers say: short.{suffix}"
+        assert messages[0].endswith(cut)
+        late = f"cut recording that is shorter than its header says 1: short.{suffix}"
+        assert messages[1] == late
+    else:  # libsndfile knew it
+        assert not messages
+
+
+@pytest.mark.parametrize("rate", [1, 99, 10**6, 10**9, 2**31 - 1])
+def test_absurd_sample_rates_are_skipped_by_name(
+    rate: int, few: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = bytearray((few / "a.wav").read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    (few / "odd.wav").write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        clips(few)
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        "skipped 1 recordings of sample rates outside 100 to 768,000 Hz: odd.wav"
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that fails to read")
+def test_a_recording_that_cannot_be_read_now_is_one_line(few: Path) -> None:
+    (few / "notes.txt").symlink_to("/proc/self/mem")
+    clips(few)
+    (few / "failing.wav").symlink_to("/proc/self/mem")
+    for make in (
+        clips,
+        lazy,
+        lambda source: recording_windows(str(source), sample_rate=9, length=9),
+    ):
+        with pytest.raises(ConfigError, match=r"failing\.wav can't be read now"):
+            make(few)
+
+
+def test_a_set_in_memory_takes_no_more_than_its_clips_and_a_piece(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", np.zeros(6_000_000, dtype=np.int16), 48_000)
+    tracemalloc.start()
+    clips(tmp_path, length=100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # 2^20 samples at 48 kHz in float64, three times at once
+    assert peak < 2**25
+
+
+@pytest.mark.parametrize("length", [1, 7, LENGTH, 5_000])
+@pytest.mark.parametrize("rate", [RATE, 750, 1_600])
+def test_windows_cover_every_sample_once(length: int, rate: int, few: Path) -> None:
+    write_ramp(few / "short.wav", 0.02, start=9_000)
+    sides = recording_windows(str(few), sample_rate=rate, length=length)
+    for side, windows in zip(("early", "late"), sides, strict=True):
+        assert windows.names == ["a.wav", "deep/b.flac", "short.wav"]
+        samples, lengths = windows.read(np.arange(len(windows)))
+        assert np.array_equal(lengths, windows.lengths)
+        assert samples.shape == (len(windows), length)
+        for number, part in enumerate(windows.parts):
+            mine = np.flatnonzero(windows.recording_of == number)
+            found = np.concatenate([samples[i, : lengths[i]] for i in mine])
+            frames, _ = soundfile.read(part.path)
+            border = int(0.82 * len(frames))
+            frames = frames[:border] if side == "early" else frames[border:]
+            expected = np.rint(resample(frames, RATE, rate) * 2**15).clip(-(2**15), 2**15 - 1)
+            assert_allclose(found * 2**15, expected)
+        assert not samples.numpy()[np.arange(length) >= lengths[:, None]].any()
+    named = [name for name, _ in sides[0]]
+    assert named == [sides[0].names[i] for i in sides[0].recording_of]
+
+
+def test_windows_and_clips_have_the_same_sides(many: Path) -> None:
+    write_ramp(many / "too_short_for_a_clip.wav", 0.01)
+    heard = {int(value) for part in clips(many, 4_000, 800)[:1] for value in part.samples.unique()}
+    train, held_out = recording_windows(str(many), sample_rate=RATE, length=LENGTH)
+    for windows, expected in ((train, heard), (held_out, set(range(40)) - heard)):
+        found = {int(name[:2]) for name in windows.names if not name.startswith("too")}
+        assert found == expected
+    assert len(train.names) + len(held_out.names) == 41
+
+
+def test_what_a_window_lacks_is_silence_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(20):
+        write_ramp(tmp_path / f"{i:02}.wav")
+    cut_short(tmp_path / "short.flac")
+    with caplog.at_level(logging.WARNING):
+        for windows in recording_windows(str(tmp_path), sample_rate=16_000, length=1_000):
+            samples, lengths = windows.read(np.arange(len(windows)))
+            assert not samples.numpy()[np.arange(1_000) >= lengths[:, None]].any()
+            assert (lengths <= windows.lengths).all()
+    assert [record.getMessage() for record in caplog.records] == [
+        "cut recording that is shorter than its header says 1: short.flac"
+    ]
