@@ -18,7 +18,15 @@ import tyro
 
 import simvq_moe
 from simvq_moe.config import Config
-from simvq_moe.merging import ConfigError, merge_files, parse_flags, suggestion, with_flags
+from simvq_moe.config_checks_values import COUNT, FACTOR, SEED
+from simvq_moe.merging import (
+    ConfigError,
+    check_range,
+    merge_files,
+    parse_flags,
+    suggestion,
+    with_flags,
+)
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 
@@ -76,18 +84,21 @@ class SweepArgs:
 def sweep(args: Sequence[str]) -> int:
     """Run arms x paired seeds, resume broken ones, end with the report."""
     options = parse_flags(SweepArgs, args, "simvq-moe sweep")
-    from simvq_moe.analysis import report, sweep_grid, sweep_runs
+    from simvq_moe.analysis import report, sweep_checks, sweep_grid, sweep_runs
     from simvq_moe.analysis import sweep as sweeps
     from simvq_moe.training.run import check_launch
 
     if not options.config:
         raise ConfigError("sweep needs --config FILE, such as configs/sweeps/quickstart.yaml")
+    check_range(count=(options.count, 1, COUNT))
     if not 0 <= options.index < options.count:
         raise ConfigError(f"--index {options.index} must be 0 to --count {options.count} less 1")
     machine = sweep_runs.this_machine(options.ranks, options.parallel)
-    plan = sweeps.plan(options.config, [arm for arm in options.arms.split(",") if arm])
-    for run in (*sweep_grid.grid_runs(plan), *sweep_grid.with_rates(plan).runs):
-        check_launch(run.config, options.ranks)
+    arms = [arm.strip() for arm in options.arms.split(",")] if options.arms else []
+    plan = sweeps.plan(options.config, arms)
+    runs = (*sweep_grid.grid_runs(plan), *sweep_grid.with_rates(plan).runs)
+    origin = sweeps.origin_of(options.config)
+    sweep_checks.check_runs(runs, origin, check_launch, options.ranks)
     own = sweep_runs.execute(plan, machine, options.index, options.count)
     complete = all(sweeps.status(run) == "finished" for run in own)
     if any(sweeps.status(run) in ("pending", "running") for run in plan.runs):
@@ -139,6 +150,7 @@ class DashboardArgs:
 def dashboard(args: Sequence[str]) -> int:
     """Watch usage live in TensorBoard on 127.0.0.1."""
     options = parse_flags(DashboardArgs, args, "simvq-moe dashboard")
+    check_range(port=(options.port, 0, 65_535))
     from simvq_moe.analysis import tensorboard
 
     return tensorboard.serve(options.runs_dir, options.port)
@@ -227,6 +239,7 @@ class EncodeArgs:
 def encode(args: Sequence[str]) -> int:
     """Encode a run's images or audio, or another source's, into token shards."""
     options = parse_flags(EncodeArgs, args, "simvq-moe encode")
+    check_range(shard_samples=(options.shard_samples, 1, COUNT))
     from simvq_moe.training import encoding
 
     manifest = encoding.encode_run(options.run, options.data, options.out, options.shard_samples)
@@ -252,6 +265,7 @@ class DecodeArgs:
 def decode(args: Sequence[str]) -> int:
     """Decode token shards to png or wav files."""
     options = parse_flags(DecodeArgs, args, "simvq-moe decode")
+    check_range(limit=(options.limit, 1, COUNT))
     from simvq_moe.training import decoding
 
     written = decoding.decode_folder(options.folder, options.out, options.limit)
@@ -285,6 +299,13 @@ class GenerateArgs:
 def generate(args: Sequence[str]) -> int:
     """Let a language model's run continue a text, or make images or sound (--out)."""
     options = parse_flags(GenerateArgs, args, "simvq-moe generate")
+    check_range(
+        tokens=(options.tokens, 1, COUNT),
+        samples=(options.samples, 1, COUNT),
+        temperature=(options.temperature, 0, FACTOR),
+        top_k=(options.top_k, 0, COUNT),
+        seed=(options.seed, 0, SEED),
+    )
     from simvq_moe.training import codes_task, export
 
     of_drawing = {"top_k": options.top_k, "seed": options.seed}

@@ -33,6 +33,16 @@ def check_least(**flags: tuple[int | float, int]) -> None:
             raise ConfigError(f"--{name} {value} < {least}: use at least {least}")
 
 
+def check_range(**flags: tuple[int | float | None, int, int | float]) -> None:
+    """Raise `ConfigError` for a flag whose value is below its least or above its largest; None
+    stands for a flag that is not given."""
+    for name, (value, least, most) in flags.items():
+        if value is not None:
+            check_least(**{name: (value, least)})
+            if value > most:
+                raise ConfigError(f"--{name} {value} > {most:,}: use at most that")
+
+
 def merge_files(schema: type[T], files: Sequence[Path]) -> T:
     """The dataclass with its defaults overridden by each YAML file in order."""
     content: dict[str, Any] = {}

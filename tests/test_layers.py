@@ -20,9 +20,9 @@ MAY_IMPORT = {
         *("core", "quantizers", "moe", "models", "data", "training"),
         *("config", "config_checks", "config_checks_moe", "merging"),
     },
-    "analysis": {"analysis", "config", "merging"},
+    "analysis": {"analysis", "config", "config_checks_values", "merging"},
 }
-FOR_ALL = {"errors", "files", "plain_yaml"}
+FOR_ALL = {"errors", "files", "plain_yaml", "conversion"}
 """Imported by every part."""
 EXCEPTIONS = {
     "analysis": {

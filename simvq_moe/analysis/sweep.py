@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from simvq_moe.analysis.sweep_checks import check_spec
 from simvq_moe.config import Config
+from simvq_moe.conversion import shown
 from simvq_moe.merging import ConfigError, merge_files, suggestion, with_overrides
 
 
@@ -134,12 +136,13 @@ def plan(files: Sequence[Path], arms: Sequence[str] = ()) -> Plan:
             config that does not load.
     """
     spec = merge_files(SweepSpec, files)
-    _check(spec)
+    origin = origin_of(files)
+    check_spec(spec, origin)
     spec = _restricted(spec, arms)
     configs = {
         (name, arm): config
         for name, group in spec.groups.items()
-        for arm, config in _configs(spec, name, group, files[0]).items()
+        for arm, config in _configs(spec, name, group, files[0].parent, origin).items()
     }
     runs = [
         run_of(spec, group, arm, seed, config)
@@ -149,22 +152,9 @@ def plan(files: Sequence[Path], arms: Sequence[str] = ()) -> Plan:
     return Plan(spec, files, runs, tuple(arms))
 
 
-def _check(spec: SweepSpec) -> None:
-    for name, group in spec.groups.items():
-        if group.baseline not in group.arms:
-            raise ConfigError(
-                f"groups.{name}.baseline {group.baseline!r} is no arm: use one of "
-                f"{', '.join(group.arms)}"
-            )
-    grid = spec.lr_grid
-    if grid is not None and grid.seed in spec.seeds:
-        raise ConfigError(
-            f"lr_grid.seed {grid.seed} is one of the paired seeds {list(spec.seeds)}: use another"
-        )
-    if grid is not None and (not grid.factors or min(grid.factors) <= 0):
-        raise ConfigError(
-            f"lr_grid.factors {list(grid.factors)} must be positive: use [0.3, 1, 3] or the like"
-        )
+def origin_of(files: Sequence[Path]) -> str:
+    """The files of a sweep, as an error names them."""
+    return " + ".join(map(str, files))
 
 
 def _restricted(spec: SweepSpec, arms: Sequence[str]) -> SweepSpec:
@@ -190,12 +180,18 @@ def _restricted(spec: SweepSpec, arms: Sequence[str]) -> SweepSpec:
     return replace(spec, groups=groups)
 
 
-def _configs(spec: SweepSpec, name: str, group: GroupSpec, file: Path) -> dict[str, Config]:
-    base = merge_files(Config, [file.parent / group.config])
-    for overrides in (spec.set, group.set):
-        base = with_overrides(base, overrides, f"{file}: set")
+def _configs(
+    spec: SweepSpec, name: str, group: GroupSpec, folder: Path, origin: str
+) -> dict[str, Config]:
+    key = f"{origin}: groups.{name}"
+    try:
+        base = merge_files(Config, [folder / group.config])
+    except ConfigError as error:
+        raise ConfigError(f"{key}.config {shown(group.config)}: {error}") from None
+    for where, overrides in ((f"{origin}: set", spec.set), (f"{key}.set", group.set)):
+        base = with_overrides(base, overrides, where)
     return {
-        arm: with_overrides(base, one.set, f"{file}: groups.{name}.arms.{arm}.set")
+        arm: with_overrides(base, one.set, f"{key}.arms.{arm}.set")
         for arm, one in group.arms.items()
     }
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from simvq_moe.config import Config
-from simvq_moe.merging import ConfigError, check_least, merge_files, parse_flags
+from simvq_moe.config_checks_values import COUNT
+from simvq_moe.merging import ConfigError, check_range, merge_files, parse_flags
 
 SUBJECTS = ("quantizer", "moe", "train", "cluster")
 
@@ -146,6 +147,7 @@ def _bench_quantizer(options: BenchArgs) -> tuple[list[Any], str]:
 def _bench_moe(options: BenchMoEArgs) -> tuple[list[Any], str]:
     from simvq_moe.benchmarks import moe as benches
 
+    check_range(rounds=(options.rounds, 1, COUNT))
     names = ("width", "hidden", "experts", "top_k", "tokens", "dtype")
     sizes = {name: getattr(options, name) for name in names}
     preset = benches.FULL if options.full else benches.QUICK
@@ -159,7 +161,7 @@ def _bench_train(options: BenchTrainArgs) -> tuple[list[Any], str]:
     from simvq_moe.training.engine import start_distributed
 
     numbers = {name: getattr(options, name) for name in ("steps", "rounds", "ranks")}
-    check_least(**{name: (value, 1) for name, value in numbers.items()})
+    check_range(**{name: (value, 1, COUNT) for name, value in numbers.items()})
     shapes = benches.SHAPES
     if options.config:
         config = merge_files(Config, options.config)
@@ -172,7 +174,7 @@ def _bench_cluster(options: BenchClusterArgs) -> tuple[list[Any], str]:
     from simvq_moe.benchmarks import cluster as benches
     from simvq_moe.benchmarks.train import SHAPES
 
-    check_least(ranks=(options.ranks, 1), rounds=(options.rounds, 1))
+    check_range(ranks=(options.ranks, 1, COUNT), rounds=(options.rounds, 1, COUNT))
     if options.out is not None:
         _check_cluster_file(options.out, options)
     shapes = [merge_files(Config, options.config)] if options.config else SHAPES

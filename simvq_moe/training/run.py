@@ -153,8 +153,7 @@ def _steps_before(config: Config) -> int | None:
 
 
 def _begin(config: Config, before: int | None) -> None:
-    """Say and write down what is trained; a run that is given more steps is not finished."""
-    print(mapping_to_yaml(without_other_tasks(config)), file=sys.stderr)
+    """Write down what is trained; a run that is given more steps is not finished."""
     steps = config.train.steps
     if before is not None and before < steps:
         print(
@@ -205,6 +204,8 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
     summary: dict[str, float] = {}
     try:
         trainer = Trainer(config, world, stop_asked)
+        if world.is_main:  # only now, so that what is wrong with the data stands alone
+            print(mapping_to_yaml(without_other_tasks(config)), file=sys.stderr)
         meta |= _describe(trainer)
         _write_meta(config, world, meta | {"status": "running", "error": None})
         if world.is_main and trainer.resumed_from:
