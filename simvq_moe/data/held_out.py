@@ -8,7 +8,9 @@ set may grow without moving training items to the held-out side.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from io import BufferedReader, BytesIO
 from pathlib import Path
 
 from simvq_moe.data.order import held_out_by_name
@@ -23,23 +25,30 @@ def content_key(content: bytes) -> str:
 
 
 def file_key(path: Path) -> str:
-    """Equal for files of equal content, cheap for large ones.
-
-    A file of more than three blocks is known by its size and three blocks. Where two different
-    ones agree in these, they are taken for copies and lie on one side, which does no harm.
+    """Equal for files of equal content, see `stream_key`.
 
     Raises:
         OSError: the file can't be read now.
     """
-    size = path.stat().st_size
-    found = hashlib.sha256(b"%d\n" % size)
     with path.open("rb") as file:
-        if size <= 3 * BLOCK:
-            found.update(file.read())
-        else:
-            for place in (0, (size - BLOCK) // 2, size - BLOCK):
-                file.seek(place)
-                found.update(file.read(BLOCK))
+        return stream_key(file)
+
+
+def stream_key(file: BufferedReader | BytesIO) -> str:
+    """Equal for equal contents of files, cheap for large ones.
+
+    A file of more than three blocks is known by its size and three blocks. Where two different
+    ones agree in these, they are taken for copies and lie on one side, which does no harm.
+    """
+    size = file.seek(0, os.SEEK_END)
+    found = hashlib.sha256(b"%d\n" % size)
+    if size <= 3 * BLOCK:
+        file.seek(0)
+        found.update(file.read())
+    else:
+        for place in (0, (size - BLOCK) // 2, size - BLOCK):
+            file.seek(place)
+            found.update(file.read(BLOCK))
     return found.hexdigest()
 
 

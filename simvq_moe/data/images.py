@@ -18,32 +18,27 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
-from PIL import Image
 from torch import Tensor
 
-from simvq_moe.data.order import Indices, held_out_by_name
-from simvq_moe.data.pictures import (
-    PHOTOS,
-    REMEDY,
-    UNREADABLE,
-    Picture,
-    exists,
-    pictures,
-    pixel_size,
-)
-from simvq_moe.merging import ConfigError
+from simvq_moe.data.held_out import held_out_by_content
+from simvq_moe.data.order import Indices
+from simvq_moe.data.pictures import PHOTOS, REMEDY, Picture, files, hub_name, pictures
+from simvq_moe.data.pixels import MOST_PIXELS, Cut, Header, PixelBudget, header, rgb
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import printable
 
 __all__ = ["PHOTOS", "ImageCrops", "LazyCrops", "check_source", "image_crops"]
 
 LEFT_SHARE = 0.82
 """Share of an image's width that training sees, where every image is split left and right."""
 FILES_TO_SPLIT_BY_FILE = 20
-"""From this many images on, whole files are held out instead."""
+"""From this many different images on, whole files are held out instead."""
 HELD_OUT_SHARE = 0.1
 """Share of the files held out then."""
 NAMED = 5
@@ -74,21 +69,36 @@ class _Part(NamedTuple):
     """The columns of an image that one side of the split draws from."""
 
     picture: Picture
+    header: Header
     columns: Literal["all", "left", "right"]
     scale: float
     """Of its height and width before cropping."""
 
-    def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height to draw from, of a picture of that size."""
-        first, end = _columns(width, self.columns)
-        return round((end - first) * self.scale), round(height * self.scale)
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height to draw from."""
+        cut = self.cut(self.header.width, self.header.height)
+        return cut.width, cut.height
+
+    @property
+    def pixels(self) -> int:
+        """That are in memory when it is decoded."""
+        return self.header.width * self.header.height + prod(self.size)
+
+    def cut(self, width: int, height: int) -> Cut:
+        """What of a picture of that size is drawn from."""
+        border = int(LEFT_SHARE * width)
+        columns = {"all": (0, width), "left": (0, border), "right": (border, width)}
+        left, right = columns[self.columns]
+        return Cut(left, right, round((right - left) * self.scale), round(height * self.scale))
 
 
 class LazyCrops:
     """A fixed set of square RGB crops, decoded when a batch asks for them.
 
     Crops that were decoded are kept as bytes until `memory` of them are; the others are decoded
-    again, by threads. What a damaged image would have given comes from the image after it.
+    again, by threads, which together hold no more pixels than one image may have. What a damaged
+    image would have given comes from the image after it.
 
     Args:
         parts: what is drawn from.
@@ -112,6 +122,7 @@ class LazyCrops:
         self.kept: dict[int, UInt8[np.ndarray, "3 size size"]] = {}
         self.broken: set[int] = set()
         self.threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        self.budget = PixelBudget()
 
     def __len__(self) -> int:
         return len(self.places)
@@ -125,10 +136,10 @@ class LazyCrops:
         return torch.from_numpy(crops).float() / 127.5 - 1
 
     def digest(self) -> str:
-        """Differs when the files' names or the places of the crops differ."""
+        """Differs when the images' contents or the places of the crops differ."""
         found = hashlib.blake2b(self.places.tobytes() + self.part_of.tobytes(), digest_size=16)
         for part in self.parts:
-            found.update(f"{part.picture.name}/{part.columns}/{part.scale}\n".encode())
+            found.update(f"{part.header.key}/{part.columns}/{part.scale}\n".encode())
         return found.hexdigest()
 
     def _crop(self, index: int) -> UInt8[np.ndarray, "3 size size"]:
@@ -137,31 +148,46 @@ class LazyCrops:
         first = int(self.part_of[index])
         for step in range(len(self.parts)):
             number = (first + step) % len(self.parts)
-            pixels = None if number in self.broken else _pixels(self.parts[number])
-            if pixels is None:
+            crop = None if number in self.broken else self._crop_of(number, index)
+            if crop is None:
                 self._report(number)
                 continue
-            room = np.array(pixels.shape[:2]) - self.size
-            top, left = np.minimum(self.places[index], room)
-            crop = pixels[top : top + self.size, left : left + self.size].transpose(2, 0, 1)
             if len(self.kept) < self.room:
-                self.kept[index] = np.ascontiguousarray(crop)
+                self.kept[index] = crop
             return crop
-        raise ValueError("every image of the data set is damaged")
+        raise ConfigError(
+            f"data.source: all {len(self.parts)} images are damaged, such as "
+            f"{printable(self.parts[0].picture.where)}: give others"
+        )
+
+    def _crop_of(self, number: int, index: int) -> UInt8[np.ndarray, "3 size size"] | None:
+        """A crop of a part at a place, or near it where the part is smaller; None: it is damaged.
+
+        A copy, so that the rest of the image is let go.
+        """
+        part = self.parts[number]
+        with self.budget.hold(part.pixels):
+            pixels = _pixels(part, self.size)
+            if pixels is None:
+                return None
+            top, left = np.minimum(self.places[index], np.array(pixels.shape[:2]) - self.size)
+            crop = pixels[top : top + self.size, left : left + self.size]
+            return np.array(crop.transpose(2, 0, 1), order="C")
 
     def _report(self, number: int) -> None:
         if number not in self.broken:
             self.broken.add(number)
             some = len(self.broken) <= NAMED
             name = self.parts[number].picture.name if some else "and more, which are not named"
-            log.warning("skipped damaged image %d: %s", len(self.broken), name)
+            log.warning("skipped damaged image %d: %s", len(self.broken), printable(name))
 
 
 class _Split(NamedTuple):
     train: list[_Part]
     held_out: list[_Part]
-    sizes: dict[Picture, tuple[int, int]]
     skipped: list[Picture]
+    """Unreadable, or too small."""
+    too_large: list[Picture]
 
 
 def image_crops(
@@ -197,7 +223,10 @@ def image_crops(
     if held_out_source is not None:
         other = _split(held_out_source, size, shorter_side, held_out_crops, whole=True)
         split = _Split(
-            split.train, other.train, split.sizes | other.sizes, split.skipped + other.skipped
+            _not_among(split.train, other.train, source, held_out_source),
+            other.train,
+            split.skipped + other.skipped,
+            split.too_large + other.too_large,
         )
     sides = ((split.train, crops, 0), (split.held_out, held_out_crops, 1))
     room = memory // max(1, 3 * size * size)
@@ -206,21 +235,19 @@ def image_crops(
     for parts, count, side in sides:
         rng = np.random.default_rng([seed, side])
         if count > room and parts:
-            sets.append(_lazy(parts, split.sizes, count, size, rng, memory))
+            sets.append(_lazy(parts, count, size, rng, memory))
         else:
             drawn, broken = _draw(parts, count, size, rng)
             skipped += broken
             sets.append(ImageCrops(drawn))
+    _warn(source, "unreadable or too small images", skipped)
+    _warn(source, f"images of more than {MOST_PIXELS:,} pixels", split.too_large)
     if len(sets[0]) < crops or len(sets[1]) < held_out_crops:
         raise ConfigError(
             f"data.source {source!r} holds no image that is readable and large enough for "
             f"data.image_size {size}: lower it, set data.shorter_side, give larger images, of "
             "which few are cut into a left and a narrow held-out right part each, or 'photos'"
         )
-    if skipped := list(dict.fromkeys(skipped)):
-        names = [picture.name.rpartition("/")[2] for picture in skipped[:NAMED]]
-        some = ", ".join(names) + (", ..." if skipped[NAMED:] else "")
-        log.warning("%s: skipped %d unreadable or too small images: %s", source, len(skipped), some)
     return sets[0], sets[1]
 
 
@@ -230,7 +257,12 @@ def check_source(source: str) -> None:
     Raises:
         ConfigError: the source doesn't exist, or holds no image.
     """
-    if not exists(source):
+    name = hub_name(source)
+    if name is None:
+        found = any(isinstance(header(picture), Header) for picture in files(source))
+    else:
+        found = bool(name)
+    if not found:
         raise ConfigError(f"data.source {source!r} holds no readable image: {REMEDY}")
 
 
@@ -241,42 +273,33 @@ def _split(source: str, size: int, shorter_side: int, limit: int, *, whole: bool
     """
     found = pictures(source, limit)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        headers = dict(zip(found, threads.map(pixel_size, found), strict=True))
-    sizes = {picture: pixels for picture, pixels in headers.items() if pixels}
-    parts = {
-        picture: _Part(picture, "all", shorter_side / min(pixels) if shorter_side else 1.0)
-        for picture, pixels in sizes.items()
-    }
-
-    def fits(part: _Part) -> bool:
-        return min(part.size(*sizes[part.picture])) >= size
-
-    usable = [part for part in parts.values() if fits(part)]
+        headers = list(threads.map(header, found))
+    parts = [
+        _Part(picture, known, "all", shorter_side / min(known[:2]) if shorter_side else 1.0)
+        for picture, known in zip(found, headers, strict=True)
+        if isinstance(known, Header)
+    ]
+    too_large = {part.picture for part in parts if prod(part.size) > MOST_PIXELS}
+    too_large |= {p for p, known in zip(found, headers, strict=True) if known == "too large"}
+    usable = [p for p in parts if p.picture not in too_large and min(p.size) >= size]
+    wide = [part for part in usable if min(part._replace(columns="right").size) >= size]
+    contents = len({part.header.key for part in usable})
     if whole:
         train, held_out = usable, []
-    elif len(usable) >= FILES_TO_SPLIT_BY_FILE:
-        sides = held_out_by_name([part.picture.name for part in usable], HELD_OUT_SHARE)
-        train, held_out = (
-            [part for part, side in zip(usable, sides, strict=True) if side is right]
-            for right in (False, True)
-        )
+    elif contents >= FILES_TO_SPLIT_BY_FILE or (len(usable) >= FILES_TO_SPLIT_BY_FILE and not wide):
+        train, held_out = _by_content(usable, source)
     else:
-        usable = [part for part in usable if fits(part._replace(columns="right"))]
+        usable = wide
         train = [part._replace(columns="left") for part in usable]
         held_out = [part._replace(columns="right") for part in usable]
     used = {part.picture for part in usable}
+    readable = {part.picture for part in parts}
     skipped = [
         picture
         for picture in found
-        if picture not in used and (picture in sizes or picture.looks_like_one)
+        if picture not in used | too_large and (picture in readable or picture.looks_like_one)
     ]
-    return _Split(train, held_out, sizes, skipped)
-
-
-def _columns(width: int, columns: Literal["all", "left", "right"]) -> tuple[int, int]:
-    """The first column and the one after the last."""
-    border = int(LEFT_SHARE * width)
-    return {"all": (0, width), "left": (0, border), "right": (border, width)}[columns]
+    return _Split(train, held_out, skipped, [p for p in found if p in too_large])
 
 
 def _quotas(parts: int, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -286,20 +309,55 @@ def _quotas(parts: int, count: int, rng: np.random.Generator) -> np.ndarray:
     return quotas
 
 
+def _by_content(parts: list[_Part], source: str) -> tuple[list[_Part], list[_Part]]:
+    """Training and held-out images; copies of an image lie on one side."""
+    sides = held_out_by_content([part.header.key for part in parts], HELD_OUT_SHARE)
+    if not any(sides):
+        log.warning(
+            "%s: all %d images are equal, and held-out crops are of what training sees: give "
+            "others, or data.held_out_source",
+            *(source, len(parts)),
+        )
+        return parts, parts
+    train, held_out = (
+        [part for part, side in zip(parts, sides, strict=True) if side is right]
+        for right in (False, True)
+    )
+    return train, held_out
+
+
+def _not_among(
+    train: list[_Part], held_out: list[_Part], source: str, held_out_source: str
+) -> list[_Part]:
+    """Training images without copies of held-out ones: their source may lie inside the other."""
+    unseen = {part.header.key for part in held_out}
+    kept = [part for part in train if part.header.key not in unseen]
+    if train and not kept:
+        raise ConfigError(
+            f"data.held_out_source {held_out_source!r} holds every image of data.source "
+            f"{source!r}: give another one, or drop it"
+        )
+    if left_out := len(train) - len(kept):
+        log.info("%s: %d images are in %s, and held out", source, left_out, held_out_source)
+    return kept
+
+
+def _warn(source: str, what: str, skipped: list[Picture]) -> None:
+    if skipped := list(dict.fromkeys(skipped)):
+        names = [printable(picture.name.rpartition("/")[2]) for picture in skipped[:NAMED]]
+        some = ", ".join(names) + (", ..." if skipped[NAMED:] else "")
+        log.warning("%s: skipped %d %s: %s", source, len(skipped), what, some)
+
+
 def _lazy(
-    parts: list[_Part],
-    sizes: dict[Picture, tuple[int, int]],
-    count: int,
-    size: int,
-    rng: np.random.Generator,
-    memory: int,
+    parts: list[_Part], count: int, size: int, rng: np.random.Generator, memory: int
 ) -> LazyCrops:
     """The crops that `_draw` would give if no image were damaged."""
     quotas = _quotas(len(parts), count, rng)
     places = [np.empty((0, 2), dtype=np.int64)]
     for part, quota in zip(parts, quotas, strict=True):
         if quota:
-            width, height = part.size(*sizes[part.picture])
+            width, height = part.size
             places.append(_places(height, width, int(quota), size, rng))
     return LazyCrops(parts, quotas, np.concatenate(places).astype(np.int32), size, memory)
 
@@ -316,7 +374,7 @@ def _draw(
     while missing and parts:
         sound = []
         for part, quota in zip(parts, _quotas(len(parts), missing, rng), strict=True):
-            pixels = _pixels(part) if quota else None
+            pixels = _pixels(part, size) if quota else None
             if pixels is not None:
                 pieces.append(_crop(pixels, int(quota), size, rng))
                 missing -= int(quota)
@@ -328,22 +386,10 @@ def _draw(
     return torch.from_numpy(np.concatenate(pieces)), broken
 
 
-def _pixels(part: _Part) -> UInt8[np.ndarray, "height width 3"] | None:
-    """The part's RGB bytes; None: the file is damaged."""
-    try:
-        with part.picture.open() as image:
-            rgb = image.convert("RGB")
-    except UNREADABLE:
-        return None
-    if part.scale != 1:
-        # cut before the filter mixes what lies on either side of the cut
-        first, end = _columns(rgb.width, part.columns)
-        rgb = rgb.resize(
-            part.size(*rgb.size), Image.Resampling.BICUBIC, (first, 0, end, rgb.height)
-        )
-        return np.asarray(rgb)
-    first, end = _columns(rgb.width, part.columns)
-    return np.asarray(rgb)[:, first:end]
+def _pixels(part: _Part, size: int) -> UInt8[np.ndarray, "height width 3"] | None:
+    """The part's RGB bytes; None: it is damaged, or smaller than its header said."""
+    pixels = rgb(part.picture, part.cut)
+    return None if pixels is None or min(pixels.shape[:2]) < size else pixels
 
 
 def _crop(

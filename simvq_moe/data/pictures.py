@@ -6,16 +6,18 @@ a row of a data set.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
-from simvq_moe.merging import ConfigError
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import BrokenFileError, open_regular
 
 PHOTOS = (
     "skimage/data/astronaut.png",
@@ -29,20 +31,38 @@ PHOTOS = (
     "sklearn/datasets/images/flower.jpg",
 )
 """The embedded photos, as package/path."""
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for files that are truncated, damaged, absurdly large or no images."""
+MOST_BYTES = 2**30
+"""Of an encoded picture; some decoders read all of them at once."""
+NO_PICTURES = {"EPS", "FITS"}
+"""Formats that are not opened: Ghostscript would run the program that an EPS is, and a FITS may
+unpack to any size."""
 HUB, STREAM = "hf:", "hf-stream:"
 """Beginnings of a source that is a data set of the Hub, downloaded or streamed."""
 REMEDY = "give a folder of images, 'hf:NAME' for a data set of the Hub, or 'photos'"
 
+Encoded = BufferedReader | BytesIO
+
+
+class TooLargeError(ValueError):
+    """A picture has more bytes or pixels than are read."""
+
+
+class NoPictureError(ValueError):
+    """A row holds none."""
+
 
 @runtime_checkable
 class Picture(Protocol):
-    """An image that can be opened by Pillow."""
+    """An encoded image."""
 
     @property
     def name(self) -> str:
-        """Its place in the source, the same on every machine: it decides whether it is held out."""
+        """Its place in the source, the same on every machine."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """Names it in an error."""
         ...
 
     @property
@@ -50,8 +70,14 @@ class Picture(Protocol):
         """Whether it is named like an image, so that it is reported where it can't be opened."""
         ...
 
-    def open(self) -> Image.Image:
-        """The image, its pixels not yet read; raises one of `UNREADABLE`."""
+    def stream(self) -> Encoded:
+        """Its bytes, to be closed after use.
+
+        Raises:
+            BrokenFileError: they can't be read now.
+            TooLargeError: they are too many.
+            NoPictureError: there are none.
+        """
         ...
 
 
@@ -63,11 +89,20 @@ class FilePicture:
     name: str
 
     @property
+    def where(self) -> str:
+        return str(self.path)
+
+    @property
     def looks_like_one(self) -> bool:
         return self.path.suffix.lower() in Image.registered_extensions()
 
-    def open(self) -> Image.Image:
-        return Image.open(self.path)
+    def stream(self) -> Encoded:
+        file = open_regular(self.path)
+        assert isinstance(file, BufferedReader)
+        if os.fstat(file.fileno()).st_size > MOST_BYTES:
+            file.close()
+            raise TooLargeError(f"more than {MOST_BYTES:,} bytes")
+        return file
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,20 +119,39 @@ class RowPicture:
         return f"row {self.row}"
 
     @property
+    def where(self) -> str:
+        return f"data.source, {self.name},"
+
+    @property
     def looks_like_one(self) -> bool:
         return True
 
-    def open(self) -> Image.Image:
+    def stream(self) -> Encoded:
         encoded = self.rows[self.row][self.column] or {}
-        if encoded.get("bytes"):
-            return Image.open(BytesIO(encoded["bytes"]))
-        if encoded.get("path"):
-            from fsspec.core import url_to_fs
+        content = encoded.get("bytes") or self._fetched(encoded.get("path"))
+        if len(content) > MOST_BYTES:
+            raise TooLargeError(f"more than {MOST_BYTES:,} bytes")
+        return BytesIO(content)
 
-            # a stream's place may be on the Hub, or within an archive
-            files, path = url_to_fs(encoded["path"])
-            return Image.open(BytesIO(files.cat_file(path)))
-        raise ValueError("the row holds no image")
+    def _fetched(self, place: str | None) -> bytes:
+        """The content of a file, which may be on the Hub or within an archive."""
+        from fsspec.core import url_to_fs
+
+        if not place:
+            raise NoPictureError("the row holds no image")
+        try:
+            files, path = url_to_fs(place)
+            return files.cat_file(path)
+        except FileNotFoundError:
+            raise NoPictureError(f"the row's image {place} does not exist") from None
+        except OSError as error:
+            raise BrokenFileError(self.where, f"can't be read now: {place}: {error}") from None
+
+
+def open_image(file: Encoded) -> Image.Image:
+    """The image, its pixels not yet read; raises anything for bytes that are none."""
+    Image.init()
+    return Image.open(file, formats=[form for form in Image.ID if form not in NO_PICTURES])
 
 
 def pictures(source: str, limit: int) -> list[Picture]:
@@ -114,30 +168,20 @@ def pictures(source: str, limit: int) -> list[Picture]:
     """
     if source.startswith((HUB, STREAM)):
         return _rows(source, limit)
-    return list(_files(source))
+    return list(files(source))
 
 
-def exists(source: str) -> bool:
-    """Whether there is an image; stops at the first, and asks nothing of the Hub.
+def hub_name(source: str) -> str | None:
+    """NAME of a source that is a data set of the Hub; None: it is another one."""
+    return _name_and_split(source)[0] if source.startswith((HUB, STREAM)) else None
+
+
+def files(source: str) -> Iterator[FilePicture]:
+    """Every file that may be an image, see `pictures`.
 
     Raises:
-        ConfigError: the source doesn't exist.
+        ConfigError: the source doesn't exist, or a folder can't be read now.
     """
-    if source.startswith((HUB, STREAM)):
-        return bool(_name_and_split(source)[0])
-    return any(pixel_size(picture) for picture in _files(source))
-
-
-def pixel_size(picture: Picture) -> tuple[int, int] | None:
-    """Width and height from the header; None: Pillow can't open it."""
-    try:
-        with picture.open() as image:
-            return image.size
-    except UNREADABLE:
-        return None
-
-
-def _files(source: str) -> Iterator[FilePicture]:
     if source == "photos":
         found = [path for path in map(_installed, PHOTOS) if path is not None]
         yield from (FilePicture(path, path.name) for path in found)
@@ -148,8 +192,28 @@ def _files(source: str) -> Iterator[FilePicture]:
     if root.is_file():
         yield FilePicture(root, root.name)
         return
-    for path in sorted(path for path in root.rglob("[!.]*") if path.is_file()):
+    for path in sorted(_paths(root)):
         yield FilePicture(path, path.relative_to(root).as_posix())
+
+
+def _paths(root: Path) -> Iterator[Path]:
+    """Files below a folder, also those behind links; each folder once, so that loops end."""
+
+    def stop(error: OSError) -> None:
+        reason = f"can't be read now: {error.strerror}: make it readable, or take it out"
+        raise BrokenFileError(error.filename, reason)
+
+    seen = set()
+    for folder, subfolders, names in os.walk(root, onerror=stop, followlinks=True):
+        found = os.stat(folder)
+        if (found.st_dev, found.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        # the order says by which of its names a folder is known; lost+found is root's alone
+        subfolders[:] = sorted(set(subfolders) - {"lost+found"})
+        paths = [Path(folder, name) for name in names if not name.startswith(".")]
+        yield from (path for path in paths if path.is_file())
 
 
 def _installed(photo: str) -> Path | None:

@@ -38,9 +38,14 @@ class ImageMeasures(nn.Module):
         images: Float[Tensor, "batch 3 height width"],
         reconstructions: Float[Tensor, "batch 3 height width"],
     ) -> dict[str, Tensor]:
-        """Each measure summed over images in [-1, 1], and their number."""
+        """Each measure summed over images in [-1, 1], and their number.
+
+        All are of what is seen: values beyond black and white are cut off, as where pictures are
+        written.
+        """
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
+        images, reconstructions = images.clamp(-1, 1), reconstructions.clamp(-1, 1)
         error = (reconstructions - images).double().square().mean(dim=(1, 2, 3))
         # the pixels span 2, from -1 to 1
         values = {"mse": error, "psnr": 10 * torch.log10(4 / error.clamp_min(1e-10))}

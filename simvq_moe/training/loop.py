@@ -391,7 +391,8 @@ class Trainer:
         if shared["data_digest"] != self.task.data_digest:
             raise ConfigError(
                 f"the data in data.source {source_of(self.config)!r} are not those that "
-                f"{self.config.run_dir} began with: put them back, or give the run another --name"
+                f"{self.config.run_dir} began with, or were held out otherwise: put them back, or "
+                "give the run another --name"
             )
         self.step = restored.step
         self.train_seconds = shared["train_seconds"]

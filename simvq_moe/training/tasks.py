@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from simvq_moe.config import Config
 from simvq_moe.core.bank import effective_rank
 from simvq_moe.data import audio, images, streaming, text
+from simvq_moe.data.hashing import digest_of_both
 from simvq_moe.data.sources import check_stream
 from simvq_moe.data.streaming import TextStream
 from simvq_moe.data.tokens import Corpus
@@ -65,7 +66,7 @@ class Task:
     train: DataSet | TextStream
     held_out: DataSet
     data_digest: str
-    """Differs when the data differ: a run goes on with the data that it began with."""
+    """Differs when the data of either side differ: a run goes on with those that it began with."""
     tokens_per_sample: int
     """Tokens (codes or text tokens) of one sample."""
     evaluate: Callable[[Tensor], dict[str, Tensor]]
@@ -152,9 +153,10 @@ def _image_task(config: Config, measures: ImageMeasures) -> Task:
     def picture(batch: Tensor) -> np.ndarray:
         return sheet(batch, model.reconstruct(batch)[0])
 
+    digest = digest_of_both(train.digest(), held_out.digest())
     side = data.image_size // 2**config.image_tokenizer.downsamplings
     return Task(
-        *(model, train, held_out, train.digest(), side**2, evaluate, summarize),
+        *(model, train, held_out, digest, side**2, evaluate, summarize),
         start=model.initialize,
         picture=picture,
     )
@@ -187,12 +189,14 @@ def _audio_task(config: Config) -> Task:
             model.quantizer
         )
 
+    digest = digest_of_both(train.digest(), held_out.digest())
+
     def sounds(batch: Tensor) -> dict[str, np.ndarray]:
         pair = {"original": batch, "reconstruction": model.reconstruct(batch)[0].clamp(-1, 1)}
         return {name: clips.cpu().numpy() for name, clips in pair.items()}
 
     return Task(
-        *(model, train, held_out, train.digest(), -(-length // model.hop), evaluate, summarize),
+        *(model, train, held_out, digest, -(-length // model.hop), evaluate, summarize),
         start=model.initialize,
         picture=None,
         sounds=sounds,

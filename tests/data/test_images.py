@@ -1,6 +1,7 @@
 """Crops come from real photos, and no held-out pixel is seen in training."""
 
 import logging
+import os
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from simvq_moe.data.images import PHOTOS, ImageCrops, LazyCrops, check_source, image_crops
-from simvq_moe.data.pictures import FilePicture, RowPicture
+from simvq_moe.data.pictures import FilePicture, RowPicture, files
 from simvq_moe.merging import ConfigError
 
 SIZE = 8
@@ -382,7 +383,7 @@ def test_a_rows_image_may_lie_in_an_archive(tmp_path):
         archive.write(tmp_path / "a.png", "a.png")
     place = f"zip://a.png::{tmp_path / 'all.zip'}"
     row = RowPicture([{"image": {"bytes": None, "path": place}}], "image", 0)
-    assert np.asarray(row.open()).tolist() == np.asarray(plain_image(7)).tolist()
+    assert np.asarray(Image.open(row.stream())).tolist() == np.asarray(plain_image(7)).tolist()
 
 
 def test_a_stream_that_breaks_off_is_named_with_the_way_out(tmp_path, monkeypatch):
@@ -400,3 +401,170 @@ def test_a_stream_that_breaks_off_is_named_with_the_way_out(tmp_path, monkeypatc
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"data\.source 'hf-stream:.*' can't be loaded \("):
         crops(f"hf-stream:{tmp_path / 'rows'}")
+
+
+def numbered_images(folder, numbers, start=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, number in enumerate(numbers, start):
+        plain_image(number).save(folder / f"{i:03}.png")
+    return folder
+
+
+def test_copies_of_an_image_lie_on_one_side(tmp_path):
+    numbered_images(tmp_path, [i % 30 for i in range(90)])
+    train, held_out = crops(tmp_path, 900, 200)
+    seen, unseen = set(train.images.unique().tolist()), set(held_out.images.unique().tolist())
+    assert seen | unseen == set(range(30))
+    assert not seen & unseen
+    assert unseen
+
+
+def test_names_and_places_of_images_decide_no_side(many):
+    _, before = crops(many, 200, 200)
+    (many / "moved").mkdir()
+    for i in range(40):
+        (many / f"{i:02}.png").rename(many / "moved" / f"{97 * i % 40}.png")
+    _, after = crops(many, 200, 200)
+    assert after.images.unique().tolist() == before.images.unique().tolist()
+
+
+def test_more_images_take_none_out_of_training(many):
+    before = set(crops(many, 200, 200)[1].images.unique().tolist())
+    numbered_images(many / "more", range(40, 120))
+    train, held_out = crops(many, 900, 900)
+    assert before <= set(held_out.images.unique().tolist())
+    assert not before & set(train.images.unique().tolist())
+
+
+def test_images_that_are_all_equal_are_used_with_a_warning(tmp_path, caplog):
+    numbered_images(tmp_path, [7] * 25)
+    with caplog.at_level(logging.WARNING):
+        train, _ = crops(tmp_path, size=20)
+    assert train.images.unique().tolist() == [7]
+    (record,) = caplog.records
+    assert "all 25 images are equal, and held-out crops are of what training sees" in (
+        record.getMessage()
+    )
+
+
+def test_a_few_different_images_among_many_copies_are_split_by_content(tmp_path):
+    numbered_images(tmp_path, [i % 3 for i in range(30)])
+    train, held_out = crops(tmp_path, size=20)
+    assert not set(train.images.unique().tolist()) & set(held_out.images.unique().tolist())
+
+
+@pytest.mark.parametrize("memory", [2**30, 0])
+@pytest.mark.parametrize("way", ["inside", "around", "link", "copies", "hub"])
+def test_held_out_images_are_kept_out_of_training(way, memory, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "data"
+    train_folder = numbered_images(root / "train", range(30))
+    val = numbered_images(root / "val", range(30, 50))
+    source, held_out_source = root, val
+    if way == "around":
+        source, held_out_source = train_folder, tmp_path / "outer"
+        numbered_images(held_out_source, range(20))
+    elif way == "link":
+        held_out_source = tmp_path / "link"
+        held_out_source.symlink_to(val)
+    elif way == "copies":
+        held_out_source = numbered_images(tmp_path / "copies", range(30, 50), start=500)
+    elif way == "hub":
+        held_out_source = f"hf:{val}"
+    sets = image_crops(
+        str(source),
+        size=SIZE,
+        crops=600,
+        held_out_crops=300,
+        seed=0,
+        held_out_source=str(held_out_source),
+        memory=memory,
+    )
+    seen, unseen = (
+        set(((part.batch(np.arange(len(part))) + 1) * 127.5).round().int().unique().tolist())
+        for part in sets
+    )
+    assert unseen == (set(range(20)) if way == "around" else set(range(30, 50)))
+    assert seen == (set(range(20, 30)) if way == "around" else set(range(30)))
+
+
+def test_a_held_out_source_that_leaves_nothing_to_train_on_is_refused(many):
+    with pytest.raises(ConfigError, match=r"data\.held_out_source .* holds every image of data"):
+        crops(many, held_out_source=str(many))
+
+
+def test_a_digest_of_crops_to_come_is_that_of_contents(many):
+    before = lazy(many)[0].digest()
+    (many / "00.png").rename(many / "00_again.png")  # stays the first
+    assert lazy(many)[0].digest() == before
+    plain_image(200).save(many / "00_again.png")
+    assert lazy(many)[0].digest() != before
+
+
+def test_names_that_are_not_utf8_are_usable_and_shown_escaped(tmp_path, caplog):
+    for i in range(30):
+        plain_image(i).save(tmp_path / "a.png")
+        os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/caf\xe9_%d.png" % i)
+    with open(os.fsencode(tmp_path) + b"/\xe9\x1b[2J.png", "wb") as file:
+        file.write(b"no image")
+    for read in (crops, lazy):
+        with caplog.at_level(logging.WARNING):
+            train, held_out = read(tmp_path)
+        train.batch(np.arange(50))
+        assert train.digest() != held_out.digest()
+    assert all(record.getMessage().isascii() for record in caplog.records)
+    assert "\\udce9\\x1b[2J.png" in caplog.records[0].getMessage()
+
+
+def test_images_of_too_many_pixels_are_skipped_by_name(many, caplog, monkeypatch):
+    monkeypatch.setattr("simvq_moe.data.pixels.MOST_PIXELS", 1_000)
+    monkeypatch.setattr("simvq_moe.data.images.MOST_PIXELS", 1_000)
+    column_image().save(many / "large.png")
+    with caplog.at_level(logging.WARNING):
+        crops(many)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("skipped 1 images of more than 1,000 pixels: large.png")
+    # and none is resized to more
+    with pytest.raises(ConfigError, match="holds no image"):
+        crops(many, shorter_side=40)
+
+
+def test_only_damaged_images_are_an_error_batch_by_batch(tmp_path):
+    column_image().save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    train, _ = lazy(tmp_path)
+    with pytest.raises(ConfigError, match=r"all 1 images are damaged, such as .*a\.png"):
+        train.batch(np.arange(2))
+
+
+def test_an_image_that_cannot_be_read_now_ends_the_run_with_a_line(many):
+    train, _ = lazy(many)
+    assert isinstance(train, LazyCrops)
+    picture = train.parts[3].picture
+    assert isinstance(picture, FilePicture)
+    picture.path.unlink()
+    with pytest.raises(ConfigError, match=rf"{picture.name} does not exist"):
+        train.batch(np.arange(50))
+
+
+def test_images_behind_links_are_found_once(tmp_path):
+    real = numbered_images(tmp_path / "elsewhere", range(20, 30))
+    source = numbered_images(tmp_path / "source", range(20))
+    (source / "linked").symlink_to(real)
+    (source / "loop").symlink_to(source)
+    names = [picture.name for picture in files(str(source))]
+    assert names == [f"{i:03}.png" for i in range(20)] + [f"linked/{i:03}.png" for i in range(10)]
+
+
+def test_a_folder_that_cannot_be_read_now_is_named(many, monkeypatch):
+    (many / "deep").mkdir()
+    scandir = os.scandir
+
+    def fail(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", fail)
+    with pytest.raises(ConfigError, match=r"deep can't be read now: Permission denied"):
+        crops(many)

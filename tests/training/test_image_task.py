@@ -9,12 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from simvq_moe.config import Config, ImageTokenizerConfig, QuantizerConfig, TrainConfig
+from simvq_moe.config import (
+    Config,
+    DataConfig,
+    ImageTokenizerConfig,
+    QuantizerConfig,
+    TrainConfig,
+)
 from simvq_moe.config_checks import check
 from simvq_moe.merging import ConfigError
 from simvq_moe.models.image_losses import LPIPS
@@ -27,6 +34,7 @@ from simvq_moe.training.image_measures import (
     check_networks,
     optional_measures,
 )
+from simvq_moe.training.tasks import build_task
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
@@ -144,10 +152,8 @@ def test_rfid_is_the_frechet_distance_of_the_features_of_all_images() -> None:
     assert_close(measures.means(total)["val/rfid"], float(expected), rtol=1e-5, atol=0)
 
 
-def test_sums_over_batches_give_the_means_over_all_images() -> None:
-    torch.manual_seed(0)
-    images = torch.rand(5, 3, 16, 16) * 2 - 1
-    others = images + 0.1 * torch.randn_like(images)
+def random_lpips() -> LPIPS:
+    """The network with weights that need no download."""
     heads = {
         f"lin{i}.model.1.weight": torch.rand(1, n, 1, 1)
         for i, n in enumerate((64, 128, 256, 512, 512))
@@ -157,7 +163,14 @@ def test_sums_over_batches_give_the_means_over_all_images() -> None:
     vgg = {f"features.{n}.bias": torch.zeros(widths[i + 1]) for i, n in enumerate(numbers)}
     for i, n in enumerate(numbers):
         vgg[f"features.{n}.weight"] = torch.randn(widths[i + 1], widths[i], 3, 3) * 0.05
-    lpips = LPIPS(vgg, heads)
+    return LPIPS(vgg, heads)
+
+
+def test_sums_over_batches_give_the_means_over_all_images() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(5, 3, 16, 16) * 2 - 1
+    others = (images + 0.1 * torch.randn_like(images)).clamp(-1, 1)
+    lpips = random_lpips()
     measures = ImageMeasures(lpips)
     sums = [measures.sums(images[part], others[part]) for part in (slice(3), slice(3, None))]
     total = {name: float(sum(one[name] for one in sums)) for name in sums[0]}
@@ -169,6 +182,49 @@ def test_sums_over_batches_give_the_means_over_all_images() -> None:
     assert_close(means["val/lpips"], float(lpips(others, images).mean()), rtol=1e-5, atol=0)
     empty = ImageMeasures().sums(images[:0], images[:0])
     assert {name: float(value) for name, value in empty.items()} == dict.fromkeys(empty, 0.0)
+
+
+@pytest.mark.parametrize("largest", [1.0, 1.1, 50.0])
+def test_measures_are_of_the_pictures_that_are_seen(largest: float) -> None:
+    torch.manual_seed(0)
+    images = (torch.rand(2, 3, 16, 16) * 2 - 1).round()
+    others = torch.randn(2, 3, 16, 16) * largest
+    measures = ImageMeasures(random_lpips(), FrechetInceptionDistance(Colours(), normalize=False))
+    seen = measures.sums(images, others.clamp(-1, 1))
+    assert_close(measures.sums(images, others), seen, rtol=0, atol=0)
+    overshot = measures.means(
+        {name: float(value) for name, value in measures.sums(images, images * largest).items()}
+    )
+    assert overshot["val/mse"] == overshot["val/lpips"] == 0
+    assert overshot["val/psnr"] > 100
+    assert_close(overshot["val/ssim"], 1.0)
+
+
+@pytest.mark.parametrize("memory", [4096, 0])
+@pytest.mark.parametrize("changed", ["held_out_source", "train", "right columns", "nothing"])
+def test_the_data_digest_is_of_both_sides(changed: str, memory: int, tmp_path: Path) -> None:
+    folders = tmp_path / "train", tmp_path / "held_out"
+    pixels = np.zeros((20, 100, 3), np.uint8)
+    for folder in folders:
+        folder.mkdir()
+        for i in range(2):
+            Image.fromarray(pixels + i).save(folder / f"{i}.bmp")
+    own = None if changed == "right columns" else str(folders[1])
+    data = DataConfig(
+        source=str(folders[0]), held_out_source=own, image_size=16, crops=40, held_out_crops=10
+    )
+    if own:
+        Image.fromarray(pixels + 9).save(folders[1] / "0.bmp")
+        Image.fromarray(pixels + 8).save(folders[1] / "1.bmp")
+    config = replace(CONFIG, data=replace(data, decoded_megabytes=memory))
+    before = build_task(config).data_digest
+    if changed == "right columns":
+        pixels[:, 90:] = 3
+        Image.fromarray(pixels).save(folders[0] / "0.bmp")
+    elif changed != "nothing":
+        folder = folders[1] if changed == "held_out_source" else folders[0]
+        Image.fromarray(pixels + 200).save(folder / "0.bmp")
+    assert (build_task(config).data_digest == before) == (changed == "nothing")
 
 
 @pytest.mark.distributed
