@@ -108,9 +108,8 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "train.steps": (1, COUNT),
     "train.batch_size": (1, COUNT),
     "train.accumulation": (1, COUNT),
-    "train.zero_stage": (0, 3),
     "train.clip": (0, FACTOR),
-    "train.peak_flops": (0, 1e20),
+    "train.peak_flops": (0, 1e18),
     "train.log_every": (1, COUNT),
     "train.eval_every": (1, COUNT),
     "train.eval_batch_size": (1, COUNT),
@@ -141,7 +140,7 @@ def value_problems(config: Config) -> Iterator[str]:
         for one in values:
             if isinstance(one, str):
                 yield from _text_problems(key, one)
-            elif isinstance(one, int | float) and not isinstance(one, bool):
+            elif key in RANGES and one is not None:
                 least, most = RANGES[key]
                 yield from _number_problems(key, value, one, least_of.get(key, least), most)
     yield from name_problems("name", config.name)

@@ -126,7 +126,8 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     """ " Did you mean ...?" with the closest known words, or nothing."""
     leaf = word.rsplit(".", 1)[-1]
     close = (
-        difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+        [key for key in known if key.endswith(f".{leaf}")][:2]
+        or difflib.get_close_matches(word, known, n=2, cutoff=0.6)
         or [
             key
             for key in known

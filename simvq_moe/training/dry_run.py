@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
+from torch import nn
 
 from simvq_moe.config import Config, on_one_rank
+from simvq_moe.merging import ConfigError, flatten
 from simvq_moe.training.building import build_model
 from simvq_moe.training.cluster import Cluster, predictions, table
 from simvq_moe.training.cost import parameter_counts
@@ -22,8 +25,14 @@ def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, 
     """Costs of a rank of so many, and predictions for a cluster.
 
     A language model is only described and not built, so any size can be asked for.
+
+    Raises:
+        ConfigError: a tokenizer, which is counted on samples, is too large for this machine.
     """
-    with torch.device("meta" if config.task == "language_model" else "cpu"):
+    with torch.device("meta"):
+        model = build_model(on_one_rank(config))
+    if config.task != "language_model":
+        _check_countable(config, model)
         model = build_model(on_one_rank(config))
     plan = Plan(model, config)
     rank = plan.on(ranks, config.train.batch_size // ranks)
@@ -45,6 +54,35 @@ def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, 
         ):
             text += f"\n! more than the {cluster.memory_gb:g} GB of a GPU"
     return text, found
+
+
+def _check_countable(config: Config, model: nn.Module) -> None:
+    """Raise `ConfigError` where two samples of a tokenizer do not go through it on this machine.
+
+    Weights, gradients and a copy; and a rough count of what the convolutions give at full
+    resolution. Computed in integers, for sizes may be anything that fits into a config.
+    """
+    data, image, audio = config.data, config.image_tokenizer, config.audio_tokenizer
+    if config.task == "image_tokenizer":
+        depth = 2 * (image.residual_blocks + 2) * max(image.channel_multipliers, default=1)
+        values = data.image_size**2 * image.hidden * depth
+    else:
+        values = round(data.audio_seconds * data.sample_rate) * audio.hidden
+        values *= 4 * (len(audio.dilations) + 1)
+    weights = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    needed, free = 4 * (3 * weights + 2 * values), psutil.virtual_memory().available
+    if needed <= free:
+        return
+    flat, default = flatten(config), flatten(Config())
+    sizes = [
+        f"{key} {value}"
+        for key, value in flat.items()
+        if key.partition(".")[0] in ("data", "quantizer", config.task) and value != default[key]
+    ]
+    raise ConfigError(
+        f"{', '.join(sizes)}: counting its costs takes about {needed / 1e9:,.0f} GB, and "
+        f"{free / 1e9:,.0f} are free here: make it smaller"
+    )
 
 
 def _describe(parameters: dict[str, int], rank: PerRank, micro_batch: int) -> str:
