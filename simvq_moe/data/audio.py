@@ -128,9 +128,9 @@ def audio_clips(
     except NothingReadableError:
         raise ConfigError(
             f"data.source {source!r} holds no recording that is readable and long enough for "
-            f"data.audio_seconds {length / sample_rate:g}: lower it, give longer recordings, of "
-            "which few are cut into an early and a short held-out late part each, or "
-            "'spoken-characters'"
+            f"data.audio_seconds {length / sample_rate:g}: lower it, or give more or longer "
+            "recordings; a few recordings are each cut in two, and the late part, which is held "
+            "out, is short"
         ) from None
     _warn(source, "skipped %d unreadable or too short recordings", skipped)
     _warn(source, "cut %d recordings that are shorter than their headers say", cut)

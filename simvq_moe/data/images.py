@@ -245,8 +245,9 @@ def image_crops(
     if len(sets[0]) < crops or len(sets[1]) < held_out_crops:
         raise ConfigError(
             f"data.source {source!r} holds no image that is readable and large enough for "
-            f"data.image_size {size}: lower it, set data.shorter_side, give larger images, of "
-            "which few are cut into a left and a narrow held-out right part each, or 'photos'"
+            f"data.image_size {size}: lower it, set data.shorter_side, or give more or larger "
+            "images; a few images are each cut in two, and the right part, which is held out, is "
+            "narrow"
         )
     return sets[0], sets[1]
 
