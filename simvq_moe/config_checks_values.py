@@ -98,7 +98,7 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "language_model.layers": (1, 1000),
     "language_model.heads": (1, CHANNELS),
     "language_model.moe_every": (0, 1000),
-    "optimizer.lr": (0, FACTOR),
+    "optimizer.lr": (0, 1e38),  # of float32; a rate that diverges is a result
     "optimizer.betas": (0, BELOW_1),
     "optimizer.weight_decay": (0, FACTOR),
     "optimizer.warmup_steps": (0, COUNT),

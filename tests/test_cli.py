@@ -25,6 +25,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.yaml").write_text("quantizer: {codes: 16}\n")
     (tmp_path / "sweep.yaml").write_text(SWEEP)
+    bad = SWEEP.replace("label: A", "label: A, set: {quantizer: {codes: 1}}")
+    (tmp_path / "bad.yaml").write_text(bad)
+    (tmp_path / "refers.yaml").write_text("data: {source: '${nowhere}'}\n")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing" / "a.png").write_bytes(b"no picture")
     (tmp_path / "runs" / "other").mkdir(parents=True)
@@ -56,6 +59,20 @@ def files(folder: Path) -> dict[str, bytes]:
         ("sweep --config sweep.yaml --arms b", ["--arms 'b' is in no group"]),
         ("sweep --config sweep.yaml --parallel 0", ["--parallel 0 must be at least 1"]),
         ("sweep --config sweep.yaml --index 2 --count 2", ["--index 2", "--count 2"]),
+        ("sweep --config sweep.yaml --ranks 0", ["--ranks 0 must be at least 1"]),
+        ("sweep --config sweep.yaml --count 0", ["--count 0", "at least 1"]),
+        ("sweep --config sweep.yaml --arms ,", ["--arms '' is in no group"]),
+        ("sweep --config bad.yaml", ["bad.yaml: groups.g.arms.a: quantizer.codes 1 < 2"]),
+        ("train --seed 1e30", ["seed 10000", "use at most"]),
+        ("train --name .", ["name '.'"]),
+        ("train --config refers.yaml", ["data.source '${nowhere}' does not exist"]),
+        ("train --config .", [". is no regular file"]),
+        ("generate runs/other --seed 99999999999999999999999", ["--seed 9999", "use at most"]),
+        ("generate runs/other --temperature nan", ["--temperature nan"]),
+        ("dashboard runs --port -1", ["--port -1 < 0"]),
+        ("dashboard runs --port 65536", ["--port 65536 > 65,535"]),
+        ("bench moe --rounds 0", ["--rounds 0"]),
+        ("bench train --steps -1", ["--steps -1"]),
         ("watch nowhere", ["nowhere does not exist"]),
         ("report nowhere --out out", ["nowhere"]),
         ("report nothing --out out", ["nothing"]),

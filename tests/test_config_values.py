@@ -32,7 +32,7 @@ FREE = [key for key in LEAVES if "Literal" not in kind_of(key)]
 NUMBERS = [key for key in FREE if any(word in kind_of(key) for word in ("int", "float"))]
 TEXTS = [key for key in FREE if "str" in kind_of(key)]
 LISTS = [key for key, value in LEAVES.items() if isinstance(value, tuple)]
-HUGE = (10**30, 2**63, -(10**30), math.nan, math.inf, -math.inf, 1e30, "1e30", "nan", "-inf")
+HUGE = (10**39, 2**130, -(10**39), math.nan, math.inf, -math.inf, 1e39, "1e39", "nan", "-inf")
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from simvq_moe.analysis.sweep import plan, share
+from simvq_moe.analysis.sweep import origin_of, plan, share
+from simvq_moe.analysis.sweep_checks import check_runs
 from simvq_moe.analysis.sweep_runs import Clock, Machine, command
+from simvq_moe.config_checks import check
 from simvq_moe.merging import ConfigError, first_difference
 from tests.launching import ROOT, environment, metrics, run, start
 
@@ -64,13 +66,42 @@ def test_a_plan_has_every_arm_with_every_seed_and_only_their_own_changes(folder:
         ("groups: {codes: {arms: {vq: {set: {moe: {exprets: 3}}}}}}", ["moe.exprets", "arms.vq"]),
         ("sedes: [1]", ["unknown key sedes", "Did you mean seeds"]),
         ("groups: {codes: {config: gone.yaml}}", ["gone.yaml does not exist"]),
+        ("groups: {codes: {config: gone.yaml}}", ["groups.codes.config 'gone.yaml'"]),
+        ("set: {moe: {experts: x}}", [": set: moe.experts 'x'"]),
+        ("set: {seed: 3}", ["set.seed 3", "drop it"]),
+        ("groups: {codes: {set: {name: x}}}", ["groups.codes.set.name 'x'"]),
+        ("groups: {codes: {arms: {vq: {set: {arm: x}}}}}", ["groups.codes.arms.vq.set.arm 'x'"]),
+        ("groups: {codes: {arms: {vq: 3}}}", ["groups.codes.arms.vq 3", "keys and values"]),
+        ("groups: {codes: {arms: {a/b: {label: x}}}}", ["groups.codes.arms 'a/b'"]),
+        ("groups: {codes: {arms: {'a,b': {label: x}}}}", ["groups.codes.arms 'a,b'"]),
+        ("groups: {lr_grid: {config: base.yaml}}", ["does not set groups.lr_grid.arms"]),
+        ("groups: {codes: {outcomes: []}}", ["groups.codes.outcomes []"]),
+        ("groups: {codes: {primary: {vq: val/mse}}}", ["groups.codes.primary.vq", "simvq"]),
+        ("groups: {codes: {primary: {simvq: val/x}}}", ["groups.codes.primary.simvq 'val/x'"]),
+        *((f"name: {name}", [f"name {name!r}"]) for name in ("../s", "a/b", "report", ".")),
+        ("seeds: []", ["seeds []"]),
+        ("seeds: [0, 0]", ["seeds [0, 0]", "twice"]),
+        ("seeds: [-1]", ["seeds -1"]),
+        ("seeds: 1", ["seeds 1", "list"]),
+        ("lr_grid: {seed: 0, factors: [1]}", ["lr_grid.seed 0"]),
+        ("lr_grid: {seed: 9, factors: [1, .inf]}", ["lr_grid.factors"]),
+        ("lr_grid: {seed: 9, factors: [1, 1]}", ["lr_grid.factors", "twice"]),
     ],
 )
 def test_a_bad_sweep_is_one_line(folder: Path, extra: str, words: list[str]) -> None:
     (folder / "more.yaml").write_text(extra)
     with pytest.raises(ConfigError) as error:
         plan([folder / "sweep.yaml", folder / "more.yaml"])
-    assert all(word in str(error.value) for word in words), str(error.value)
+    assert all(word in str(error.value) for word in ["more.yaml", *words]), str(error.value)
+
+
+def test_a_run_that_would_not_start_is_named_with_file_group_and_arm(folder: Path) -> None:
+    (folder / "more.yaml").write_text(
+        "groups: {codes: {arms: {simvq: {set: {quantizer: {codes: 1}}}}}}"
+    )
+    files = [folder / "sweep.yaml", folder / "more.yaml"]
+    with pytest.raises(ConfigError, match=r"more.yaml: groups.codes.arms.simvq: quantizer.codes 1"):
+        check_runs(plan(files).runs, origin_of(files), lambda config, _: check(config), 1)
 
 
 def test_arms_restrict_the_plan_to_them_and_their_baselines(folder: Path) -> None:

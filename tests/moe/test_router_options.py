@@ -11,8 +11,10 @@ from torch.testing import assert_close
 
 from simvq_moe.config import Config
 from simvq_moe.config_checks import check
+from simvq_moe.config_checks_moe import with_gates
 from simvq_moe.merging import ConfigError, with_flags
 from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.moe import MoE
 from simvq_moe.training import checkpoint
 from simvq_moe.training.building import build_model
 from simvq_moe.training.engine import World, parameter_groups
@@ -130,6 +132,52 @@ def test_options_that_mean_nothing_together_are_refused(flags: str, message: str
         check(config(flags))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+ONE_OF_EIGHT = "--moe.top_k 1 --moe.experts 8"
+
+
+@pytest.mark.parametrize("more", ["", "--moe.balance aux", "--moe.balance loss_free"])
+def test_one_chosen_expert_has_a_gate_that_teaches_the_router(more: str) -> None:
+    made = config(f"{ONE_OF_EIGHT} {more}")
+    check(made)
+    model = build_model(made)
+    assert isinstance(model, LanguageModel)
+    loss, terms = model(torch.randint(300, (2, 20)))
+    del loss
+    terms["cross_entropy"].backward()
+    for name, p in model.named_parameters():
+        if name.endswith("router.bank.base"):
+            assert p.grad is not None
+            assert p.grad.abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("gates", ["topk_softmax", "sigmoid"])
+@pytest.mark.parametrize("router", ["topk", "noisy_topk", "cosine", "hyper"])
+def test_a_constant_gate_is_refused_by_name(router: str, gates: str) -> None:
+    with pytest.raises(ConfigError, match=rf"moe.gates '{gates}' with moe.top_k 1: .*softmax_topk"):
+        check(config(f"{ONE_OF_EIGHT} --moe.router {router} --moe.gates {gates}"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--moe.top_k 1 --moe.experts 1 --moe.gates topk_softmax",  # nothing to choose
+        f"{ONE_OF_EIGHT} --moe.gates sigmoid --moe.train_router_base False",  # frozen on purpose
+        f"{ONE_OF_EIGHT} --moe.gates sigmoid --moe.router distance",  # learns by its own losses
+        f"{ONE_OF_EIGHT} --moe.router hash",
+        f"{ONE_OF_EIGHT} --moe.dispatch deepspeed_capacity",
+    ],
+)
+def test_a_router_that_needs_no_gate_to_learn_is_left_alone(flags: str) -> None:
+    check(config(flags))
+
+
+def test_gates_that_are_spelled_out_are_those_of_the_layer() -> None:
+    for flags in ("", ONE_OF_EIGHT, "--moe.router hash --moe.top_k 1"):
+        made = with_gates(config(flags))
+        layer = next(m for m in build_model(config(flags)).modules() if isinstance(m, MoE))
+        assert layer.router.gates == made.moe.gates != "default"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hash"])

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from simvq_moe.config import Config, OptimizerConfig
 from simvq_moe.merging import with_flags
 from simvq_moe.training.building import build_model
-from simvq_moe.training.engine import learning_rate_factor, parameter_groups, share_cores
+from simvq_moe.training.engine import World, learning_rate_factor, parameter_groups, share_cores
 
 MAPPED = (
     *("--task", "language_model", "--moe.router_map", "linear", "--moe.expert_out_map", "linear"),
@@ -35,6 +35,19 @@ def test_every_parameter_is_in_one_group_with_the_rate_of_its_role() -> None:
     assert rates["vector"] == (0.01, 0.0)
     assert rates["map"] == (0.05, 0.0)
     assert rates["router"] == (0.001, 0.1)
+
+
+def test_the_factor_of_routers_reaches_that_of_deepspeeds_own_layer(world: World) -> None:
+    assert world.size == 1
+    flags = ("--moe.dispatch", "deepspeed_capacity", "--task", "language_model")
+    factor = ("--optimizer.router_lr_multiplier", "0.1", "--optimizer.lr", "0.01")
+    config = with_flags(Config(), [*flags, *factor], "train")
+    model = build_model(config)
+    groups = {group["name"]: group for group in parameter_groups(model, config.optimizer)}
+    assert groups["router"]["lr"] == pytest.approx(0.001)
+    rows = {id(p) for name, p in model.named_parameters() if name.endswith("gate.wg.weight")}
+    assert {id(p) for p in groups["router"]["params"]} == rows
+    assert len(rows) == config.language_model.layers
 
 
 def test_the_rate_warms_up_linearly_and_falls_along_a_cosine_to_its_floor() -> None:
