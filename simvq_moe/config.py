@@ -169,6 +169,15 @@ class AudioTokenizerConfig:
     """Weight of the distance of magnitudes and their logarithms."""
     mel_weight: float = 1.0
     """Weight of the distance of log10 mel bands."""
+    mel_bands: tuple[int, ...] = ()
+    """Mel bands of each loss window; (): 5 for 32 samples to 320 for 2,048."""
+    mel_scale: Literal["slaney", "htk"] = "slaney"
+    """Linear to 1 kHz and logarithmic from there, or 2595 log10(1 + f / 700)."""
+    mel_floor: float = 1e-5
+    """Magnitude of a mel band below which there is silence, in mel_units."""
+    mel_units: Literal["amplitude", "sum", "area"] = "amplitude"
+    """amplitude: a sine of amplitude 1 has 1/2; sum: as torch.stft gives them, torchaudio's
+    default; area: likewise, bands over half their width in Hz."""
     adversarial_weight: float = 0.0
     """Weight of the discriminators' verdict; 0: there are none."""
     feature_weight: float = 2.0
@@ -181,6 +190,9 @@ class AudioTokenizerConfig:
     """Samples; one discriminator of the waveform each."""
     discriminator_windows: tuple[int, ...] = (512, 1024, 2048)
     """Samples of a frame; one discriminator of the spectrum each."""
+    discriminator_bands: tuple[float, ...] = ()
+    """Borders of frequency bands with layers of their own, as shares of half the sample rate; ():
+    the spectrum is one band."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from math import prod
 
 from simvq_moe.config import AudioTokenizerConfig, Config, ImageTokenizerConfig, QuantizerConfig
@@ -152,7 +153,7 @@ def _judge_problems(config: Config) -> Iterator[str]:
 
 OF_DISCRIMINATORS = (
     *("feature_weight", "adversarial_start", "discriminator_hidden"),
-    *("discriminator_periods", "discriminator_windows"),
+    *("discriminator_periods", "discriminator_windows", "discriminator_bands"),
 )
 """Options of the audio tokenizer that mean nothing without discriminators."""
 
@@ -169,6 +170,19 @@ def audio_problems(config: Config) -> Iterator[str]:
             yield f"audio_tokenizer.{name} {values}: give one or more, each at least {least}"
         elif name.endswith("windows") and any(value % 32 for value in values):
             yield f"audio_tokenizer.{name} {values}: use multiples of 32"
+    if audio.mel_bands and len(audio.mel_bands) != len(audio.loss_windows):
+        yield (
+            f"audio_tokenizer.mel_bands {audio.mel_bands} with audio_tokenizer.loss_windows "
+            f"{audio.loss_windows}: give {len(audio.loss_windows)}, one for each, or none"
+        )
+    bins = min(audio.discriminator_windows, default=0) // 2 + 1
+    edges = [0, *(int(border * bins) for border in audio.discriminator_bands), bins]
+    if any(a >= b for a, b in pairwise(edges)):
+        yield (
+            f"audio_tokenizer.discriminator_bands {audio.discriminator_bands} leave a band without "
+            f"one of the {bins} frequencies of the smallest of audio_tokenizer."
+            "discriminator_windows: give fewer, in rising order"
+        )
     if not audio.adversarial_weight:
         for name in OF_DISCRIMINATORS:
             value = getattr(audio, name)

@@ -7,7 +7,7 @@ complex spectrograms as images: EnCodec (arXiv:2210.13438, section 3.4); both to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -43,11 +43,17 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(weight_norm(layer) for layer in layers)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        features = []
-        for layer in self.layers[:-1]:
-            x = F.leaky_relu(layer(x), SLOPE)
-            features.append(x)
-        return [*features, self.layers[-1](x)]
+        features = _features(self.layers[:-1], x)
+        return [*features, self.layers[-1](features[-1])]
+
+
+def _features(layers: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+    """The activations of every layer."""
+    features = []
+    for layer in layers:
+        x = F.leaky_relu(layer(x), SLOPE)
+        features.append(x)
+    return features
 
 
 class PeriodDiscriminator(nn.Module):
@@ -68,11 +74,30 @@ class PeriodDiscriminator(nn.Module):
 
 
 class SpectrumDiscriminator(nn.Module):
-    """Sees real and imaginary part of a spectrogram, in frames of `window` samples."""
+    """Sees real and imaginary part of a spectrogram, in frames of `window` samples.
 
-    def __init__(self, window: int, hidden: int) -> None:
+    Args:
+        window: samples of a frame.
+        hidden: channels.
+        borders: between frequency bands, as shares of half the sample rate. Each band has layers of
+            its own, and one layer scores them side by side (DAC's multi-band discriminator).
+    """
+
+    def __init__(self, window: int, hidden: int, borders: Sequence[float] = ()) -> None:
         super().__init__()
         self.spectrogram = Spectrogram(window)
+        bins = window // 2 + 1
+        edges = [0, *(int(border * bins) for border in borders), bins]
+        self.sizes = [b - a for a, b in pairwise(edges)]
+        stacks = [self._layers(hidden) for _ in self.sizes]
+        score = nn.Conv2d(hidden, 1, 3, padding=1)
+        if borders:
+            self.bands = nn.ModuleList(nn.ModuleList(map(weight_norm, stack)) for stack in stacks)
+            self.score = weight_norm(score)
+        else:
+            self.stack = Stack([*stacks[0], score])
+
+    def _layers(self, hidden: int) -> list[nn.Conv2d]:
         layers = [nn.Conv2d(2, hidden, (9, 3), padding=(4, 1))]
         for dilation in (1, 2, 4):
             layers.append(
@@ -83,14 +108,21 @@ class SpectrumDiscriminator(nn.Module):
                     padding=(4, dilation),
                 )
             )
-        layers.append(nn.Conv2d(hidden, hidden, 3, padding=1))
-        layers.append(nn.Conv2d(hidden, 1, 3, padding=1))
-        self.stack = Stack(layers)
+        return [*layers, nn.Conv2d(hidden, hidden, 3, padding=1)]
 
     def forward(self, x: Float[Tensor, "batch time"]) -> list[Tensor]:
         dtype = x.dtype
         spectrum = torch.view_as_real(self.spectrogram.complex(x.float()))
-        return self.stack(spectrum.movedim(-1, 1).to(dtype))
+        image = spectrum.movedim(-1, 1).to(dtype)
+        if len(self.sizes) == 1:
+            return self.stack(image)
+        features, last = [], []
+        for band, layers in zip(image.split(self.sizes, dim=2), self.bands, strict=True):
+            assert isinstance(layers, nn.ModuleList)
+            of_band = _features(layers, band)
+            features += of_band
+            last.append(of_band[-1])
+        return [*features, self.score(torch.cat(last, dim=2))]
 
 
 class Discriminators(nn.Module):
@@ -100,13 +132,20 @@ class Discriminators(nn.Module):
         periods: samples; one discriminator each, primes so that they see different things.
         windows: samples of a frame; one discriminator each.
         hidden: channels of the first layers.
+        borders: between frequency bands, see `SpectrumDiscriminator`.
     """
 
-    def __init__(self, periods: Sequence[int], windows: Sequence[int], hidden: int) -> None:
+    def __init__(
+        self,
+        periods: Sequence[int],
+        windows: Sequence[int],
+        hidden: int,
+        borders: Sequence[float] = (),
+    ) -> None:
         super().__init__()
         self.members = nn.ModuleList(
             [PeriodDiscriminator(period, hidden) for period in periods]
-            + [SpectrumDiscriminator(window, hidden) for window in windows]
+            + [SpectrumDiscriminator(window, hidden, borders) for window in windows]
         )
 
     def forward(self, x: Float[Tensor, "batch time"]) -> list[list[Tensor]]:

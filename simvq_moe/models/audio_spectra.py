@@ -7,6 +7,7 @@ arXiv:2306.06546, section 3.3, whose windows and numbers of bands are the defaul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 FLOOR = 1e-5
 """Magnitude below which a logarithm sees silence; full scale is 1."""
 LINEAR_TO = 1_000.0
-"""Hz up to which the mel scale is linear."""
+"""Hz up to which Slaney's mel scale is linear."""
+Scale = Literal["slaney", "htk"]
+Units = Literal["amplitude", "sum", "area"]
 
 
 class Spectrogram(nn.Module):
@@ -72,19 +75,46 @@ class SpectralDistance(nn.Module):
 
 
 class MelDistance(nn.Module):
-    """Mean over windows of |log10 M - log10 M'|, M the magnitudes of mel bands.
+    """Mean over windows of |log10 max(M, floor) - log10 max(M', floor)|, M the mel bands.
+
+    Units matter at the floor alone: there is one for every band, in the magnitudes that others
+    take the logarithm of.
 
     Args:
         sample_rate: Hz.
         windows: samples of a frame, at each resolution.
+        bands: mel bands of each window; (): 5 for 32 samples to 320 for 2,048.
+        scale: slaney (Auditory Toolbox, 1998): linear to 1 kHz, then logarithmic; htk: 2595 log10(1
+            + f / 700).
+        floor: below it there is silence.
+        units: of the floor. amplitude: magnitudes over the window's sum, bands with a peak of 1;
+            sum: magnitudes as torch.stft gives them (torchaudio's default); area: likewise, and
+            bands over half their width in Hz (norm "slaney").
     """
 
-    def __init__(self, sample_rate: int, windows: Sequence[int]) -> None:
+    def __init__(
+        self,
+        sample_rate: int,
+        windows: Sequence[int],
+        *,
+        bands: Sequence[int] = (),
+        scale: Scale = "slaney",
+        floor: float = FLOOR,
+        units: Units = "amplitude",
+    ) -> None:
         super().__init__()
         self.spectrograms = nn.ModuleList(Spectrogram(window) for window in windows)
-        for window in windows:
-            filters = mel_filters(sample_rate, window, bands_of(window))
+        for window, count in zip(windows, bands or map(bands_of, windows), strict=True):
+            corners = _corners(sample_rate, count, scale)
+            unit = torch.ones(count, dtype=torch.float64)
+            if units != "amplitude":
+                unit = unit * torch.hann_window(window, dtype=torch.float64).sum()
+            if units == "area":
+                unit = unit * 2 / (corners.high - corners.low)
+            filters = mel_filters(sample_rate, window, count, scale)
             self.register_buffer(f"filters_{window}", filters, persistent=False)
+            floors = (floor / unit).float()[:, None]
+            self.register_buffer(f"floors_{window}", floors, persistent=False)
 
     def forward(
         self, x: Float[Tensor, "batch time"], y: Float[Tensor, "batch time"]
@@ -99,7 +129,8 @@ class MelDistance(nn.Module):
         for spectrogram in self.spectrograms:
             assert isinstance(spectrogram, Spectrogram)
             filters = self.get_buffer(f"filters_{spectrogram.window}").to(x.dtype)
-            a, b = ((filters @ spectrogram(z)).clamp_min(FLOOR).log10() for z in (x, y))
+            floors = self.get_buffer(f"floors_{spectrogram.window}").to(x.dtype)
+            a, b = ((filters @ spectrogram(z)).clamp(min=floors).log10() for z in (x, y))
             distances.append((a - b).abs().mean((1, 2)))
         return torch.stack(distances).mean(0)
 
@@ -109,22 +140,38 @@ def bands_of(window: int) -> int:
     return 5 * window // 32
 
 
-def mel_filters(sample_rate: int, window: int, bands: int) -> Float[Tensor, "bands bins"]:
-    """Triangles that overlap by half, from 0 Hz to half the sample rate, with a peak of 1.
+class Corners(NamedTuple):
+    """Hz at which each triangle begins, peaks and ends."""
 
-    On the scale of Slaney's Auditory Toolbox (1998): linear to 1 kHz, then logarithmic.
-    """
-    step = torch.log(torch.tensor(6.4, dtype=torch.float64)) / 27
+    low: Float[Tensor, " bands"]
+    centre: Float[Tensor, " bands"]
+    high: Float[Tensor, " bands"]
+
+
+def _corners(sample_rate: int, bands: int, scale: Scale) -> Corners:
+    """Of triangles that overlap by half, from 0 Hz to half the sample rate."""
     top = torch.tensor(sample_rate / 2, dtype=torch.float64)
-    # in units of 200/3 Hz
-    break_point = LINEAR_TO * 3 / 200
-    highest = torch.where(
-        top < LINEAR_TO, top * 3 / 200, break_point + torch.log(top / LINEAR_TO) / step
-    )
-    mels = torch.linspace(0, 1, bands + 2, dtype=torch.float64) * highest
-    above = LINEAR_TO * torch.exp((mels - break_point) * step)
-    corners = torch.where(mels < break_point, mels * 200 / 3, above)
+    places = torch.linspace(0, 1, bands + 2, dtype=torch.float64)
+    if scale == "htk":
+        hertz = 700 * (torch.exp(places * torch.log1p(top / 700)) - 1)
+    else:
+        step = torch.log(torch.tensor(6.4, dtype=torch.float64)) / 27
+        # in units of 200/3 Hz
+        break_point = LINEAR_TO * 3 / 200
+        highest = torch.where(
+            top < LINEAR_TO, top * 3 / 200, break_point + torch.log(top / LINEAR_TO) / step
+        )
+        mels = places * highest
+        above = LINEAR_TO * torch.exp((mels - break_point) * step)
+        hertz = torch.where(mels < break_point, mels * 200 / 3, above)
+    return Corners(hertz[:-2], hertz[1:-1], hertz[2:])
+
+
+def mel_filters(
+    sample_rate: int, window: int, bands: int, scale: Scale = "slaney"
+) -> Float[Tensor, "bands bins"]:
+    """Triangles that overlap by half, from 0 Hz to half the sample rate, with a peak of 1."""
+    low, centre, high = (corner[:, None] for corner in _corners(sample_rate, bands, scale))
     bins = torch.linspace(0, sample_rate / 2, window // 2 + 1, dtype=torch.float64)
-    low, centre, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     rising, falling = (bins - low) / (centre - low), (high - bins) / (high - centre)
     return torch.minimum(rising, falling).clamp_min(0).float()

@@ -65,6 +65,7 @@ class AudioTokenizer(nn.Module):
         loss_weights: of the terms waveform (mean |x - x'|), spectral, mel, adversarial, feature.
         discriminators: who judges reconstructions; None: nobody.
         adversarial_start: forward passes in training before which they neither judge nor learn.
+        mel: distance of mel bands; None: that of the loss windows.
     """
 
     forwards: Tensor
@@ -81,6 +82,7 @@ class AudioTokenizer(nn.Module):
         dilations: Sequence[int] = (1, 3, 9),
         discriminators: Discriminators | None = None,
         adversarial_start: int = 0,
+        mel: MelDistance | None = None,
     ) -> None:
         super().__init__()
         self.hop = prod(strides)
@@ -103,7 +105,7 @@ class AudioTokenizer(nn.Module):
         self.from_latent = nn.Conv1d(quantizer.width, channels, 7, padding=3)
         self.quantizer = quantizer
         self.spectral = SpectralDistance(loss_windows)
-        self.mel = MelDistance(sample_rate, loss_windows)
+        self.mel = mel or MelDistance(sample_rate, loss_windows)
         self.discriminators = discriminators
         self.adversarial_start = adversarial_start
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))

@@ -10,6 +10,7 @@ import torch
 from simvq_moe.config import Config, QuantizerConfig
 from simvq_moe.core.streams import own_stream
 from simvq_moe.models.audio_discriminators import Discriminators
+from simvq_moe.models.audio_spectra import MelDistance
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_discriminator import PatchDiscriminator
 from simvq_moe.models.image_losses import LPIPS, vgg_file
@@ -88,8 +89,19 @@ def _audio_tokenizer(config: Config, quantizer: AnyQuantizer) -> AudioTokenizer:
     if audio.adversarial_weight:
         with own_stream():
             discriminators = Discriminators(
-                audio.discriminator_periods, audio.discriminator_windows, audio.discriminator_hidden
+                audio.discriminator_periods,
+                audio.discriminator_windows,
+                audio.discriminator_hidden,
+                audio.discriminator_bands,
             )
+    mel = MelDistance(
+        config.data.sample_rate,
+        audio.loss_windows,
+        bands=audio.mel_bands,
+        scale=audio.mel_scale,
+        floor=audio.mel_floor,
+        units=audio.mel_units,
+    )
     return AudioTokenizer(
         quantizer,
         sample_rate=config.data.sample_rate,
@@ -101,6 +113,7 @@ def _audio_tokenizer(config: Config, quantizer: AnyQuantizer) -> AudioTokenizer:
         discriminators=discriminators,
         # a step is as many forward passes
         adversarial_start=audio.adversarial_start * config.train.accumulation,
+        mel=mel,
     )
 
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers.audio_utils import mel_filter_bank
 
 from simvq_moe import VQ, ResidualQuantizer, SimVQ
-from simvq_moe.models.audio_discriminators import Discriminators
+from simvq_moe.models.audio_discriminators import Discriminators, SpectrumDiscriminator
 from simvq_moe.models.audio_spectra import (
     FLOOR,
     MelDistance,
@@ -105,6 +105,26 @@ def test_mel_filters_are_those_of_another_implementation() -> None:
             window // 2 + 1, bands, 0.0, rate / 2, rate, norm=None, mel_scale="slaney"
         )
         assert_close(mel_filters(rate, window, bands), torch.tensor(theirs.T).float())
+
+
+@pytest.mark.parametrize("scale", ["slaney", "htk"])
+@pytest.mark.parametrize(("units", "norm"), [("sum", None), ("area", "slaney")])
+def test_the_floor_is_that_of_other_implementations(
+    scale: Any, units: Any, norm: str | None
+) -> None:
+    window, bands, floor, rate = 1_024, 100, 1e-2, 24_000
+    x, y = noise(1, 3_000).double(), 1e-4 * noise(1, 3_000).double()
+    theirs = mel_filter_bank(
+        window // 2 + 1, bands, 0.0, rate / 2, rate, norm=norm, mel_scale=scale
+    )
+    logs = []
+    for z in (x, y):
+        magnitudes = naive_magnitudes(z[0], window) * window / 2
+        logs.append((torch.tensor(theirs.T) @ magnitudes).clamp_min(floor).log10())
+    assert float((logs[1] == torch.tensor(floor).log10()).double().mean()) > 0.1
+    distance = MelDistance(rate, [window], bands=[bands], scale=scale, floor=floor, units=units)
+    # float32 windows and filters limit what is computed in float64
+    assert_close(distance(x, y), (logs[0] - logs[1]).abs().mean(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rate", [8_000, 16_000, 24_000])
@@ -258,3 +278,16 @@ def test_discriminators_take_any_length(time: int) -> None:
     scores = Discriminators((2, 3, 5), (32, 64), hidden=2)(noise(time=time))
     assert len(scores) == 5
     assert all(torch.isfinite(member[-1]).all() for member in scores)
+
+
+def test_bands_of_the_spectrum_have_features_of_their_own() -> None:
+    borders = (0.1, 0.25, 0.5, 0.75)
+    judges = Discriminators((2, 3, 5, 7, 11), (512, 1_024, 2_048), hidden=2, borders=borders)
+    activations = judges(noise(time=4_000))
+    # 5 of each period, and 5 of each of 5 bands of each window, as DAC's
+    assert sum(len(member[:-1]) for member in activations) == 100
+    whole = SpectrumDiscriminator(512, 2, borders)
+    assert sum(whole.sizes) == 257
+    assert whole(noise(time=4_000))[-1].shape[1] == 1
+    game = judges.play(noise(time=4_000), noise(time=4_000))
+    assert all(torch.isfinite(term) for term in game)
