@@ -27,6 +27,8 @@ from simvq_moe.files import printable
 
 NAMED = 5
 """Recordings that a warning names; the rest are counted."""
+READ_AHEAD = 64
+"""Windows that are read at once where one after another is asked for."""
 PIECE = 2**20
 """Samples, at the higher of both rates, that are held of a recording at a time."""
 
@@ -278,27 +280,41 @@ class RecordingWindows:
     ) -> tuple[Float32[Tensor, "batch time"], Int64[np.ndarray, " batch"]]:
         """The windows named by indices, and the samples of each before silence fills it up: 0
         where they can't be decoded, fewer than `lengths` where the header promised too much."""
-        numbers = np.asarray(indices).tolist()
-        windows = np.zeros((len(numbers), self.length), dtype=np.int16)
-        lengths = np.zeros(len(numbers), dtype=np.int64)
-        for i, samples in enumerate(self.threads.map(self._window, numbers)):
+        wanted = np.asarray(indices, dtype=np.int64)
+        windows = np.zeros((len(wanted), self.length), dtype=np.int16)
+        lengths = np.zeros(len(wanted), dtype=np.int64)
+        following = (np.diff(wanted) == 1) & (np.diff(self.recording_of[wanted]) == 0)
+        runs = np.split(wanted, np.flatnonzero(~following) + 1) if len(wanted) else []
+        found = (samples for run in self.threads.map(self._run, runs) for samples in run)
+        for i, samples in enumerate(found):
             windows[i, : len(samples)], lengths[i] = samples, len(samples)
         return torch.from_numpy(windows).float() / FULL_SCALE, lengths
 
     def __iter__(self) -> Iterator[tuple[str, Float32[Tensor, " time"]]]:
         """Every window in order, as the name of its recording and the samples that it has."""
-        for index, number in enumerate(self.recording_of.tolist()):
-            windows, lengths = self.read(np.array([index]))
-            yield self.names[int(number)], windows[0, : lengths[0]]
+        for first in range(0, len(self), READ_AHEAD):
+            indices = np.arange(first, min(first + READ_AHEAD, len(self)))
+            for index, window, length in zip(indices, *self.read(indices), strict=True):
+                yield self.names[int(self.recording_of[index])], window[: int(length)]
 
     def digest(self) -> str:
         """Differs when the recordings or the windows differ."""
         return _digest(self.parts, self.places, self.recording_of)
 
-    def _window(self, index: int) -> Int16[np.ndarray, " time"]:
-        number, place = int(self.recording_of[index]), int(self.places[index])
-        found = self.reader.samples(number, place, place + self.length)
-        return np.empty(0, dtype=np.int16) if found is None else found
+    def _run(self, run: np.ndarray) -> list[Int16[np.ndarray, " time"]]:
+        """Windows that follow one another, read at once, because some encodings can't be entered
+        but from their start; where that fails, each for itself, so that the others are whole."""
+        number, place = int(self.recording_of[run[0]]), int(self.places[run[0]])
+        end = place + int(self.lengths[run].sum())
+        if len(run) > 1 and end - place <= PIECE:
+            found = piece(self.reader.part(number), place, end, self.rate)
+            if found is not None and len(found) == end - place:
+                return [found[i : i + self.length] for i in range(0, len(found), self.length)]
+        alone = (
+            self.reader.samples(number, int(self.places[i]), int(self.places[i]) + self.length)
+            for i in run
+        )
+        return [np.empty(0, dtype=np.int16) if one is None else one for one in alone]
 
 
 def _digest(parts: Sequence[Part], places: np.ndarray, part_of: np.ndarray) -> str:

@@ -32,7 +32,8 @@ class AudioMeasures(nn.Module):
 
     SI-SDR in dB, STOI and PESQ are means over audible clips alone: silence has neither. STOI needs
     pystoi and about 0.4 s of speech in a clip, PESQ needs pesq and 0.25 s; clips without are left
-    out, and so is a measure that no clip has.
+    out, and so is a measure that no clip has. The mel distance is that of log10 magnitudes of 80
+    and 320 bands; others' have other bands, floors and logarithms, and do not compare.
 
     Args:
         sample_rate: Hz.
@@ -50,7 +51,11 @@ class AudioMeasures(nn.Module):
     def sums(
         self, clips: Float[Tensor, "batch time"], reconstructions: Float[Tensor, "batch time"]
     ) -> dict[str, Tensor]:
-        """Each measure summed over clips that have it, and `<measure>/clips`, their number."""
+        """Each measure summed over clips that have it, and `<measure>/clips`, their number.
+
+        What exceeds full scale is cut off, as it is where reconstructions are played or written.
+        """
+        reconstructions = reconstructions.clamp(-1, 1)
         audible = clips.double().square().mean(1).sqrt() >= AUDIBLE
         values = {"mel_distance": clips.new_zeros(0)}
         if len(clips):  # there is no Fourier transform of nothing

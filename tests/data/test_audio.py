@@ -530,3 +530,19 @@ def test_what_a_window_lacks_is_silence_and_counted(
     assert [record.getMessage() for record in caplog.records] == [
         "cut recording that is shorter than its header says 1: short.flac"
     ]
+
+
+def test_a_window_is_the_same_whatever_is_read_beside_it(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 4_000)
+    samples[2_222] = np.nan
+    soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "b.wav", samples[:1_950], RATE, subtype="GSM610")
+    (windows, _) = recording_windows(str(tmp_path), sample_rate=RATE, length=LENGTH)
+    whole, lengths = windows.read(np.arange(len(windows)))
+    assert np.flatnonzero(lengths == 0).tolist() == [2_222 // LENGTH]
+    for indices in ([44], [3, 4, 5], [5, 4, 3], [43, 44, 45], [64, 65, 66], [], [7, 7]):
+        some, some_lengths = windows.read(np.array(indices, dtype=np.int64))
+        assert torch.equal(some, whole[torch.tensor(indices, dtype=torch.int64)])
+        assert np.array_equal(some_lengths, lengths[np.array(indices, dtype=np.int64)])
+    found = [window for _, window in windows]
+    assert [len(window) for window in found] == lengths.tolist()

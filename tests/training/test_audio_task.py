@@ -147,6 +147,13 @@ def test_sums_over_batches_give_the_means_over_all_clips() -> None:
     assert 0.3 < means["val/stoi"] < 1
 
 
+def test_measures_are_of_what_is_heard() -> None:
+    clips, loud = torch.rand(2, 2, 4_000) * 2 - 1
+    loud *= 3
+    measures = AudioMeasures(RATE)
+    assert measures.sums(clips, loud) == measures.sums(clips, loud.clamp(-1, 1))
+
+
 def test_silent_clips_count_in_the_mel_distance_alone() -> None:
     measures, clips = AudioMeasures(RATE), speech()
     clips[:2] = 0
