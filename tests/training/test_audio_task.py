@@ -98,11 +98,17 @@ def test_the_config_of_a_folded_audio_tokenizer_has_no_map() -> None:
     ("changes", "words"),
     [
         ({"strides": ()}, r"strides \(\): give one or more, each at least 2"),
-        ({"strides": (2, 1)}, r"strides \(2, 1\): give one or more, each at least 2"),
+        ({"strides": (2, 1)}, r"strides \(2, 1\) < 2: use at least 2"),
         ({"loss_windows": (100,)}, r"loss_windows \(100,\): use multiples of 32"),
         ({"adversarial_weight": 0.0}, r"adversarial_start 1 means nothing with .*_weight 0"),
         ({"adversarial_start": 800}, r"adversarial_start 800 >= train.steps 800"),
         ({"mel_weight": -1.0}, r"mel_weight -1.0 < 0"),
+        (
+            {"mel_bands": (9, 9, 9)},
+            r"mel_bands \(9, 9, 9\) with .*loss_windows .*: give \d, one for each",
+        ),
+        ({"discriminator_bands": (0.5, 0.5)}, r"discriminator_bands \(0.5, 0.5\) leave a band"),
+        ({"discriminator_bands": (0.001,)}, r"discriminator_bands \(0.001,\) leave a band"),
     ],
 )
 def test_what_cannot_run_is_named(changes: dict, words: str) -> None:
