@@ -11,15 +11,18 @@ environment
 # two processes share the cores
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=passive
 folder=runs/codes_to_language_model
-on_two_processes=(deepspeed -q --no_local_rank --num_accelerators 2 --module simvq_moe)
+on_two_processes() {
+    deepspeed -q --no_local_rank --num_accelerators 2 --master_port "$(free_port)" \
+        --module simvq_moe "$@"
+}
 step() { echo "codes_to_language_model: $1" >&2; }
 
 step "1 of 4: the tokenizer"
-"${on_two_processes[@]}" train --config configs/image_codes_tokenizer.yaml
+on_two_processes train --config configs/image_codes_tokenizer.yaml
 step "2 of 4: its codes"
-"${on_two_processes[@]}" encode "$folder/tokenizer" --out "$folder/codes" --shard_samples 2048
+on_two_processes encode "$folder/tokenizer" --out "$folder/codes" --shard_samples 2048
 step "3 of 4: the language model"
-"${on_two_processes[@]}" train --config configs/image_codes_language.yaml
+on_two_processes train --config configs/image_codes_language.yaml
 step "4 of 4: 64 new images"
 if [[ -f "$folder/samples/000063.png" ]]; then
     step "$folder/samples has them already"

@@ -1,7 +1,7 @@
 # Sourced by the scripts beside it: `environment [extra]` makes .venv in the project's root, installs
 # the project there with the pinned versions, and changes into the root. Nothing outside is touched.
 # `supervised deepspeed ARGS` passes signals on to the ranks here, which save and stop (exit code 130):
-# the launcher alone would end and leave them running.
+# the launcher alone would end and leave them running. `free_port` prints a port for ranks to meet at.
 
 environment() {
     local extra="${1:-}" python="${PYTHON:-python3}" stamp wanted
@@ -22,6 +22,14 @@ environment() {
         echo "$wanted" > "$stamp"
     fi
     PATH="$PWD/.venv/bin:$PATH"
+}
+
+free_port() { # of this machine, at this moment
+    python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+
+port_is_free() {
+    python -c 'import socket, sys; socket.socket().bind(("", int(sys.argv[1])))' "$1" 2> /dev/null
 }
 
 supervised() {

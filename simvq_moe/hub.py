@@ -15,6 +15,8 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from simvq_moe.files import write_atomically, written_whole
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 Self = TypeVar("Self", bound="Pretrained")
@@ -39,8 +41,9 @@ class Pretrained(nn.Module):
         """Write config.json and model.safetensors into the directory."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_model(self, str(directory / WEIGHTS))
-        (directory / CONFIG).write_text(json.dumps(_spec(self), indent=2) + "\n")
+        with written_whole(directory / WEIGHTS) as aside:
+            save_model(self, str(aside))
+        write_atomically(directory / CONFIG, json.dumps(_spec(self), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls: type[Self], source: str | Path) -> Self:

@@ -13,9 +13,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +29,19 @@ from torch import Tensor
 
 from simvq_moe.config import TrainConfig
 from simvq_moe.data.hashing import file_sha256
+from simvq_moe.files import sync_folder, write_atomically, written_whole
 from simvq_moe.merging import ConfigError
 from simvq_moe.training.engine import World
 from simvq_moe.training.faults import WriteFailed, together, writing
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, CONFIG = "manifest.json", "run.yaml"
 FORMAT = "whole tensors 1"
 """Form of a checkpoint's files; another one is not read."""
+
+
+Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def save(
     *,
     shared: dict[str, Any],
     own: dict[str, Any],
+    config_yaml: str = "",
 ) -> None:
     """Commit the run at this step as folder/<step>, then delete what is not to be kept.
 
@@ -68,6 +72,7 @@ def save(
         config: says which checkpoints are kept.
         shared: state of the loop that all ranks have in common; rank 0's is written.
         own: state of the loop on this rank: tensors, numbers, strings, and containers of them.
+        config_yaml: the run's config, which says whose state this is.
 
     Raises:
         WriteFailed: on all ranks, if one can't write, say for a full disk; what was saved before is
@@ -77,9 +82,11 @@ def save(
 
     temporary = folder / f"{step}.tmp"
     tensors = _own_part(engine_state.whole_tensors(engine), world)
-    states = {f"rank_{world.rank}.pt": own | {"rng": _rng_state(world.device)}}
+    others: dict[str, Buffer] = {
+        f"rank_{world.rank}.pt": _serialized(own | {"rng": _rng_state(world.device)})
+    }
     if world.is_main:
-        states["trainer.pt"] = shared
+        others |= {"trainer.pt": _serialized(shared), CONFIG: config_yaml.encode()}
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -89,7 +96,7 @@ def save(
     }
     try:
         together(world, lambda: _make_room(temporary) if world.is_main else None)
-        seals = together(world, lambda: _write_part(temporary, tensors, states))
+        seals = together(world, lambda: _write_part(temporary, tensors, others))
         manifest["files"] = {name: seal for of_rank in seals for name, seal in of_rank.items()}
         together(world, lambda: _finish(temporary, manifest, config) if world.is_main else None)
     except WriteFailed:
@@ -175,6 +182,12 @@ def check_form(folder: Path) -> None:
             )
 
 
+def config_file(folder: Path) -> Path | None:
+    """The config in the newest committed checkpoint; None: there is none."""
+    files = [folder / str(step) / CONFIG for step in committed_steps(folder)]
+    return next((file for file in reversed(files) if file.is_file()), None)
+
+
 def committed_steps(folder: Path) -> list[int]:
     """Steps of the committed checkpoints, ascending."""
     return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
@@ -198,23 +211,28 @@ def _make_room(temporary: Path) -> None:
         for left_over in temporary.parent.glob("*.tmp"):
             shutil.rmtree(left_over)
         temporary.mkdir(parents=True)
+        sync_folder(temporary.parent.parent)
+
+
+def _serialized(state: dict[str, Any]) -> Buffer:
+    # in memory, for of a full disk torch says no more than that writing failed
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
 
 
 def _write_part(
-    target: Path, tensors: dict[str, dict[str, Tensor]], states: dict[str, dict[str, Any]]
+    target: Path, tensors: dict[str, dict[str, Tensor]], others: Mapping[str, Buffer]
 ) -> dict[str, Any]:
-    """Write files of tensors and of other state; their names and seals."""
+    """Write files of tensors and other files; their names and seals."""
     seals: dict[str, Any] = {}
-    for name, part in tensors.items():
+    for name in (*tensors, *others):
         with writing(target / name):
-            save_file(part, target / name)
-            seals[name] = _seal(target / name)
-    for name, state in states.items():
-        # in memory first, for torch says no more than that writing failed
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        with writing(target / name):
-            (target / name).write_bytes(buffer.getbuffer())
+            with written_whole(target / name) as file:
+                if name in tensors:
+                    save_file(tensors[name], file)
+                else:
+                    file.write_bytes(others[name])
             seals[name] = _seal(target / name)
     return seals
 
@@ -253,7 +271,6 @@ def _parts(checkpoint: Path, manifest: dict[str, Any], kind: str) -> list[Path]:
 
 def _seal(path: Path) -> dict[str, Any]:
     """Size and hash of a file that is safe on disk."""
-    _flush_to_disk(path)
     return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
@@ -265,17 +282,12 @@ def _finish(temporary: Path, manifest: dict[str, Any], config: TrainConfig) -> N
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in (temporary / MANIFEST, temporary):
-        _flush_to_disk(path)
+    write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
     if final.exists():
         # a broken one: else the run would have gone on from there
         shutil.rmtree(final)
     temporary.rename(final)
-    pointer = final.parent / "latest.new"
-    pointer.write_text(final.name)
-    pointer.replace(final.parent / "latest")
-    _flush_to_disk(final.parent)
+    write_atomically(final.parent / "latest", final.name)  # and flushes both names
 
 
 def _clean_up(folder: Path, step: int, config: TrainConfig) -> None:
@@ -311,14 +323,6 @@ def _defect(checkpoint: Path) -> str | None:
         if file_sha256(path) != seal["sha256"]:
             return f"{name} has another content than when it was written"
     return None
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _ranks(count: int) -> str:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from simvq_moe.config import Config, OptimizerConfig
 from simvq_moe.core.bank import Bank
+from simvq_moe.errors import ConfigError
 from simvq_moe.moe.router import Router
 from simvq_moe.training.devices import keep_freed_memory
 from simvq_moe.training.engine_optimizer import make_optimizer
@@ -63,14 +65,38 @@ class World:
             dist.all_gather_object(found, own)
         return found
 
+    def agree(self, work: Callable[[], T]) -> T:
+        """What work returns here, once it has on every rank; every rank must call it.
+
+        Work makes no collective calls, for others may not.
+
+        Raises:
+            ConfigError: on every rank, if it was raised on one.
+        """
+        result: T | None = None
+        refusal = None
+        try:
+            result = work()
+        except ConfigError as error:
+            refusal = str(error)
+        raise_any(self.gather(refusal))
+        return result  # pyright: ignore[reportReturnType]
+
     def main_first(self, work: Callable[[], T]) -> T:
-        """Work on rank 0 first: what it derives from the data once is then there for the others."""
-        if not self.is_main:
-            self.barrier()
-        done = work()
-        if self.is_main:
-            self.barrier()
-        return done
+        """Work on rank 0 first: what it derives from the data once is then there for the others.
+
+        Raises:
+            ConfigError: on every rank, if it was raised on one.
+        """
+        done = self.agree(lambda: [work()] if self.is_main else [])
+        return self.agree(lambda: done[0] if self.is_main else work())
+
+
+def raise_any(refusals: Sequence[str | None]) -> None:
+    """Raise the `ConfigError` that the first of all ranks has to say, if one has."""
+    for rank, refusal in enumerate(refusals):
+        if refusal is not None:
+            raise ConfigError(refusal if rank == 0 else f"rank {rank}: {refusal}")
 
 
 def launched_ranks() -> int:
@@ -107,19 +133,23 @@ def start_distributed(timeout_s: float = 0.0) -> World:
         keep_freed_memory()
     share_cores(os.environ)
     backend = "nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
+    if "RANK" not in os.environ and not dist.is_initialized():
+        # in this process' memory: there is nobody to meet, and so no file that would be left behind
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
-    else:
-        store = Path(tempfile.mkdtemp(prefix="simvq_moe_")) / "store"
-        deepspeed.init_distributed(
-            backend,
-            auto_mpi_discovery=False,
-            init_method=store.as_uri(),
-            rank=0,
-            world_size=1,
-        )
-    local = int(os.environ["LOCAL_RANK"])
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise ConfigError(
+            f"MASTER_PORT {port} of this machine is taken, by another run perhaps: give the "
+            "launcher a free one (deepspeed --master_port, torchrun --master-port)"
+        ) from None
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # the engine reads it as well
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)  # objects are exchanged by way of it
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -141,11 +171,14 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # DeepSpeed makes room for a whole bucket in every step, however small the model
     settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, learned))
+    _import_compiler(config.train.compile)
     optimizer = make_optimizer(groups, config.optimizer, settings, world.device)
     sharded = stage == 3
     if sharded:
         mark_pieces(model)
-    with _muon_not_compiled():
+    # DeepSpeed asks of every optimizer whether it is Muon, whose module compiles itself when it is
+    # imported: a second of torch's compiler for what is never used
+    with _variable("TORCHDYNAMO_DISABLE", "1"):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -161,19 +194,28 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     return engine
 
 
+def _import_compiler(compiles: bool) -> None:
+    """Every optimizer imports torch's compiler, which makes a folder for its cache in the temporary
+    folder, also if nothing is ever compiled: that would be left behind, empty."""
+    key = "TORCHINDUCTOR_CACHE_DIR"
+    there = (
+        nullcontext() if compiles or key in os.environ else _variable(key, tempfile.gettempdir())
+    )
+    with there:
+        importlib.import_module("torch._dynamo")
+
+
 @contextmanager
-def _muon_not_compiled() -> Iterator[None]:
-    """DeepSpeed asks of every optimizer whether it is Muon, whose module compiles itself when it is
-    imported: a second of torch's compiler for what is never used."""
-    key = "TORCHDYNAMO_DISABLE"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
+def _variable(name: str, value: str) -> Iterator[None]:
+    """A variable of the environment, for what is only told so."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        del os.environ[key]
+        del os.environ[name]
         if before is not None:
-            os.environ[key] = before
+            os.environ[name] = before
 
 
 def _finish_gradients(engine: Any, largest: float, *_: Any) -> None:

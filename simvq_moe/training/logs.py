@@ -7,8 +7,11 @@ interrupted run leaves the same records as an uninterrupted one.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,43 @@ import soundfile
 from PIL import Image
 
 from simvq_moe.config import Config
+from simvq_moe.files import (
+    BrokenFileError,
+    Layout,
+    open_regular,
+    read_arrays,
+    read_json,
+    validate_json,
+    write_atomically,
+    written_whole,
+)
 from simvq_moe.training.dead_slots import DeadSlots
 from simvq_moe.training.measures import Layer
 from simvq_moe.training.tensorboard import TensorBoard
+
+logger = logging.getLogger(__name__)
+
+METRICS, USAGE = "metrics.jsonl", "usage.npz"
+USAGE_LAYOUT = {
+    "steps": Layout("i", 1),
+    "counts": Layout("i", 3),
+    "val_steps": Layout("i", 1),
+    "val_counts": Layout("i", 3),
+}
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """What is read of meta.json."""
+
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What is read of a line of metrics.jsonl."""
+
+    step: float
 
 
 class RunLog:
@@ -39,7 +76,7 @@ class RunLog:
         self.steps: dict[str, list[int]] = {"": [], "val_": []}
         self.counts: dict[str, list[np.ndarray]] = {"": [], "val_": []}
         self._go_on_from(step)
-        self.metrics = (run_dir / "metrics.jsonl").open("a")
+        self.metrics = (run_dir / METRICS).open("a")
         self.tensorboard = TensorBoard(
             run_dir / "tensorboard", layers, step, config, _command(run_dir)
         )
@@ -105,17 +142,17 @@ class RunLog:
             slots = max((layer.slots for layer in self.layers), default=0)
             shape = (len(self.steps[which]), len(self.layers), slots)
             arrays[f"{which}counts"] = np.array(self.counts[which], dtype=np.int64).reshape(shape)
-        aside = self.run_dir / "usage.tmp.npz"
-        np.savez_compressed(aside, **arrays)
-        aside.replace(self.run_dir / "usage.npz")
+        with written_whole(self.run_dir / USAGE) as aside:
+            np.savez_compressed(aside, **arrays)
+        # what a checkpoint's run goes on from is as safe as the checkpoint
+        os.fsync(self.metrics.fileno())
 
     def write_spectra(self, spectra: Mapping[str, np.ndarray]) -> None:
         """spectra.npz: the maps' singular values at the last evaluation, by number of the bank."""
         if spectra:
-            aside = self.run_dir / "spectra.tmp.npz"
             arrays: dict[str, Any] = dict(spectra)
-            np.savez(aside, **arrays)
-            aside.replace(self.run_dir / "spectra.npz")
+            with written_whole(self.run_dir / "spectra.npz") as aside:
+                np.savez(aside, **arrays)
 
     def close(self) -> None:
         self.write_usage()
@@ -130,32 +167,52 @@ class RunLog:
 
     def _go_on_from(self, step: int) -> None:
         """Drop records after `step`: they are written again, the same."""
-        path = self.run_dir / "metrics.jsonl"
+        path = self.run_dir / METRICS
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            write_text(path, "".join(f"{line}\n" for line in kept))
-        if (self.run_dir / "usage.npz").is_file():
-            with np.load(self.run_dir / "usage.npz") as saved:
-                for which in ("", "val_"):
-                    n = int((saved[f"{which}steps"] <= step).sum())
-                    self.steps[which] = saved[f"{which}steps"][:n].tolist()
-                    self.counts[which] = list(saved[f"{which}counts"][:n])
-            for at, counts in zip(self.steps[""], self.counts[""], strict=True):
-                rows = zip(self.layers, counts, strict=True)
-                self.dead.add(at, [row[: layer.slots] for layer, row in rows])
+            with open_regular(path) as lines, written_whole(path) as aside, aside.open("wb") as new:
+                new.writelines(line.rstrip() + b"\n" for line in lines if _step_of(line) <= step)
+        if step and (self.run_dir / USAGE).is_file():
+            self._take_up_usage(step)
+
+    def _take_up_usage(self, step: int) -> None:
+        try:
+            saved = read_arrays(self.run_dir / USAGE, USAGE_LAYOUT)
+            for which in ("", "val_"):
+                self._check_shape(saved[f"{which}steps"], saved[f"{which}counts"])
+        except BrokenFileError as error:
+            logger.warning("%s: counts of steps up to %d are lost from it", error, step)
+            return
+        for which in ("", "val_"):
+            n = int((saved[f"{which}steps"] <= step).sum())
+            self.steps[which] = saved[f"{which}steps"][:n].tolist()
+            self.counts[which] = list(saved[f"{which}counts"][:n])
+        for at, counts in zip(self.steps[""], self.counts[""], strict=True):
+            rows = zip(self.layers, counts, strict=True)
+            self.dead.add(at, [row[: layer.slots] for layer, row in rows])
+
+    def _check_shape(self, steps: np.ndarray, counts: np.ndarray) -> None:
+        slots = max((layer.slots for layer in self.layers), default=0)
+        if counts.shape != (len(steps), len(self.layers), slots):
+            raise BrokenFileError(
+                self.run_dir / USAGE,
+                f"has counts of shape {counts.shape}, for {len(steps)} steps, {len(self.layers)} "
+                f"layers and {slots} slots",
+            )
 
 
 def _command(run_dir: Path) -> str:
     """The command that started the run, from its meta.json."""
-    meta = run_dir / "meta.json"
-    return json.loads(meta.read_text())["command"] if meta.is_file() else ""
+    try:
+        return read_json(run_dir / "meta.json", _Meta).command
+    except BrokenFileError:
+        return ""
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a line; a torn line belongs to no step that is kept."""
     try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
+        return validate_json(line, _Line, METRICS).step
+    except BrokenFileError:
         return float("inf")
 
 
@@ -166,6 +223,4 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file whole: a reader never sees half of it."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text)
-    aside.replace(path)
+    write_atomically(path, text)

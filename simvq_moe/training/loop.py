@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -26,7 +25,8 @@ from simvq_moe.data.documents import CorruptDataError
 from simvq_moe.data.order import BatchOrder, Share, StepBatches
 from simvq_moe.data.prefetch import Prefetched
 from simvq_moe.data.streaming import TextStream
-from simvq_moe.merging import ConfigError
+from simvq_moe.files import write_atomically
+from simvq_moe.merging import ConfigError, to_yaml
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe.after_step import StepState, after_step
 from simvq_moe.training import checkpoint
@@ -69,9 +69,20 @@ class Trainer:
         config: what to train; its run folder exists.
         world: this rank among all.
         stop_asked: whether a signal has asked this process to stop.
+        begin: called on rank 0 once nothing stands in the way of training, before the first record.
+
+    Raises:
+        ConfigError: on every rank, if the data or the model of one refuse the config.
+        WriteFailed: on every rank, if rank 0 can't write records.
     """
 
-    def __init__(self, config: Config, world: World, stop_asked: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        stop_asked: Callable[[], bool],
+        begin: Callable[[Trainer], None] | None = None,
+    ) -> None:
         self.config, self.world, self.stop_asked = config, world, stop_asked
         self.began = time.monotonic()
         self.task = _build(config, world)
@@ -100,19 +111,25 @@ class Trainer:
         restored = checkpoint.restore(self.engine, self.checkpoints, world, config.seed)
         if restored is not None:
             self._take_up(restored)
-        elif self.task.tokenizer is not None and world.is_main:
-            shutil.copyfile(self.task.tokenizer, config.run_dir / TOKENIZER)
         self.resumed_from = self.step
         self.reader = Prefetched(self._batches(), config.data.prefetch)
         self.probe = Probe(self.task, config.train, world, config.run_dir, self.step)
-        with writing(f"records of {config.run_dir}"):
-            self.log = RunLog(config, self.layers, self.step) if world.is_main else None
+        self.log: RunLog | None = None
+        together(world, lambda: self._begin_records(begin) if world.is_main else None)
         self.unwritten: WriteFailed | None = None
         # fp16 leaves out steps as well, until the scale of the loss is right
         skips = config.train.on_not_finite == "skip" or config.train.dtype == "fp16"
         self.undo = Undo(self.task.model) if skips else None
         self.skipped_in_a_row = 0
         self.watchdog = Watchdog(config.run_dir, world, config.train.timeout_s)
+
+    def _begin_records(self, begin: Callable[[Trainer], None] | None) -> None:
+        if begin is not None:
+            begin(self)
+        with writing(f"records of {self.config.run_dir}"):
+            if self.task.tokenizer is not None:
+                write_atomically(self.config.run_dir / TOKENIZER, self.task.tokenizer.read_bytes())
+            self.log = RunLog(self.config, self.layers, self.step)
 
     def run(self) -> dict[str, float]:
         """Train to the last step; the final held-out measures and the cost.
@@ -382,18 +399,14 @@ class Trainer:
         where = (self.engine, self.checkpoints, self.step, self.world)
         try:
             together(self.world, self._check_records)
-            checkpoint.save(*where, self.config.train, shared=shared, own=own)
+            text = to_yaml(self.config)
+            checkpoint.save(*where, self.config.train, shared=shared, own=own, config_yaml=text)
         except WriteFailed as failure:
             raise TrainingFailed(self._not_saved(failure)) from failure
 
     def _take_up(self, restored: checkpoint.Restored) -> None:
         shared = restored.shared
-        if shared["data_digest"] != self.task.data_digest:
-            raise ConfigError(
-                f"the data in data.source {source_of(self.config)!r} are not those that "
-                f"{self.config.run_dir} began with, or were held out otherwise: put them back, or "
-                "give the run another --name"
-            )
+        self.world.agree(lambda: self._check_data(shared["data_digest"]))
         self.step = restored.step
         self.train_seconds = shared["train_seconds"]
         self.banks.take_up(shared["stale"])
@@ -403,6 +416,14 @@ class Trainer:
         self.window = Window(**own["window"])
         for counter, counts in zip(self.counters, own["counts"], strict=True):
             counter.counts.copy_(counts)
+
+    def _check_data(self, digest: str) -> None:
+        if digest != self.task.data_digest:
+            raise ConfigError(
+                f"the data in data.source {source_of(self.config)!r} are not those that "
+                f"{self.config.run_dir} began with, or were held out otherwise: put them back, or "
+                "give the run another --name"
+            )
 
     def _tokens(self, steps: int) -> int:
         return steps * self.config.train.batch_size * self.task.tokens_per_sample

@@ -6,6 +6,7 @@ probe.npz, from which saturation against any later routing can be computed again
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from simvq_moe.config import TrainConfig
 from simvq_moe.data.codes import CodeSequences
 from simvq_moe.data.tokens import TokenWindows
+from simvq_moe.files import BrokenFileError, Layout, read_arrays, written_whole
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.moe import measures as of
@@ -30,11 +32,15 @@ from simvq_moe.training.engine_sharding import gathered
 from simvq_moe.training.tasks import Task
 from simvq_moe.training.tensorboard import CELL, heat_map
 
+logger = logging.getLogger(__name__)
+
 COMPARED_TOKENS = 128
 """Probe tokens, evenly spread, on which all experts' outputs are compared."""
 LARGEST_DOMAINS = 15
 """Domains that are told apart, by their probe tokens; all others are one more."""
 OTHERS = "(others)"
+LAYOUT = {"steps": Layout("i", 1), "ids": Layout("i", 4), "domain_counts": Layout("i", 4)}
+"""What is read of probe.npz; the first axis is that of evaluations."""
 WIDEST_PICTURE = 1024
 """Pixels, until an expert is one pixel wide."""
 
@@ -102,7 +108,7 @@ class Probe:
         chance = of.uniform_routing(len(self.tokens.inputs), self.experts, self.top_k)
         self.chance = {"val/moe/co_activation_null": of.partner_share(chance, self.experts)}
         if world.is_main and step and self.path.is_file():
-            self.evaluations = [e for e in read(self.path) if e.step <= step]
+            self._take_up(step)
 
     @torch.no_grad()
     def measure(self, step: int) -> dict[str, float]:
@@ -169,18 +175,30 @@ class Probe:
         if not self.evaluations:
             return
         choices = max(e.ids.shape[-1] for e in self.evaluations)
-        aside = self.path.with_suffix(".tmp.npz")
-        np.savez_compressed(
-            aside,
-            steps=np.array([e.step for e in self.evaluations]),
-            ids=np.stack([_widen(e.ids, choices) for e in self.evaluations]),
-            saturation=self._saturation(),
-            domain_counts=np.stack([e.domain_counts for e in self.evaluations]),
-            domain_names=np.array(self.tokens.names),
-            domains=self.tokens.domains.numpy(),
-            token_ids=self.tokens.inputs.numpy(),
-        )
-        aside.replace(self.path)
+        with written_whole(self.path) as aside:
+            np.savez_compressed(
+                aside,
+                steps=np.array([e.step for e in self.evaluations]),
+                ids=np.stack([_widen(e.ids, choices) for e in self.evaluations]),
+                saturation=self._saturation(),
+                domain_counts=np.stack([e.domain_counts for e in self.evaluations]),
+                domain_names=np.array(self.tokens.names),
+                domains=self.tokens.domains.numpy(),
+                token_ids=self.tokens.inputs.numpy(),
+            )
+
+    def _take_up(self, step: int) -> None:
+        """Go on from what is kept up to a step; what a power cut has torn is lost."""
+        layers, tokens, domains = len(self.layers), len(self.tokens.inputs), len(self.tokens.names)
+        shapes = (layers, tokens), (layers, self.experts, domains)
+        try:
+            found = read(self.path)
+            if any((e.ids.shape[:2], e.domain_counts.shape) != shapes for e in found):
+                raise BrokenFileError(self.path, f"is not of {layers} layers and {tokens} tokens")
+        except BrokenFileError as error:
+            logger.warning("%s: evaluations of steps up to %d are lost from it", error, step)
+            return
+        self.evaluations = [e for e in found if e.step <= step]
 
     def _route(self) -> tuple[list[Tensor], list[Routing]]:
         """Inputs of every MoE layer and its routing, tokens in order."""
@@ -250,10 +268,16 @@ def choose_tokens(held_out: TokenWindows | CodeSequences, tokens: int) -> Tokens
 
 
 def read(path: Path) -> list[Evaluation]:
-    """The evaluations in a probe.npz."""
-    with np.load(path) as saved:
-        kept = zip(*(saved[name] for name in ("steps", "ids", "domain_counts")), strict=True)
-        return [Evaluation(int(step), ids, counts) for step, ids, counts in kept]
+    """The evaluations in a probe.npz.
+
+    Raises:
+        BrokenFileError: it is torn, or no such file.
+    """
+    saved = read_arrays(path, LAYOUT)
+    if len({len(saved[name]) for name in LAYOUT}) > 1:
+        raise BrokenFileError(path, "has arrays of different lengths")
+    kept = zip(*(saved[name] for name in LAYOUT), strict=True)
+    return [Evaluation(int(step), ids, counts) for step, ids, counts in kept]
 
 
 class Record:

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import importlib.metadata
+import io
 import json
 import logging
 import os
-import platform
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import torch
 import torch.distributed as dist
 
 from simvq_moe.config import Config, without_other_tasks
 from simvq_moe.config_checks import check, check_ranks
 from simvq_moe.config_checks_moe import with_gates
 from simvq_moe.data.streaming import TextStream
-from simvq_moe.merging import ConfigError, first_difference, mapping_to_yaml, merge_files, to_yaml
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import BrokenFileError, read_json, write_atomically
+from simvq_moe.merging import mapping_to_yaml, to_yaml
 from simvq_moe.training import checkpoint
 from simvq_moe.training.cluster import fitting_gpus, read_cluster
 from simvq_moe.training.codes_task import fit_to_codes
@@ -48,15 +44,38 @@ from simvq_moe.training.faults import (
     is_lost_rank,
     writing,
 )
+from simvq_moe.training.folder import (
+    CONFIG,
+    META,
+    NOISE,
+    SUMMARY,
+    RunFolder,
+    check_same_run,
+    check_shared,
+    claimed,
+    has_summary,
+)
 from simvq_moe.training.image_measures import check_networks
-from simvq_moe.training.logs import write_json, write_text
+from simvq_moe.training.logs import write_json
 from simvq_moe.training.loop import Trainer
+from simvq_moe.training.provenance import provenance
 from simvq_moe.training.slurm import adopt_slurm
 from simvq_moe.training.tasks import check_source
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 130
 """Exit codes; 2 is a `ConfigError`."""
-PACKAGES = ("simvq-moe", "torch", "deepspeed", "tokenizers", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The run's folder as this rank has found it."""
+
+    folder: RunFolder | None = None
+    """Rank 0's, which has it."""
+    steps: int | None = None
+    """That its run was to have so far; None: it is new."""
+    finished: bool = False
+    """Whether there is nothing to do."""
 
 
 def train(config: Config) -> int:
@@ -67,30 +86,50 @@ def train(config: Config) -> int:
     """
     adopt_slurm(os.environ)
     config = with_gates(fit_to_codes(config))
-    main = launched_rank() == 0
-    check_launch(config, launched_ranks())
+    _check_settings(config, launched_ranks())
     check_device(config)
-    before = _steps_before(config)
-    if is_finished(config) and before in (None, config.train.steps):
-        if main:
-            print(f"{config.run_dir} is finished: nothing to do", file=sys.stderr)
-        return FINISHED
-    new = not config.run_dir.exists()
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with _signals() as stop_asked, _alone_in(config.run_dir, main):
-            if main:
-                _begin(config, before)
-            with _noise_to(config.run_dir / "log.txt", visible=main):
-                return _run(config, stop_asked)
-    except WriteFailed as failure:
-        print(f"{config.run_dir}: {failure}", file=sys.stderr)
-        return FAILED
-    except ConfigError:
-        # found out only with the data at hand; the corrected config may take the same name
-        if main and new:
-            shutil.rmtree(config.run_dir)
-        raise
+    with _signals() as stop_asked, contextlib.ExitStack() as held:
+        # a rank that is refused tells the others, which would wait for it; alone it says so at once
+        found = _take(config, held) if launched_ranks() == 1 else None
+        if found is not None and found.finished:
+            return FINISHED
+        with _noise(visible=launched_rank() == 0) as noise:
+            world = start_distributed(config.train.timeout_s)
+            found = found or world.agree(lambda: _take(config, held))
+            finished, mark = world.gather((found.finished, found.folder and found.folder.mark))[0]
+            if finished:
+                return FINISHED
+            world.agree(lambda: check_shared(config.run_dir, mark or ""))
+            try:
+                with writing(config.run_dir / NOISE):
+                    noise.begin(config.run_dir / NOISE)
+                return _run(config, world, found, stop_asked)
+            except WriteFailed as failure:
+                print(f"{config.run_dir}: {failure}", file=sys.stderr)
+                return FAILED
+
+
+def _take(config: Config, held: contextlib.ExitStack) -> _Found:
+    """Check what must be here; rank 0 takes the folder for as long as `held` is open."""
+    main = launched_rank() == 0
+    check_source(config)
+    check_networks(config)
+    if not main:
+        return _Found()
+    found = _look(config)
+    if not found.finished:
+        # another process may have been there since
+        folder = held.enter_context(_alone_in(config.run_dir, main))
+        found = replace(_look(config), folder=folder)
+    if found.finished:
+        print(f"{config.run_dir} is finished: nothing to do", file=sys.stderr)
+    return found
+
+
+def _look(config: Config) -> _Found:
+    saved = check_same_run(config)
+    steps = None if saved is None else saved.train.steps
+    return _Found(steps=steps, finished=is_finished(config) and steps in (None, config.train.steps))
 
 
 def check_launch(config: Config, world_size: int) -> None:
@@ -111,60 +150,7 @@ def _check_files(config: Config) -> None:
     """What must be here: data, networks of measures, and no other run in the folder."""
     check_source(config)
     check_networks(config)
-    saved = config.run_dir / "config.yaml"
-    if saved.is_file():
-        difference = first_difference(_laid_out_as(config, merge_files(Config, [saved])), config)
-        if difference:
-            raise ConfigError(
-                f"{config.run_dir} holds a run of another config ({difference}): "
-                "give this run another --name, or remove that folder"
-            )
-        if not is_finished(config):
-            checkpoint.check_form(config.run_dir / "checkpoints")
-
-
-FREE_TO_CHANGE = (
-    *("zero_stage", "activation_checkpointing", "compile", "profile", "peak_flops"),
-    *("log_every", "eval_every", "save_every", "keep_checkpoints", "keep_every"),
-    *("on_not_finite", "timeout_s"),
-)
-"""Keys of `train` that change, when a run goes on, where numbers lie, how they are computed and how
-often they are looked at, but not what they are."""
-
-
-def _laid_out_as(new: Config, old: Config) -> Config:
-    """old, with what a run may change when it goes on as in new, and more steps as well."""
-    kept = {name: getattr(new.train, name) for name in FREE_TO_CHANGE}
-    steps = max(old.train.steps, new.train.steps)
-    # how data are read is free as well, so that a run may go on past broken ones
-    data = replace(old.data, prefetch=new.data.prefetch, on_corrupt=new.data.on_corrupt)
-    return replace(
-        old,
-        data=data,
-        moe=replace(old.moe, expert_parallel=new.moe.expert_parallel),
-        train=replace(old.train, steps=steps, **kept),
-    )
-
-
-def _steps_before(config: Config) -> int | None:
-    """Steps that the folder's run was to have; None: there is none."""
-    saved = config.run_dir / "config.yaml"
-    return merge_files(Config, [saved]).train.steps if saved.is_file() else None
-
-
-def _begin(config: Config, before: int | None) -> None:
-    """Write down what is trained; a run that is given more steps is not finished."""
-    steps = config.train.steps
-    if before is not None and before < steps:
-        print(
-            f"{config.run_dir} is given {steps} steps in place of {before}: it goes on from its "
-            "last checkpoint, and from there the learning rate is that of the longer run",
-            file=sys.stderr,
-        )
-    with writing(config.run_dir):
-        if before != steps:
-            (config.run_dir / "summary.json").unlink(missing_ok=True)
-        write_text(config.run_dir / "config.yaml", to_yaml(config))
+    check_same_run(config)
 
 
 def dry_run(config: Config, cluster_file: Path | None = None) -> int:
@@ -191,28 +177,79 @@ def dry_run(config: Config, cluster_file: Path | None = None) -> int:
 
 def is_finished(config: Config) -> bool:
     """Whether the run's folder holds its final numbers."""
-    return (config.run_dir / "summary.json").is_file()
+    return has_summary(config.run_dir)
 
 
-def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    world = start_distributed(config.train.timeout_s)
-    meta = _meta(config, world) | {"started": started}
-    before, now = _ranks_before(config), _ranks_of(meta)
-    _write_meta(config, world, meta | {"status": "running", "error": None})
+class _Record:
+    """What is written down of a run beside its numbers: config.yaml and meta.json, by rank 0.
+
+    Args:
+        config: the run's.
+        world: this rank among all.
+        found: the run's folder.
+    """
+
+    def __init__(self, config: Config, world: World, found: _Found) -> None:
+        self.config, self.world, self.found = config, world, found
+        self.path = config.run_dir / META
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.meta = provenance(config, world) | {"started": started}
+        self.before: dict[str, Any] = {}
+        with contextlib.suppress(BrokenFileError):
+            self.before = read_json(self.path, dict)
+
+    @property
+    def begun(self) -> bool:
+        return self.found.folder is not None and self.found.folder.begun
+
+    def begin(self, trainer: Trainer) -> None:
+        """Say and write down what is trained, now that it can be; a run that is given more steps is
+        not finished."""
+        config, before = self.config, self.found.steps
+        print(mapping_to_yaml(without_other_tasks(config)), file=sys.stderr)
+        steps = config.train.steps
+        if before is not None and before < steps:
+            print(
+                f"{config.run_dir} is given {steps} steps in place of {before}: it goes on from "
+                "its last checkpoint, and from there the learning rate is that of the longer run",
+                file=sys.stderr,
+            )
+        if self.found.folder is not None:
+            self.found.folder.begun = True
+        with writing(config.run_dir):
+            if before != steps:
+                (config.run_dir / SUMMARY).unlink(missing_ok=True)
+            write_atomically(config.run_dir / CONFIG, to_yaml(config))
+        self.meta |= _describe(trainer)
+        self._write("running", None)
+        if trainer.resumed_from:
+            print(f"resuming {self._where(trainer.resumed_from)}", file=sys.stderr)
+
+    def end(self, status: str, error: str | None) -> None:
+        """Write down what became of it; a full disk has been told."""
+        if self.world.is_main:
+            with contextlib.suppress(WriteFailed):
+                self._write(status, error)
+
+    def _write(self, status: str, error: str | None) -> None:
+        with writing(self.path):
+            write_json(self.path, self.before | self.meta | {"status": status, "error": error})
+
+    def _where(self, step: int) -> str:
+        where = f"{self.config.run_dir} at step {step}"
+        with contextlib.suppress(KeyError):  # none is known
+            before, now = _ranks_of(self.before), _ranks_of(self.meta)
+            if before != now:
+                where += f" on {now}, not to the bit: it was on {before}"
+        return where
+
+
+def _run(config: Config, world: World, found: _Found, stop_asked: Callable[[], bool]) -> int:
+    record = _Record(config, world, found)
     status, error, code = "finished", None, FINISHED
     summary: dict[str, float] = {}
     try:
-        trainer = Trainer(config, world, stop_asked)
-        if world.is_main:  # only now, so that what is wrong with the data stands alone
-            print(mapping_to_yaml(without_other_tasks(config)), file=sys.stderr)
-        meta |= _describe(trainer)
-        _write_meta(config, world, meta | {"status": "running", "error": None})
-        if world.is_main and trainer.resumed_from:
-            where = f"{config.run_dir} at step {trainer.resumed_from}"
-            if before not in (None, now):
-                where += f" on {now}, not to the bit: it was on {before}"
-            print(f"resuming {where}", file=sys.stderr)
+        trainer = Trainer(config, world, stop_asked, record.begin)
         with contextlib.closing(trainer):
             summary = trainer.run()
         if world.is_main:
@@ -221,19 +258,21 @@ def _run(config: Config, stop_asked: Callable[[], bool]) -> int:
         status, error, code = "interrupted", str(stop), INTERRUPTED
     except TrainingFailed as failure:
         status, error, code = "failed", str(failure), FAILED
+    except ConfigError as refusal:
+        if record.begun:
+            record.end("failed", str(refusal))
+        raise
     except Exception as failure:
         lost = is_lost_rank(failure)
         error = traceback.format_exc().strip().splitlines()[-1]
         if lost:
             error = _without_a_rank(config, world)
             print(f"{config.run_dir}: {error}", file=sys.stderr)
-        with contextlib.suppress(WriteFailed):
-            _write_meta(config, world, meta | {"status": "failed", "error": error})
+        record.end("failed", error)
         if not lost:
             raise
         return FAILED  # with no call that the lost rank would have to answer
-    with contextlib.suppress(WriteFailed):
-        _write_meta(config, world, meta | {"status": status, "error": error})
+    record.end(status, error)
     if world.is_main:
         print(f"{config.run_dir}: {error or describe_result(summary)}", file=sys.stderr)
     world.barrier()
@@ -248,20 +287,13 @@ def _without_a_rank(config: Config, world: World) -> str:
     return f"rank {world.rank}: another rank has ended ({saved}); the same command goes on"
 
 
-def _ranks_before(config: Config) -> str | None:
-    """What `_ranks_of` says of the run so far; None: it is new, or has no whole meta.json."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return _ranks_of(json.loads((config.run_dir / "meta.json").read_text()))
-    return None
-
-
 def _ranks_of(meta: Mapping[str, Any]) -> str:
     """What the last bits of a CPU's sums depend on."""
     return f"{meta['world_size']} x {meta['threads']} threads"
 
 
 def _write_summary(config: Config, summary: Mapping[str, float]) -> None:
-    path = config.run_dir / "summary.json"
+    path = config.run_dir / SUMMARY
     try:
         with writing(path):
             write_json(path, {"status": "finished", **summary})
@@ -275,23 +307,6 @@ def describe_result(summary: Mapping[str, float]) -> str:
     shown += ("val/codes/used", "val/codes/perplexity", "val/moe/mean/used", "val/moe/mean/entropy")
     parts = [f"{name} {summary[name]:.4g}" for name in shown if name in summary]
     return ", ".join(["finished", *parts])
-
-
-def _meta(config: Config, world: World) -> dict[str, Any]:
-    cuda = world.device.type == "cuda"
-    arguments = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "task": config.task,
-        "arm": config.arm or config.name,
-        "seed": config.seed,
-        "command": shlex.join(["simvq-moe", *arguments]),
-        "commit": _commit(),
-        "versions": {"python": platform.python_version(), **versions},
-        "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),
-        "world_size": world.size,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _describe(trainer: Trainer) -> dict[str, Any]:
@@ -308,31 +323,6 @@ def _describe(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _write_meta(config: Config, world: World, meta: dict[str, Any]) -> None:
-    if world.is_main:
-        with writing(config.run_dir / "meta.json"):
-            write_json(config.run_dir / "meta.json", meta)
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, if it is one."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
     """SIGINT and SIGTERM are remembered, so that the loop stops after a whole step."""
@@ -347,25 +337,36 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def _alone_in(run_dir: Path, main: bool) -> Iterator[None]:
-    """Two launches in one folder would overwrite each other; the lock ends with the process."""
-    if not main:
-        yield
-        return
-    with (run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process is training in {run_dir}: wait for it, or give another --name"
-            ) from None
-        yield
+def _alone_in(run_dir: Path, main: bool) -> Iterator[RunFolder | None]:
+    """Two launches in one folder would overwrite each other; rank 0 has it for all ranks."""
+    with claimed(run_dir) if main else contextlib.nullcontext() as folder:
+        yield folder
+
+
+class _Noise(io.TextIOBase):
+    """A file that may be written to before it is known where it lies."""
+
+    def __init__(self) -> None:
+        self.file: TextIO = io.StringIO()
+
+    def begin(self, path: Path) -> None:
+        """From now on, and with what was written before, at the end of this file."""
+        before, self.file = self.file, path.open("a", buffering=1)
+        assert isinstance(before, io.StringIO)
+        self.file.write(before.getvalue())
+
+    def write(self, text: str, /) -> int:
+        return self.file.write(text)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 @contextlib.contextmanager
-def _noise_to(file: Path, *, visible: bool) -> Iterator[None]:
+def _noise(*, visible: bool) -> Iterator[_Noise]:
     """What libraries print, log and warn of goes to a file; our own warnings also to the user."""
-    with file.open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+    log = _Noise()
+    with contextlib.redirect_stdout(log):
         handler = logging.StreamHandler(log)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         root, ours = logging.getLogger(), logging.getLogger("simvq_moe")
@@ -381,9 +382,10 @@ def _noise_to(file: Path, *, visible: bool) -> Iterator[None]:
         before = deepspeed_logger.handlers[:]
         deepspeed_logger.handlers[:] = [handler]
         try:
-            yield
+            yield log
         finally:
             deepspeed_logger.handlers[:] = before
             logging.captureWarnings(False)
             root.removeHandler(handler)
             ours.removeHandler(console)
+            log.file.close()

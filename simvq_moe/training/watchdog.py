@@ -8,7 +8,6 @@ that serves torch's own store, and do for gloo and NCCL alike, whose calls can't
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -18,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from simvq_moe.files import BrokenFileError, read_json
 from simvq_moe.training.engine import World
 from simvq_moe.training.faults import writing
 from simvq_moe.training.logs import write_json
@@ -128,8 +128,8 @@ class Watchdog:
         if self.world.rank == min(others, default=0):
             error = f"{hang.message}: others wait for {waited:.0f} s (train.timeout_s)"
             print(f"{self.run_dir}: {error}", file=sys.stderr, flush=True)
-            with suppress(OSError, ValueError):
-                meta = json.loads((self.run_dir / "meta.json").read_text())
+            with suppress(OSError, BrokenFileError):
+                meta = read_json(self.run_dir / "meta.json", dict)
                 failed = {"status": "failed", "error": error}
                 write_json(self.run_dir / "meta.json", meta | failed)
         else:
