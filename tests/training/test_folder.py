@@ -30,7 +30,7 @@ from simvq_moe.training.folder import LOCK, NOISE, check_same_run, check_shared,
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.provenance import commit
 from simvq_moe.training.run import is_finished
-from tests.launching import ROOT, environment, metrics, run, start, start_tasks
+from tests.launching import ROOT, environment, metrics, run, start_tasks
 from tests.short_training import train_flags
 
 IMAGE = (
@@ -292,20 +292,6 @@ def test_a_finished_run_leaves_nothing_in_the_temporary_folder_and_others_can_re
     files = [p for p in (tmp_path / "runs").rglob("*") if p.is_file()]
     assert any(p.suffix == ".safetensors" for p in files)
     assert {p.stat().st_mode & 0o777 for p in files} == {0o644}
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_of_two_starts_at_once_one_trains_and_the_other_is_refused(tmp_path: Path) -> None:
-    for i in range(30):
-        name = f"run{i}"
-        pair = [start("train", "--name", name, *IMAGE, cwd=tmp_path) for _ in range(2)]
-        errors = [process.communicate(timeout=600)[1] for process in pair]
-        codes = sorted(process.returncode for process in pair)
-        # the second may come when the first is through
-        assert codes in ([0, 2], [0, 0]), errors
-        assert is_finished(Config(name=name, runs_dir=str(tmp_path / "runs")))
-        assert [line["step"] for line in metrics(tmp_path / "runs" / name)] == [2]
 
 
 def git(folder: Path, *args: str) -> None:
