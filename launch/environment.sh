@@ -33,7 +33,7 @@ port_is_free() {
 }
 
 supervised() {
-    local launcher
+    local launcher code=0
     setsid "$@" & # where Ctrl-C does not reach it, only this script
     launcher=$!
     # the ranks are its grandchildren
@@ -42,5 +42,9 @@ supervised() {
     while kill -0 "$launcher" 2> /dev/null; do
         wait "$launcher" || true
     done
-    wait "$launcher" # its exit code
+    wait "$launcher" || code=$?
+    if [[ "$code" == 130 ]]; then # what the ranks said of it, the launcher has buried
+        echo "stopped and saved: the same command goes on" >&2
+    fi
+    return "$code"
 }

@@ -163,7 +163,9 @@ class Trainer:
             if last or stop or self.step % train.save_every == 0:
                 self._save()
             if stop and not last:
-                raise Interrupted(f"stopped at step {self.step}, which is saved")
+                raise Interrupted(
+                    f"stopped at step {self.step}, which is saved; the same command goes on"
+                )
         return (
             (held_out or self._evaluate()[0])
             | self.probe.saturations()
@@ -435,6 +437,18 @@ def _build(config: Config, world: World) -> Task:
         from simvq_moe.moe.expert_parallel import make_groups
 
         make_groups(config.moe.expert_parallel)
-    task = world.main_first(lambda: build_task(config))
+    task = world.main_first(lambda: _build_task(config))
     task.model.to(world.device)
     return task
+
+
+def _build_task(config: Config) -> Task:
+    try:
+        return build_task(config)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise ConfigError(
+            f"{error.filename}: {error.strerror}: give a data.source that can be read, and a "
+            "data.cache_dir that can be written"
+        ) from None

@@ -157,6 +157,8 @@ def test_under_deepspeed_a_run_that_is_killed_in_a_save_and_preempted_goes_on_as
     assert launcher.returncode == 130, error
     assert killed_at < newest(run_dir) < LAST
     assert f"runs/killed: stopped at step {newest(run_dir)}, which is saved" in error
+    # also behind what the launcher has to say
+    assert error.splitlines()[-1] == "stopped and saved: the same command goes on"
     goes_on(folder, "killed", "image", newest(run_dir), whole["image"])
 
 
