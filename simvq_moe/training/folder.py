@@ -19,6 +19,7 @@ from typing import IO
 from uuid import uuid4
 
 from simvq_moe.config import Config
+from simvq_moe.config_checks_moe import with_gates
 from simvq_moe.errors import ConfigError
 from simvq_moe.files import BrokenFileError, read_bytes, read_json, read_text, sync_folder
 from simvq_moe.merging import first_difference, merge_files, to_yaml
@@ -202,7 +203,7 @@ def check_same_run(config: Config) -> Config | None:
         ConfigError: it holds a run of another config, or of another form.
     """
     saved = _saved_config(config)
-    difference = saved and first_difference(_laid_out_as(config, saved), config)
+    difference = saved and first_difference(_laid_out_as(config, with_gates(saved)), config)
     if difference:
         raise ConfigError(
             f"{config.run_dir} holds a run of another config ({difference}): "
