@@ -203,6 +203,7 @@ def check_same_run(config: Config) -> Config | None:
         ConfigError: it holds a run of another config, or of another form.
     """
     saved = _saved_config(config)
+    config = with_gates(config)
     difference = saved and first_difference(_laid_out_as(config, with_gates(saved)), config)
     if difference:
         raise ConfigError(
