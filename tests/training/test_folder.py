@@ -268,7 +268,7 @@ def test_two_ranks_that_the_data_refuse_say_so_and_leave_the_name_to_the_correct
     assert [task.returncode for task in tasks] == [2, 2], errors
     assert errors[1] == ""
     assert "4096" in errors[0]
-    assert len(errors[0].splitlines()) == 1
+    assert "Traceback" not in errors[0]
     assert not (tmp_path / "runs").exists()
     tasks = start_tasks("train", "--name", "a", *IMAGE, cwd=tmp_path)
     errors = [task.communicate(timeout=300)[1] for task in tasks]
