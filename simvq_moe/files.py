@@ -166,6 +166,14 @@ def validate_json(text: str | bytes, schema: type[T], where: Path | str) -> T:
         raise BrokenFileError(where, _first_defect(error)) from None
 
 
+def validate(content: Any, schema: type[T], where: Path | str) -> T:
+    """Plain containers, such as those of YAML, as an instance of a schema; see `validate_json`."""
+    try:
+        return _adapter(schema).validate_python(content, strict=True)
+    except ValidationError as error:
+        raise BrokenFileError(where, _first_defect(error)) from None
+
+
 def read_json(
     path: Path, schema: type[T], *, limit: int = TEXT_LIMIT, inside: Path | None = None
 ) -> T:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simvq_moe.analysis.runs import Arm, Group, bank_kind
+from simvq_moe.analysis.arms import Arm, Group, bank_kind
 
 MOST_VALUES = 256
 """Of more, some are kept, evenly spread."""
