@@ -36,6 +36,8 @@ LONGEST_LINE = 4_000
 """Characters of a text that are shown."""
 LARGEST = 1e100
 """Of a finite metric, so that squares and cubes of it are finite too."""
+NOBODY = -1
+"""In the ids of a probe: no expert."""
 MOST_SLOTS = 2**31 - 1
 MOST_DRAWS = 2**62
 """Of all slots of a layer together, so that their sum is an int64."""
@@ -336,7 +338,7 @@ def read_probe(run: Path) -> dict[str, np.ndarray] | None:
     fit = counts.shape[:2] == ids.shape[:2] and ids.shape[2] == len(found["domains"])
     if not fit or not ids.size or not counts.size:
         raise BrokenFileError(file, f"has {shape}, of {len(found['domains'])} tokens")
-    _check_range("ids", ids, -1, counts.shape[2], file)
+    _check_range("ids", ids, NOBODY, counts.shape[2], file)
     _check_range("domains", found["domains"], 0, counts.shape[3], file)
     if len(found["domain_names"]) != counts.shape[3]:
         raise BrokenFileError(file, f"has {len(found['domain_names'])} domain_names for {shape}")

@@ -13,6 +13,9 @@ import numpy as np
 
 from simvq_moe.analysis.measures import ALL_BANKS
 
+UNCOMPARED_KEYS = ("seed", "name", "arm", "runs_dir")
+"""Config keys that tell runs apart without changing what an arm is."""
+
 
 @dataclass(frozen=True)
 class Run:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from simvq_moe.analysis import stats
+from simvq_moe.analysis.arms import UNCOMPARED_KEYS, Arm, Group, Run
 from simvq_moe.analysis.curves import curves_of, loads_of, profiles_of
 from simvq_moe.analysis.measures import (
     PAIRED_MEASURES,
@@ -35,10 +36,11 @@ from simvq_moe.analysis.results import (
     RunResult,
 )
 from simvq_moe.analysis.routings import routings_of
-from simvq_moe.analysis.runs import UNCOMPARED_KEYS, Arm, Group, Run
 from simvq_moe.analysis.spectra import spectra_of
 from simvq_moe.analysis.verdict import negative, secondary, verdict
 from simvq_moe.core.usage import null_usage
+from simvq_moe.files import printable
+from simvq_moe.run_files import MOST_DRAWS
 
 COST_METRICS = (
     "time/train_s",
@@ -50,18 +52,29 @@ COST_METRICS = (
 )
 
 
-def compute(groups: Sequence[Group], out: Path) -> Results:
-    """Compute everything that a report in `out` shows about the groups."""
+MOST_NULL_SLOTS = 2**22
+"""Of more, even chance takes minutes to draw."""
+
+
+def compute(groups: Sequence[Group], out: Path, broken: Sequence[Run] = ()) -> Results:
+    """Compute everything that a report in `out` shows about the groups.
+
+    Args:
+        broken: runs that can't be read and so belong to no group.
+    """
     titles = [title for title in dict.fromkeys(group.sweep for group in groups) if title]
     return Results(
         title=" · ".join(titles) or "Runs",
         predictions=check_all(groups),
         groups=[group_result(group) for group in groups],
         runs=[
-            _run_result(group, arm, run, out)
-            for group in groups
-            for arm in group.arms
-            for run in arm.runs
+            *(
+                _run_result(g, arm.name, run, out)
+                for g in groups
+                for arm in g.arms
+                for run in arm.runs
+            ),
+            *(_run_result(None, run.arm, run, out) for run in broken),
         ],
     )
 
@@ -77,6 +90,7 @@ def group_result(group: Group) -> GroupResult:
     arms = [_arm_result(group, arm, seeds, metrics) for arm in group.arms]
     extra = [PREFIX[kind] + name for name in PAIRED_MEASURES] if kind else []
     paired = _pair(group, arms, seeds, extra)
+    left_out = [line for arm in group.arms for run in arm.runs for line in run.left_out]
     return GroupResult(
         name=group.name,
         sweep=group.sweep,
@@ -84,6 +98,7 @@ def group_result(group: Group) -> GroupResult:
         notes=group.notes,
         config=group.config,
         command=group.command,
+        warnings=unequal_lengths(group),
         verdict=verdict(arms, group.outcomes, group.primary, paired),
         secondary=secondary(arms, group.outcomes, group.primary, paired),
         negative=negative(arms, group.outcomes, paired),
@@ -99,14 +114,15 @@ def group_result(group: Group) -> GroupResult:
         curves=curves_of(group, kind),
         loads=loads_of(group) if kind == "experts" else [],
         profiles=profiles_of(group) if kind else [],
-        routings=routings_of(group),
-        spectra=spectra_of(group),
+        routings=routings_of(group, left_out),
+        spectra=spectra_of(group, left_out),
+        left_out=left_out,
     )
 
 
 def _kind(group: Group) -> str | None:
-    kinds = [layer["kind"] for arm in group.arms for run in arm.runs for layer in run.layers]
-    return kinds[0] if kinds else None
+    kinds = (layer["kind"] for arm in group.arms for run in arm.runs for layer in run.layers)
+    return next((kind for kind in kinds if kind in PREFIX), None)
 
 
 def _arm_result(group: Group, arm: Arm, seeds: Sequence[int], metrics: Sequence[str]) -> ArmResult:
@@ -199,6 +215,8 @@ def _nulls(group: Group, kind: str | None) -> list[Null]:
         for run in arm.runs:
             if run.layers and (tokens := held_out_tokens(run)) and run.status == "finished":
                 layer = run.layers[0]
+                if layer["slots"] > MOST_NULL_SLOTS or tokens * layer["top_k"] > MOST_DRAWS:
+                    continue
                 key = (int(layer["slots"]), int(layer["top_k"]), tokens)
                 arms.setdefault(key, [])
                 arms[key] += [] if arm.name in arms[key] else [arm.name]
@@ -234,7 +252,23 @@ def _config_differences(baseline: Arm, arm: Arm) -> dict[str, list[Any]]:
     }
 
 
-def _run_result(group: Group, arm: Arm, run: Run, out: Path) -> RunResult:
+def unequal_lengths(group: Group) -> list[str]:
+    """A sentence where finished runs that are compared did not train for as many steps."""
+    by_steps: dict[int, list[str]] = {}
+    for arm in group.arms:
+        for run in arm.runs:
+            if run.status == "finished" and run.step:
+                labels = by_steps.setdefault(run.step, [])
+                labels += [] if arm.label in labels else [arm.label]
+    if len(by_steps) < 2:
+        return []
+    parts = [f"{', '.join(by_steps[steps])} {steps:,} steps" for steps in sorted(by_steps)]
+    return [
+        f"Runs of unequal length are compared: {'; '.join(parts)}. What differs may come from that."
+    ]
+
+
+def _run_result(group: Group | None, arm: str, run: Run, out: Path) -> RunResult:
     command = run.meta.get("command") or ""
     versions = run.meta.get("versions") or {}
     environment = {
@@ -244,14 +278,14 @@ def _run_result(group: Group, arm: Arm, run: Run, out: Path) -> RunResult:
         **versions,
     }
     return RunResult(
-        group=group.name,
-        arm=arm.name,
+        group=group.name if group else "",
+        arm=arm,
         seed=run.seed,
         status=run.status,
         error=run.error,
         step=run.step,
-        last={name: run.final[name] for name in group.outcomes if name in run.final},
-        path=os.path.relpath(run.path, out),
+        last={n: run.final[n] for n in (group.outcomes if group else ()) if n in run.final},
+        path=printable(os.path.relpath(run.path, out)),
         command=command if isinstance(command, str) else shlex.join(map(str, command)),
         environment={key: str(v) for key, v in environment.items() if v is not None},
     )

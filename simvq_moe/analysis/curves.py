@@ -5,13 +5,15 @@ Kept as numbers, thinned to what a figure can show, so that report.json can redr
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from simvq_moe.analysis.arms import Arm, Group, Run
 from simvq_moe.analysis.measures import PAIRED_MEASURES
-from simvq_moe.analysis.runs import Arm, Group, Run
 from simvq_moe.core.usage import usage
 
 POINTS = 160
@@ -97,7 +99,8 @@ def _saturations(group: Group) -> list[Curve]:
     start = HELD_OUT["experts"] + "saturation_at/"
 
     def series(run: Run) -> Series:
-        found = {int(n.removeprefix(start)): v for n, v in run.final.items() if n.startswith(start)}
+        names = ((re.fullmatch(f"{start}([0-9]{{1,15}})", n), v) for n, v in run.final.items())
+        found = {int(match[1]): v for match, v in names if match and math.isfinite(v)}
         return np.array(sorted(found)), np.array([found[step] for step in sorted(found)])
 
     return _curves(group, start.rstrip("/"), series)
@@ -109,6 +112,7 @@ def loads_of(group: Group) -> list[Loads]:
     for arm in group.arms:
         run = first_counted(arm)
         layers = [row for row in run.layer_counts() if row.sum()] if run else []
+        layers = [row for row in layers if len(row) == len(layers[0])]  # of one picture
         if run and layers:
             found.append(Loads(arm.name, run.seed, [_short(len(n) * n / n.sum()) for n in layers]))
     return found

@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 
+from simvq_moe.analysis.arms import Run
 from simvq_moe.analysis.measures import USAGE_MEASURES
 from simvq_moe.analysis.results import PREFIX
-from simvq_moe.analysis.runs import Run
 from simvq_moe.core.usage import usage
+
+MOST_TOKENS = 2**53
 
 
 def value(run: Run, name: str) -> float | None:
@@ -55,7 +57,8 @@ def mean_of_banks(run: Run, kind: str, leaf: str) -> float | None:
 def held_out_tokens(run: Run) -> int:
     """Tokens of the held-out set, from the summary or from the counts of the first layer."""
     if "val/tokens" in run.final:
-        return int(run.final["val/tokens"])
+        tokens = run.final["val/tokens"]
+        return int(tokens) if 0 <= tokens <= MOST_TOKENS else 0
     counts = next(run.layer_counts(), None)
     return 0 if counts is None else int(counts.sum()) // int(run.layers[0]["top_k"])
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -43,6 +45,21 @@ told apart with any colour vision, and two of Paul Tol's."""
 WIDTH = 4.6
 LONGEST_TITLE = 50
 """Characters of a line."""
+TITLE_LINES = 3
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+}
 SKIPPED_START = 0.05
 """Share of the steps at the start whose losses don't widen the axis."""
 
@@ -211,36 +228,32 @@ def spectrum_figure(spectra: Sequence[Spectrum], styles: Mapping[str, ArmStyle])
         return _svg(figure, text)
 
 
-def _drawing() -> AbstractContextManager[None]:
-    return mpl.rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "report",
-            "font.family": "sans-serif",
-            "font.size": 10,
-            "text.color": INK,
-            "axes.edgecolor": INK,
-            "axes.labelcolor": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.formatter.useoffset": False,
-        }
-    )
+@contextmanager
+def _drawing() -> Iterator[None]:
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        # the page has fonts for what matplotlib's own font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        yield
 
 
 def _panel(title: str, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=10.5, loc="left", color=INK)
+    axes.set_title(_cut(title, 1), fontsize=10.5, loc="left", color=INK, parse_math=False)
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     return figure, axes
 
 
 def _title(figure: Figure, text: str) -> None:
-    lines = textwrap.fill(text, LONGEST_TITLE)
-    figure.suptitle(lines, fontsize=10.5, color=INK, x=0.02, ha="left")
+    figure.suptitle(
+        _cut(text, TITLE_LINES), fontsize=10.5, color=INK, x=0.02, ha="left", parse_math=False
+    )
+
+
+def _cut(text: str, lines: int) -> str:
+    """Names may be of any length, and the figure stays."""
+    width = LONGEST_TITLE if lines > 1 else 2 * LONGEST_TITLE
+    return textwrap.fill(text, width, max_lines=lines, placeholder="…")
 
 
 def _frame(axes: Axes, curves: Sequence[Curve], metric: str) -> None:

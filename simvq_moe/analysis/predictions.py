@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simvq_moe.analysis import stats
+from simvq_moe.analysis.arms import UNCOMPARED_KEYS, Arm, Group, Run
 from simvq_moe.analysis.measures import label
 from simvq_moe.analysis.outcomes import early, mean_of_banks, value
 from simvq_moe.analysis.results import Evidence, Prediction
-from simvq_moe.analysis.runs import UNCOMPARED_KEYS, Arm, Group, Run
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 NOT_TESTED = "not tested"

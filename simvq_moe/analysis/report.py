@@ -19,9 +19,10 @@ from simvq_moe.analysis.comparison import compute
 from simvq_moe.analysis.curves import Curve
 from simvq_moe.analysis.plots import ArmStyle
 from simvq_moe.analysis.results import GroupResult, Results
-from simvq_moe.analysis.runs import Group, find_groups
+from simvq_moe.analysis.runs import Group, find
 from simvq_moe.analysis.samples import Sample, sample_of
-from simvq_moe.merging import ConfigError
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,30 @@ class Figures:
     samples: list[Sample]
 
 
-def report(paths: Sequence[Path], out: Path) -> Report:
+def report(paths: Sequence[Path], out: Path, baseline: str | None = None) -> Report:
     """Write report.html, report.json and report.md about the runs in the paths.
 
     Args:
         paths: run directories, sweep directories, or folders of either.
         out: folder of the three files; made if need be.
+        baseline: arm that runs without a sweep are compared with; see `find`.
 
     Raises:
-        ConfigError: a path does not exist or holds no run, or `out` is a file.
+        ConfigError: a path does not exist or holds no run that can be read, no run is the
+            baseline's, or `out` is no folder that can be written to.
     """
-    groups = find_groups(paths)
+    found = find(paths, baseline)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: give a folder")
-    results = compute(groups, out)
+    results = compute(found.groups, out, found.broken)
+    figures = [_draw(g, r) for g, r in zip(found.groups, results.groups, strict=True)]
+    try:
+        return _write(out, results, figures)
+    except OSError as error:
+        raise ConfigError(f"--out {out} can't be written to: {error.strerror}") from None
+
+
+def _write(out: Path, results: Results, figures: Sequence[Figures]) -> Report:
     out.mkdir(parents=True, exist_ok=True)
     written = Report(
         html=out / "report.html",
@@ -71,10 +82,9 @@ def report(paths: Sequence[Path], out: Path) -> Report:
         markdown=out / "report.md",
         table=_terminal_text(results),
     )
-    written.json.write_text(json.dumps(results.as_json(), allow_nan=False))
-    written.markdown.write_text(_render("report.md.j2", results, []))
-    figures = [_draw(g, r) for g, r in zip(groups, results.groups, strict=True)]
-    written.html.write_text(_render("report.html.j2", results, figures))
+    write_atomically(written.json, json.dumps(results.as_json(), allow_nan=False))
+    write_atomically(written.markdown, _render("report.md.j2", results, []))
+    write_atomically(written.html, _render("report.html.j2", results, figures))
     return written
 
 
@@ -82,6 +92,7 @@ def _render(template: str, results: Results, figures: Sequence[Figures]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=template.endswith(".html.j2"),
+        finalize=None if template.endswith(".html.j2") else tables.markdown_text,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -110,14 +121,17 @@ def _terminal_text(results: Results) -> str:
     parts = []
     for group in results.groups:
         table = tables.result_table(group, tables.TERMINAL_COLUMNS)
-        parts += [f"{group.name}: {group.question}", *group.verdict]
-        parts += [tables.markdown(table, beneath=False), ""]
+        parts += [f"{group.name}: {group.question}"]
+        parts += [f"Warning: {sentence}" for sentence in group.warnings] + group.verdict
+        parts += [tables.plain_text(table), ""]
     tested = [one for one in results.predictions if one.evidence]
     parts += [f"{one.name} {one.verdict}: {one.statement}" for one in tested]
     parts += [""] * bool(tested)
     unfinished = tables.unfinished_table(results)
     if unfinished.rows:
-        parts += ["Not finished, and in no mean:", tables.markdown(unfinished)]
+        parts += ["Not finished, and in no mean:", tables.plain_text(unfinished)]
+    if left_out := [line for group in results.groups for line in group.left_out]:
+        parts += ["Left out, because it can't be read:", *left_out]
     return "\n".join(parts).rstrip()
 
 
@@ -149,7 +163,7 @@ def _draw(group: Group, result: GroupResult) -> Figures:
         ],
         bank_arms=list(dict.fromkeys(curve.arm for curve in banks)),
         routings=_routing_figures(result, labels),
-        samples=[sample for arm in group.arms if (sample := sample_of(arm))],
+        samples=[s for arm in group.arms if (s := sample_of(arm, result.left_out))],
     )
 
 

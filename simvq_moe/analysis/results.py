@@ -5,9 +5,9 @@
                       "evidence": [{"group", "text", "metric", "arms", "seeds",
                                     "values": [a seed], "n", "mean", "interval", "p", "margin",
                                     "p_equivalent", "verdict"}]}],
-     "groups": [{"name", "sweep", "question", "notes", "config", "command", "kind", "baseline",
-                 "outcomes", "primary": {arm: outcome}, "pairs_needed", "seeds",
-                 "verdict": [sentence], "secondary": [sentence], "negative": [sentence],
+     "groups": [{"name", "sweep", "question", "notes", "config", "command", "warnings", "kind",
+                 "baseline", "outcomes", "primary": {arm: outcome}, "pairs_needed",
+                 "seeds", "verdict": [sentence], "secondary": [sentence], "negative": [sentence],
                  "arms": [{"name", "label", "control", "baseline", "n", "status": [a seed],
                            "values": {metric: [a seed]}, "mean": {metric}, "sd": {metric},
                            "differs": {config key: [baseline's, its]}}],
@@ -16,7 +16,8 @@
                  "paired": [{"arm", "metric", "primary", "differences": [a seed], "unpaired",
                              "n", "agree", "mean", "relative", "sd", "interval": [low, high],
                              "p", "p_min", "p_holm", "margin", "p_equivalent"}],
-                 "curves", "loads", "profiles", "routings", "spectra": what the figures draw}],
+                 "curves", "loads", "profiles", "routings", "spectra": what the figures draw,
+                 "left_out": [sentence]}],
      "runs": [{"group", "arm", "seed", "status", "error", "step", "last", "path", "command",
                "environment"}]}
 
@@ -113,6 +114,8 @@ class GroupResult:
     notes: str
     config: str
     command: str
+    warnings: list[str]
+    """Sentences without which the verdict would mislead."""
     verdict: list[str]
     """Sentences that answer the question and say what n allows."""
     secondary: list[str]
@@ -136,6 +139,8 @@ class GroupResult:
     profiles: list[Profile]
     routings: list[RoutingOf]
     spectra: list[Spectrum]
+    left_out: list[str]
+    """Files that can't be read and that no number needs, each with the reason."""
 
     @property
     def baseline_arm(self) -> ArmResult | None:
@@ -196,6 +201,7 @@ class RunResult:
     """One run of the list of runs, as it ended."""
 
     group: str
+    """Empty for a run that can't be read and has no sweep."""
     arm: str
     seed: int
     status: str

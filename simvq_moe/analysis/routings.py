@@ -6,15 +6,15 @@ even chance, so that arms share a scale.
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from simvq_moe.analysis.runs import Arm, Group, Run
+from simvq_moe.analysis.arms import Arm, Group, Run
+from simvq_moe.files import BrokenFileError, printable
 from simvq_moe.moe.measures import co_activation
+from simvq_moe.run_files import NOBODY, read_probe
 
 MOST_EXPERTS = 128
 """Of more, those with the most tokens are shown."""
@@ -39,27 +39,24 @@ class RoutingOf:
     """[domain][expert]: share of the domain's tokens that have the expert, over k / N."""
 
 
-def routings_of(group: Group) -> list[RoutingOf]:
-    """Of each arm's first finished run that has a probe."""
-    return [found for arm in group.arms if (found := _first(arm)) is not None]
+def routings_of(group: Group, left_out: list[str] | None = None) -> list[RoutingOf]:
+    """Of each arm's first finished run that has a probe.
+
+    Args:
+        left_out: gets a line for each file that can't be read.
+    """
+    lines = [] if left_out is None else left_out
+    return [found for arm in group.arms if (found := _first(arm, lines)) is not None]
 
 
-def _first(arm: Arm) -> RoutingOf | None:
+def _first(arm: Arm, left_out: list[str]) -> RoutingOf | None:
     for run in arm.runs:
-        if run.status == "finished" and (probe := _read(run.path / "probe.npz")):
-            return _routing(arm.name, run, probe)
+        try:
+            if run.status == "finished" and (probe := read_probe(run.path)):
+                return _routing(arm.name, run, probe)
+        except BrokenFileError as error:
+            left_out.append(str(error))
     return None
-
-
-def _read(file: Path) -> dict[str, np.ndarray]:
-    """Empty where there is none that can be read."""
-    try:
-        # opened here, for numpy leaves a torn file open
-        with file.open("rb") as stream, np.load(stream) as arrays:
-            names = ("ids", "domain_counts", "domain_names", "domains")
-            return {name: arrays[name] for name in names}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return {}
 
 
 def _routing(arm: str, run: Run, probe: dict[str, np.ndarray]) -> RoutingOf:
@@ -68,8 +65,7 @@ def _routing(arm: str, run: Run, probe: dict[str, np.ndarray]) -> RoutingOf:
     counts = probe["domain_counts"][-1, layer]
     experts, choices = len(counts), max(1, round(counts.sum() / len(ids)))
     shown = np.argsort(-counts.sum(1), kind="stable")[:MOST_EXPERTS]
-    pairs = co_activation(ids, experts).numpy()[np.ix_(shown, shown)] if choices > 1 else None
-    names = [str(name) for name in probe["domain_names"]]
+    names = [printable(str(name)) for name in probe["domain_names"]]
     tokens = np.bincount(probe["domains"], minlength=len(names)).clip(min=1)
     shares = (counts[shown] / tokens).T * experts / choices
     return RoutingOf(
@@ -77,10 +73,20 @@ def _routing(arm: str, run: Run, probe: dict[str, np.ndarray]) -> RoutingOf:
         seed=run.seed,
         layer=layer,
         experts=shown.tolist(),
-        co_activation=[] if pairs is None else _short(pairs * (experts - 1) / (choices - 1)),
+        co_activation=_pairs(ids, shown, experts, choices),
         domains=names,
         specialization=_short(shares) if len(names) > 1 else [],
     )
+
+
+def _pairs(ids: torch.Tensor, shown: np.ndarray, experts: int, choices: int) -> list[list[float]]:
+    """Co-activation of the shown experts alone: of all pairs there may be billions."""
+    if choices == 1:
+        return []
+    place = torch.full((experts + 1,), NOBODY)  # the last one is nobody's
+    place[torch.from_numpy(shown)] = torch.arange(len(shown))
+    shares = co_activation(place[ids], len(shown)).numpy()
+    return _short(shares * (experts - 1) / (choices - 1))
 
 
 def _short(table: np.ndarray) -> list[list[float]]:

@@ -13,17 +13,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from simvq_moe import run_files
 from simvq_moe.analysis.arms import Arm, Group, Run
 from simvq_moe.errors import ConfigError
 from simvq_moe.files import BrokenFileError, is_inside
-from simvq_moe.run_files import SavedConfig, shown
+from simvq_moe.run_files import (
+    SavedConfig,
+    SweepArm,
+    SweepRun,
+    read_config,
+    read_held_out_counts,
+    read_meta,
+    read_metrics,
+    read_summary,
+    read_sweep,
+    shown,
+)
 
 ENDED = ("finished", "failed", "interrupted")
 BROKEN = "broken"
 """Status of a run with a file that can't be read."""
-UNCOMPARED_KEYS = ("seed", "name", "arm", "runs_dir")
-"""Config keys that tell runs apart without changing what an arm is."""
 ERROR_OUTCOMES = ("val/mse", "val/bits_per_byte", "val/loss")
 FILES = {"config.yaml", "meta.json", "metrics.jsonl"}
 """A folder that has two of them is a run."""
@@ -124,12 +132,12 @@ def read_run(path: Path, *, arm: str | None = None, planned: dict[str, Any] | No
     planned = planned or {}
     broken: list[str] = []
     left_out: list[str] = []
-    config, saved = _unless(broken, ({}, SavedConfig()), run_files.read_config, path)
-    meta = _unless(broken, {}, run_files.read_meta, path)
-    metrics = _unless(broken, [], run_files.read_metrics, path)
-    summary = _unless(broken, {}, run_files.read_summary, path)
+    config, saved = _unless(broken, ({}, SavedConfig()), read_config, path)
+    meta = _unless(broken, {}, read_meta, path)
+    metrics = _unless(broken, [], read_metrics, path)
+    summary = _unless(broken, {}, read_summary, path)
     layers = meta.get("layers") or []
-    counts = _unless(left_out, None, lambda p: run_files.read_held_out_counts(p, layers), path)
+    counts = _unless(left_out, None, lambda p: read_held_out_counts(p, layers), path)
     status = BROKEN if broken else _status(path, meta, planned)
     evaluations = [m for m in metrics if any(key.startswith("val/") for key in m)]
     seeds = (planned.get("seed"), saved.seed, meta.get("seed"), 0)
@@ -191,7 +199,7 @@ def _broken(path: Path, error: BrokenFileError) -> Run:
 
 
 def _read_sweep(directory: Path) -> list[Group]:
-    sweep = run_files.read_sweep(directory)
+    sweep = read_sweep(directory)
     return [
         Group(
             name=group.name,
@@ -210,7 +218,7 @@ def _read_sweep(directory: Path) -> list[Group]:
     ]
 
 
-def _read_arm(directory: Path, arm: run_files.SweepArm) -> Arm:
+def _read_arm(directory: Path, arm: SweepArm) -> Arm:
     runs = (_read_planned(directory, arm.name, run) for run in arm.runs)
     return Arm(
         name=arm.name,
@@ -220,7 +228,7 @@ def _read_arm(directory: Path, arm: run_files.SweepArm) -> Arm:
     )
 
 
-def _read_planned(directory: Path, arm: str, run: run_files.SweepRun) -> Run:
+def _read_planned(directory: Path, arm: str, run: SweepRun) -> Run:
     path = directory / run.dir
     if not is_inside(path, directory):
         error = BrokenFileError(path, f"is a link out of {directory}: its target is not read")

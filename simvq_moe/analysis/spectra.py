@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from simvq_moe.analysis.arms import Arm, Group, bank_kind
+from simvq_moe.analysis.arms import Arm, Group, Run, bank_kind
+from simvq_moe.files import BrokenFileError
+from simvq_moe.run_files import read_spectra
 
 MOST_VALUES = 256
 """Of more, some are kept, evenly spread."""
@@ -30,19 +30,24 @@ class Spectrum:
     """Over the runs, each the mean over its maps."""
 
 
-def spectra_of(group: Group) -> list[Spectrum]:
-    """Of every arm whose finished runs have shared maps."""
-    return [spectrum for arm in group.arms for spectrum in _of_arm(arm)]
+def spectra_of(group: Group, left_out: list[str] | None = None) -> list[Spectrum]:
+    """Of every arm whose finished runs have shared maps.
+
+    Args:
+        left_out: gets a line for each file that can't be read.
+    """
+    lines = [] if left_out is None else left_out
+    return [spectrum for arm in group.arms for spectrum in _of_arm(arm, lines)]
 
 
-def _of_arm(arm: Arm) -> list[Spectrum]:
+def _of_arm(arm: Arm, left_out: list[str]) -> list[Spectrum]:
     runs: dict[str, list[np.ndarray]] = {}
     for run in arm.runs:
         names = run.meta.get("banks") or []
         maps: dict[str, list[np.ndarray]] = {}
-        for bank, values in _read(run.path / "spectra.npz").items():
-            if run.status == "finished" and len(values) and values[0] > 0:
-                maps.setdefault(bank_kind(names, int(bank)), []).append(values / values[0])
+        for bank, values in _spectra(run, left_out).items():
+            if len(values) and values[0] > 0:
+                maps.setdefault(bank_kind(names, bank), []).append(values / values[0])
         for kind, of_kind in maps.items():
             if len({len(values) for values in of_kind}) == 1:
                 runs.setdefault(kind, []).append(np.mean(of_kind, axis=0))
@@ -63,11 +68,9 @@ def _spectrum(arm: str, kind: str, runs: list[np.ndarray]) -> Spectrum:
     )
 
 
-def _read(file: Path) -> dict[str, np.ndarray]:
-    """Empty where there is none that can be read."""
+def _spectra(run: Run, left_out: list[str]) -> dict[int, np.ndarray]:
     try:
-        # opened here, for numpy leaves a torn file open
-        with file.open("rb") as stream, np.load(stream) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return read_spectra(run.path) if run.status == "finished" else {}
+    except BrokenFileError as error:
+        left_out.append(str(error))
         return {}

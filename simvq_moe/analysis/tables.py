@@ -5,8 +5,11 @@ A cell has what is read first (mean and spread) and what is read beneath it (eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from markupsafe import Markup
 
 from simvq_moe.analysis.measures import (
     MISSING,
@@ -296,7 +299,7 @@ def unfinished_table(results: Results) -> Table:
     rows = [
         Row(
             [
-                Cell(f"{run.group} / {_label(results, run)}"),
+                Cell(f"{run.group} / {_label(results, run)}" if run.group else run.path),
                 Cell(str(run.seed)),
                 Cell(run.status),
                 Cell(f"{run.step:,}"),
@@ -317,20 +320,49 @@ def _label(results: Results, run: RunResult) -> str:
     return next((arm.label for arm in group.arms if arm.name == run.arm), run.arm)
 
 
-def markdown(table: Table, *, beneath: bool = True) -> str:
-    """A Markdown table with aligned columns, which is also plain text to read."""
+def markdown(table: Table) -> Markup:
+    """A Markdown table with aligned columns."""
 
     def text(cell: Cell) -> str:
-        joined = f"{cell.text}<br><sub>{cell.beneath}</sub>"
-        return (joined if beneath and cell.beneath else cell.text).replace("|", "\\|")
+        above, beneath = markdown_text(cell.text), markdown_text(cell.beneath)
+        return f"{above}<br><sub>{beneath}</sub>" if beneath else above
 
-    lines = [table.header, *([text(cell) for cell in row.cells] for row in table.rows)]
+    return Markup(_aligned(table, text))
+
+
+def plain_text(table: Table) -> str:
+    """The same for the terminal, without what stands beneath."""
+    return _aligned(table, lambda cell: cell.text)
+
+
+def _aligned(table: Table, text: Callable[[Cell], str]) -> str:
+    header = [text(Cell(name)) for name in table.header]
+    lines = [header, *([text(cell) for cell in row.cells] for row in table.rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(table.header))]
     lines.insert(1, ["-" * width for width in widths])
     padded = (
         [part.ljust(width) for part, width in zip(line, widths, strict=True)] for line in lines
     )
     return "\n".join(f"| {' | '.join(parts)} |" for parts in padded)
+
+
+def markdown_text(value: object) -> object:
+    """Text that Markdown shows as it is, whoever wrote it: no link, picture, element or table of
+    its own. What is marked safe, and what is no text, stays."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    text = re.sub(r"([\\`*\[\]|~])|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\g<0>", value)
+    # a "<" before a space opens nothing
+    text = re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", re.sub(r"&(?=[a-zA-Z#])", "&amp;", text))
+    return re.sub(r"^(\s*)([#>+=-]|[0-9]+(?=[.)]))", r"\1\\\2", text)
+
+
+def code_block(lines: Sequence[str]) -> Markup:
+    """Lines as they are, between fences longer than any that they hold."""
+    text = "\n".join(lines)
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markup(f"{fence}\n{text}\n{fence}")
 
 
 def _plain(value: object) -> str:

@@ -64,8 +64,13 @@ def usage(counts: Int[Tensor, " slots"] | np.ndarray) -> Usage:
         ValueError: no slot, or no draw: a window without draws has no usage.
     """
     n = counts.detach().cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
-    if n.ndim != 1 or len(n) == 0 or n.min() < 0 or n.sum() == 0:
+    if n.ndim != 1 or len(n) == 0 or n.min() < 0:
         raise ValueError(f"usage: counts {n!r} must be one axis of draws >= 0, at least one > 0")
+    if n.sum() == 0:
+        raise ValueError(
+            f"usage: nothing was drawn yet, all {len(n):,} counts are 0 and at least one > 0 is "
+            "needed: call the layer in training mode, or in evaluation inside counting()"
+        )
     slots, n = len(n), np.sort(n.astype(np.float64))
     f, mean = n / n.sum(), n.mean()
     positive = f[f > 0]
@@ -93,10 +98,8 @@ def null_usage(slots: int, draws: int, seed: int = 0) -> Usage:
     An estimate from `NULL_SAMPLES` multinomial samples with a fixed seed. Experts are drawn
     without replacement within a token, which is slightly more even than this.
     """
-    samples = np.random.default_rng(seed).multinomial(
-        draws, np.full(slots, 1 / slots), size=NULL_SAMPLES
-    )
-    measured = [usage(sample).as_dict() for sample in samples]
+    rng, even = np.random.default_rng(seed), np.full(slots, 1 / slots)
+    measured = [usage(rng.multinomial(draws, even)).as_dict() for _ in range(NULL_SAMPLES)]
     return Usage(**{k: float(np.mean([m[k] for m in measured])) for k in measured[0]})
 
 
