@@ -122,6 +122,9 @@ class ReportArgs:
     """Run directories, sweep directories, or folders that hold some."""
     out: Path
     """Folder of the report."""
+    baseline: str | None = None
+    """Arm, or folder of a run, that runs without a sweep are compared with; None: that of the first
+    path, or the first arm by name where the path is a folder of runs."""
 
 
 def report(args: Sequence[str]) -> int:
@@ -131,7 +134,7 @@ def report(args: Sequence[str]) -> int:
         raise ConfigError("report needs runs: simvq-moe report RUN_OR_FOLDER ... --out FOLDER")
     from simvq_moe.analysis import report as reports
 
-    found = reports.report(options.paths, options.out)
+    found = reports.report(options.paths, options.out, options.baseline)
     print(found.table)
     print(f"report: {found.html}", file=sys.stderr)
     return 0

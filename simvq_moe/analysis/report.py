@@ -92,7 +92,7 @@ def _render(template: str, results: Results, figures: Sequence[Figures]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=template.endswith(".html.j2"),
-        finalize=None if template.endswith(".html.j2") else tables.markdown_text,
+        finalize=None if template.endswith(".html.j2") else tables.markdown_line,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -346,15 +346,21 @@ def _aligned(table: Table, text: Callable[[Cell], str]) -> str:
     return "\n".join(f"| {' | '.join(parts)} |" for parts in padded)
 
 
-def markdown_text(value: object) -> object:
+def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is, whoever wrote it: no link, picture, element or table of
-    its own. What is marked safe, and what is no text, stays."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    text = re.sub(r"([\\`*\[\]|~])|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\g<0>", value)
+    its own. What is marked safe stays."""
+    if isinstance(text, Markup):
+        return text
+    text = re.sub(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
     # a "<" before a space opens nothing
-    text = re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", re.sub(r"&(?=[a-zA-Z#])", "&amp;", text))
-    return re.sub(r"^(\s*)([#>+=-]|[0-9]+(?=[.)]))", r"\1\\\2", text)
+    return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", re.sub(r"&(?=[a-zA-Z#])", "&amp;", text))
+
+
+def markdown_line(value: object) -> object:
+    """The same of text that may begin a line: no heading, quote or list of its own."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"^[#>+=-]", r"\\\g<0>", markdown_text(value))
 
 
 def code_block(lines: Sequence[str]) -> Markup:

@@ -1,7 +1,8 @@
 """TensorBoard over a folder of runs, on this machine only.
 
-TensorBoard calls a run by the folder of its events. It is given a folder of links, so that runs are
-called as in the folder of runs, and so that it does not search checkpoints for events.
+TensorBoard calls a run by the folder of its events. It is given folders with links to the files of
+events, so that runs are called as in the folder of runs, that it does not search checkpoints for
+events, and that it reads nothing which a run folder only links to.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 
 from tensorboard import default, program
 
-from simvq_moe.merging import ConfigError
+from simvq_moe.analysis.runs import PARTS
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import is_inside
 
 SAMPLES_KEPT = 200
 """Steps of each heat map and histogram that the slider reaches; TensorBoard's own default is 10."""
@@ -41,20 +44,21 @@ def serve(runs_dir: Path, port: int) -> int:
 
 def link_runs(runs_dir: Path, links: Path) -> None:
     """Link the events of every run at or below runs_dir under the run's own name; drop the links
-    of runs that are gone."""
+    to files that are gone."""
     for name, folders, _ in os.walk(runs_dir):
         if "tensorboard" not in folders:
             continue
-        folders.clear()  # checkpoints and samples
+        folders[:] = [folder for folder in folders if folder not in PARTS]
         inside = os.path.relpath(name, runs_dir)
-        link = links / (Path(name).resolve().name if inside == "." else inside)
-        if not link.is_symlink():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to((Path(name) / "tensorboard").resolve(), target_is_directory=True)
-    for name, folders, _ in os.walk(links):
-        for folder in folders:
-            link = Path(name, folder)
-            if link.is_symlink() and not link.exists():
+        own = links / (Path(name).resolve().name if inside == "." else inside)
+        for file in (Path(name) / "tensorboard").glob("*tfevents*"):
+            link = own / file.name
+            if file.is_file() and is_inside(file, Path(name)) and not link.is_symlink():
+                own.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
+    for name, _, files in os.walk(links):
+        for file in files:
+            if not (link := Path(name, file)).exists():
                 link.unlink()
 
 

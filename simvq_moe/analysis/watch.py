@@ -6,33 +6,43 @@ Of each metrics.jsonl only what is new is read, so that hundreds of runs can be 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from simvq_moe.merging import ConfigError
+from simvq_moe.analysis.runs import BROKEN, PARTS
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import BrokenFileError, MissingFileError, open_regular, printable
+from simvq_moe.run_files import (
+    SMALL,
+    metrics_of,
+    read_config,
+    read_meta,
+    read_plan,
+)
 from simvq_moe.training.progress import duration
 
 SECONDS_BETWEEN_LOOKS = 2.0
 BARS = "▁▂▃▄▅▆▇█"
 BARS_SHOWN = 12
+TOLD = (BROKEN, "failed")
+"""The statuses whose reason is printed."""
 SILENT_AFTER = 60.0
 """Seconds without a line, and ten times the usual gap, after which a run may be dead."""
-ORDER = ("running", "failed", "interrupted", "finished", "pending")
+ORDER = ("running", BROKEN, "failed", "interrupted", "finished", "pending")
 COLOURS = {
     "running": "green",
+    BROKEN: "bold red",
     "failed": "bold red",
     "interrupted": "yellow",
     "finished": "cyan",
@@ -87,17 +97,21 @@ class Watched:
         self.folder = folder
         self.runs: dict[Path, WatchedRun] = {}
         self.pending: list[str] = []
+        self.broken: list[str] = []
+        """A line for each plan that can't be read."""
 
     def look(self) -> None:
         """Find new runs and read what is new of all."""
         found, planned = set(), []
+        self.broken = []
         for name, folders, files in os.walk(self.folder):
             folders.sort()
-            if "sweep.json" in files:
-                planned += _planned(Path(name))
-            if "meta.json" in files:
+            entries = {*folders, *files}
+            if "sweep.json" in entries:
+                planned += self._planned(Path(name))
+            if "meta.json" in entries:
                 found.add(path := Path(name))
-                folders.clear()
+                folders[:] = [folder for folder in folders if folder not in PARTS]
                 if path not in self.runs:
                     self.runs[path] = WatchedRun(path, self._name(path))
                 self.runs[path].read()
@@ -113,7 +127,7 @@ class Watched:
         """
         runs = sorted(self.runs.values(), key=lambda run: (ORDER.index(run.status), -run.changed))
         cells = [run.cells() for run in runs]
-        cells += [[name, _status("pending"), *[""] * 8] for name in self.pending]
+        cells += [[Text(name), _status("pending"), *[""] * 8] for name in self.pending]
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in COLUMNS:
             left = column in ("run", "status", "used over time")
@@ -131,15 +145,11 @@ class Watched:
         more = (
             [Text(f"and {hidden} more: a taller window, or --once", style="dim")] if hidden else []
         )
+        told = [f"{run.name}: {run.error}" for run in runs if run.status in TOLD and run.error]
+        cut = rows is not None
         errors = [
-            Text(
-                f"{run.name}: {run.error}",
-                style="red",
-                overflow="ellipsis",
-                no_wrap=rows is not None,
-            )
-            for run in runs
-            if run.status == "failed" and run.error
+            Text(line, style="red", overflow="ellipsis", no_wrap=cut)
+            for line in [*self.broken, *told]
         ]
         return Group(table, *more, Text(self._counted()), *(errors if rows is None else errors[:3]))
 
@@ -147,11 +157,18 @@ class Watched:
         counted = Counter(run.status for run in self.runs.values())
         counted["pending"] += len(self.pending)
         parts = [f"{counted[status]} {status}" for status in ORDER if counted[status]]
-        return f"{self.folder}: {', '.join(parts) or 'no runs yet'}"
+        return printable(f"{self.folder}: {', '.join(parts) or 'no runs yet'}")
+
+    def _planned(self, sweep: Path) -> list[Path]:
+        try:
+            return read_plan(sweep)
+        except BrokenFileError as error:
+            self.broken.append(str(error))
+            return []
 
     def _name(self, path: Path) -> str:
         name = os.path.relpath(path, self.folder)
-        return path.resolve().name if name == "." else name
+        return printable(path.resolve().name if name == "." else name)
 
 
 class WatchedRun:
@@ -162,59 +179,77 @@ class WatchedRun:
         self.meta: dict[str, Any] = {}
         self.meta_at = 0.0
         self.steps = 0
+        self.faults: dict[str, str] = {}
+        """What can't be read, by file."""
         self.forget()
 
     def forget(self) -> None:
         """Read metrics.jsonl from its beginning."""
         self.file: tuple[int, int] = (0, 0)
+        self.lines = 0
         self.last: dict[str, float] = {}
         self.used: list[float] = []
         self.times: list[tuple[float, float]] = []
 
     @property
     def status(self) -> str:
-        found = str(self.meta.get("status"))
-        return found if found in ORDER else "running"
+        return BROKEN if self.faults else self.meta.get("status", "running")
 
     @property
     def error(self) -> str | None:
-        return self.meta.get("error")
+        return next(iter(self.faults.values()), self.meta.get("error"))
 
     @property
     def changed(self) -> float:
         """When it last wrote a line, or its status."""
-        return max(self.meta_at, self._written())
+        return max(self.meta_at, _written(self.path / "metrics.jsonl"))
 
     def read(self) -> None:
-        """Take up what is new."""
-        meta = self.path / "meta.json"
-        at = meta.stat().st_mtime
+        """Take up what is new; what can't be read makes the run a broken one."""
+        at = _written(self.path / "meta.json")
         if at != self.meta_at:
-            self.meta, self.meta_at = _json(meta.read_text()), at
-        if not self.steps and (self.path / "config.yaml").is_file():
-            config = yaml.safe_load((self.path / "config.yaml").read_text()) or {}
-            self.steps = int((config.get("train") or {}).get("steps") or 0)
-        for line in self._new_lines():
-            content = _json(line)
-            if isinstance(content.get("step"), int | float):
-                self._take_up(content)
+            self._try("meta.json", self._read_meta)
+            self.meta_at = at
+        if not self.steps:
+            self._try("config.yaml", self._read_steps)
+        self._try("metrics.jsonl", self._read_metrics)
 
-    def _new_lines(self) -> Iterator[str]:
-        """Whole lines that were added since; all of them where a resumed run replaced the file."""
+    def _try(self, file: str, read: Callable[[], None]) -> None:
+        try:
+            read()
+            self.faults.pop(file, None)
+        except BrokenFileError as error:
+            self.faults[file] = str(error)
+
+    def _read_meta(self) -> None:
+        self.meta = read_meta(self.path)
+
+    def _read_steps(self) -> None:
+        self.steps = read_config(self.path)[1].steps or 0
+
+    def _read_metrics(self) -> None:
+        """Whole lines that were added since; all of them where a resumed run replaced the file.
+
+        Nothing is read past a broken line, so that it stays what is wrong with the run.
+        """
         path = self.path / "metrics.jsonl"
-        if not path.is_file():
+        try:
+            file = open_regular(path, inside=self.path)
+        except MissingFileError:
             return
-        with path.open("rb") as file:
+        with file:
             found = os.fstat(file.fileno())
             if found.st_ino != self.file[0] or found.st_size < self.file[1]:
                 self.forget()
             file.seek(self.file[1])
-            new = file.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            self.file = (found.st_ino, self.file[1] + len(whole))
-        yield from whole.decode(errors="replace").splitlines()
+            while (line := file.readline(SMALL)).endswith(b"\n"):
+                content = metrics_of(line, f"{path}, line {self.lines + 1},")
+                self.file, self.lines = (found.st_ino, file.tell()), self.lines + 1
+                self._take_up(content)
+        if len(line) == SMALL:
+            raise BrokenFileError(path, f"has a line of more than {SMALL:,} bytes")
 
-    def _take_up(self, line: dict[str, Any]) -> None:
+    def _take_up(self, line: dict[str, float]) -> None:
         # what is only measured at evaluations stays
         self.last |= line
         used = [line[name] for name in line if (m := ALL.fullmatch(name)) and m[2] == "used"]
@@ -233,7 +268,7 @@ class WatchedRun:
         left = self._seconds_a_step() * (self.steps - step)
         going = self.status == "running" and not silent and math.isfinite(left)
         return [
-            self.name,
+            Text(self.name),
             status,
             f"{step}/{self.steps}" if self.steps else str(step),
             "" if loss is None else f"{loss:.4g}",
@@ -249,7 +284,7 @@ class WatchedRun:
         """Slots without a draw in the last window, of all layers."""
         shares = sorted((n, self.last[n]) for n in self.last if LAYER.fullmatch(n))
         slots = [x["slots"] for x in self.meta.get("layers") or [] if x["kind"] != "kept"]
-        if not shares or len(shares) != len(slots):
+        if not shares or len(shares) != len(slots) or not all(0 <= s <= 1 for _, s in shares):
             return ""
         dead = sum(round(share * n) for (_, share), n in zip(shares, slots, strict=True))
         return f"{dead}/{sum(slots)}"
@@ -270,16 +305,11 @@ class WatchedRun:
         silent = time.time() - self.changed
         return silent if silent > max(SILENT_AFTER, 10 * usual if usual > 0 else 600.0) else 0.0
 
-    def _written(self) -> float:
-        try:
-            return (self.path / "metrics.jsonl").stat().st_mtime
-        except OSError:
-            return 0.0
-
 
 def sparkline(shares: Sequence[float], width: int = BARS_SHOWN) -> str:
     """Shares from 0 to 1 as bars on that scale, the last one to the right; means where they are
     more than fit."""
+    shares = [min(1.0, max(0.0, share)) for share in shares if math.isfinite(share)]
     if not shares:
         return ""
     n = min(width, len(shares))
@@ -293,15 +323,9 @@ def _status(status: str) -> Text:
     return Text(status, style=COLOURS[status])
 
 
-def _planned(sweep: Path) -> list[Path]:
-    groups = _json((sweep / "sweep.json").read_text()).get("groups", [])
-    return [sweep / run["dir"] for group in groups for arm in group["arms"] for run in arm["runs"]]
-
-
-def _json(text: str) -> dict[str, Any]:
-    """An object; nothing of what is not one, such as a torn line."""
+def _written(file: Path) -> float:
+    """When it was written last; 0: it is not there."""
     try:
-        content = json.loads(text)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
