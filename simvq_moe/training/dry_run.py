@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -13,6 +14,7 @@ from simvq_moe.merging import ConfigError, flatten
 from simvq_moe.training.building import build_model
 from simvq_moe.training.cluster import Cluster, predictions, table
 from simvq_moe.training.cost import parameter_counts
+from simvq_moe.training.image_measures import lacks_lpips
 from simvq_moe.training.per_rank import PerRank, Plan
 
 TITLES = {
@@ -29,11 +31,14 @@ def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, 
     Raises:
         ConfigError: a tokenizer, which is counted on samples, is too large for this machine.
     """
+    counted = config
+    if lacks_lpips(config):
+        counted = replace(config, image_tokenizer=replace(config.image_tokenizer, lpips_weight=0.0))
     with torch.device("meta"):
-        model = build_model(on_one_rank(config))
+        model = build_model(on_one_rank(counted))
     if config.task != "language_model":
         _check_countable(config, model)
-        model = build_model(on_one_rank(config))
+        model = build_model(on_one_rank(counted))
     plan = Plan(model, config)
     rank = plan.on(ranks, config.train.batch_size // ranks)
     parameters = parameter_counts(model)
@@ -44,6 +49,8 @@ def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, 
     }
     micro_batch = config.train.batch_size // (ranks * config.train.accumulation)
     text = _describe(parameters, rank, micro_batch)
+    if counted != config:
+        text += "\n! without the costs of LPIPS, whose network is not here"
     if cluster is not None:
         scalings = predictions(plan, cluster)
         found["predictions"] = {k: [p.as_dict() for p in rows] for k, rows in scalings.items()}

@@ -98,11 +98,17 @@ def optional_measures(config: ImageTokenizerConfig, *, lpips: bool, rfid: bool) 
     return ImageMeasures(network, fid)
 
 
-def check_networks(config: Config) -> None:
-    """Raise `ConfigError` where the loss needs a network whose weights are not at hand."""
+def lacks_lpips(config: Config) -> bool:
+    """Whether the loss needs VGG16's weights, and they are not at hand."""
     image = config.image_tokenizer
     weighted = config.task == "image_tokenizer" and image.lpips_weight
-    if weighted and not vgg_file(image.lpips_file).is_file():
+    return bool(weighted) and not vgg_file(image.lpips_file).is_file()
+
+
+def check_networks(config: Config) -> None:
+    """Raise `ConfigError` where the loss needs a network whose weights are not at hand."""
+    if lacks_lpips(config):
+        image = config.image_tokenizer
         raise ConfigError(
             f"image_tokenizer.lpips_weight {image.lpips_weight}: {_missing(image)}, name another "
             "file by image_tokenizer.lpips_file, or use weight 0"

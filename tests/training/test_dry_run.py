@@ -252,6 +252,17 @@ def test_data_that_are_not_here_are_said_and_not_needed(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_that_is_not_here_is_said_and_not_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert main(["train", "--image_tokenizer.lpips_weight", "1", "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert "! without the costs of LPIPS, whose network is not here" in printed.err
+    assert "! would not start here: image_tokenizer.lpips_weight 1.0: " in printed.err
+    assert json.loads(printed.out)["flops_per_token"] > 0
+
+
 def test_a_cluster_that_is_no_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--dry-run", "--cluster", "nowhere.yaml"]) == 2
     assert "--cluster nowhere.yaml is no file" in capsys.readouterr().err
