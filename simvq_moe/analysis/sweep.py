@@ -11,6 +11,7 @@ import os
 import shlex
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from simvq_moe.analysis.sweep_checks import check_spec
 from simvq_moe.config import Config
 from simvq_moe.conversion import shown
+from simvq_moe.files import BrokenFileError, read_json, written_whole
 from simvq_moe.merging import ConfigError, merge_files, suggestion, with_overrides
 
 
@@ -207,10 +209,18 @@ def run_of(
 
 def status(run: Run) -> str:
     """finished, failed, interrupted, running or pending, from the run's own records."""
-    if (run.folder / "summary.json").is_file():
+    with suppress(BrokenFileError):  # torn by a power cut: not there
+        read_json(run.folder / "summary.json", dict)
         return "finished"
-    meta = run.folder / "meta.json"
-    return json.loads(meta.read_text())["status"] if meta.is_file() else "pending"
+    return str(read_meta(run.folder).get("status", "pending"))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a run has written of itself; {}: nothing that is whole."""
+    try:
+        return read_json(folder / "meta.json", dict)
+    except BrokenFileError:
+        return {}
 
 
 def write_plan(
@@ -281,9 +291,8 @@ def _dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def replace_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file whole; tasks of a job array may do so at the same time."""
-    aside = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
+    with written_whole(path, apart=f"{socket.gethostname()}-{os.getpid()}-") as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def share(runs: Sequence[Run], index: int, count: int, *, whole_arms: bool) -> list[Run]:

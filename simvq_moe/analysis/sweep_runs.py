@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import json
 import os
 import shutil
 import signal
@@ -24,7 +23,15 @@ from pathlib import Path
 import psutil
 
 from simvq_moe.analysis import sweep_grid
-from simvq_moe.analysis.sweep import Plan, Run, replace_json, share, status, write_plan
+from simvq_moe.analysis.sweep import (
+    Plan,
+    Run,
+    read_meta,
+    replace_json,
+    share,
+    status,
+    write_plan,
+)
 from simvq_moe.merging import ConfigError, to_yaml
 from simvq_moe.training.progress import duration
 
@@ -352,9 +359,9 @@ def _is_alive(process: psutil.Process) -> bool:
 def _record_end(process: Process, became: str) -> None:
     """Write down the end of a run that could not do so itself: killed, or refused at its start."""
     file = process.run.folder / "meta.json"
-    meta = json.loads(file.read_text()) if file.is_file() else {}
+    meta = read_meta(process.run.folder)
     code = process.popen.returncode
-    if meta and (meta["status"] != "running" or code == USAGE_ERROR):  # refused: another has it
+    if meta and (meta.get("status") != "running" or code == USAGE_ERROR):  # refused: another has it
         return
     if not meta and became == "interrupted":
         return  # it had not begun

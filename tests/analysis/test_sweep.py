@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from simvq_moe.analysis.sweep import origin_of, plan, share
+from simvq_moe.analysis.sweep import Run, origin_of, plan, share, status
 from simvq_moe.analysis.sweep_checks import check_runs
 from simvq_moe.analysis.sweep_runs import Clock, Machine, command
+from simvq_moe.config import Config
 from simvq_moe.config_checks import check
 from simvq_moe.merging import ConfigError, first_difference
 from tests.launching import ROOT, environment, metrics, run, start
@@ -271,3 +272,20 @@ def test_a_job_array_does_its_runs_in_tasks_and_the_last_one_reports(folder: Pat
         assert finished == done
         assert (root / "report" / "report.json").is_file() == (task == 4)
     assert "the other tasks' runs go on" not in found.stderr
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"status": "fin', bytes(20)])
+def test_a_record_that_a_power_cut_has_torn_says_nothing_of_a_run(
+    tmp_path: Path, torn: bytes
+) -> None:
+    run_of_plan = Run("codes", "vq", 0, Config(name="sweep/run", runs_dir=str(tmp_path)))
+    run_of_plan.folder.mkdir(parents=True)
+    assert status(run_of_plan) == "pending"
+    meta, summary = (run_of_plan.folder / name for name in ("meta.json", "summary.json"))
+    meta.write_text('{"status": "interrupted"}')
+    summary.write_bytes(torn)
+    assert status(run_of_plan) == "interrupted"
+    meta.write_bytes(torn)
+    assert status(run_of_plan) == "pending"
+    summary.write_text("{}")
+    assert status(run_of_plan) == "finished"
