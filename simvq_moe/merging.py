@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from simvq_moe.conversion import WrongValueError, converted, integer, shown
+from simvq_moe.conversion import SHOWN, WrongValueError, converted, integer, shown
 from simvq_moe.errors import ConfigError as ConfigError
 from simvq_moe.files import MissingFileError, printable
 from simvq_moe.plain_yaml import plain_yaml, read_yaml
@@ -124,6 +124,7 @@ def first_difference(old: Any, new: Any) -> str | None:
 
 def suggestion(word: str, known: Sequence[str]) -> str:
     """ " Did you mean ...?" with the closest known words, or nothing."""
+    word = word[:SHOWN]
     leaf = word.rsplit(".", 1)[-1]
     close = (
         [key for key in known if key.endswith(f".{leaf}")][:2]
@@ -203,7 +204,7 @@ class _Reading:
     def _unknown(self, schema: Any, inside: str, name: str) -> ConfigError:
         known = {*key_names(self.root), *key_names(schema, inside)}
         hint = suggestion(inside + name, sorted(known))
-        key = printable(inside + name)
+        key = printable((inside + name)[:SHOWN])
         return ConfigError(f"{self.origin}: unknown key {key}.{hint} --help lists every key")
 
 
@@ -241,15 +242,14 @@ def _flag_error(console: str) -> ConfigError:
         else:
             parts[-1].append(line.strip(" │"))
     message = next((" ".join(part) for part in parts[1:] if part), " ".join(console.split()))
-    return ConfigError(f"{message.rstrip('.')}. --help lists every flag")
+    return ConfigError(f"{printable(message).rstrip('.')}. --help lists every flag")
 
 
 def unknown_flags(flags: Sequence[str], known: Sequence[str]) -> ConfigError:
     """An error that names flags which no field has, and the closest fields."""
     name = flags[0].split("=")[0].lstrip("-")
-    return ConfigError(
-        f"unknown {' '.join(flags)}.{suggestion(name, known)} --help lists every flag"
-    )
+    words = printable(" ".join(flags)[:SHOWN])
+    return ConfigError(f"unknown {words}.{suggestion(name, known)} --help lists every flag")
 
 
 def _words() -> ConstructorRegistry:

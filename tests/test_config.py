@@ -32,6 +32,12 @@ def test_later_files_override_earlier_ones_and_flags_override_files(tmp_path: Pa
     assert (flagged.moe.experts, flagged.moe.hidden, flagged.moe.top_k) == (32, 32, 2)
 
 
+def test_of_a_flag_given_twice_the_last_holds() -> None:
+    flags = ["--seed", "1", "--seed", "2", "--quantizer.levels", "8", "--quantizer.levels", "4"]
+    config = with_flags(Config(), flags, "train")
+    assert (config.seed, config.quantizer.levels) == (2, (4,))
+
+
 def test_a_number_in_exponent_notation_is_a_float(tmp_path: Path) -> None:
     assert load(tmp_path, "optimizer: {lr: 3e-4}").optimizer.lr == 3e-4
     assert with_flags(Config(), ["--optimizer.lr", "3e-4"], "train").optimizer.lr == 3e-4
@@ -78,6 +84,12 @@ def test_a_bad_file_gets_one_line_with_key_value_and_way_out(
         (["--quantizer.kind", "vqvae"], ["--quantizer.kind", "'vqvae'", "'simvq'"]),
         (["--moe.experts"], ["Missing value", "--moe.experts"]),
         (["stray"], ["stray"]),
+        (["--seed", "1=2"], ["--seed", "'1=2'"]),
+        (["--optimizer.lr", ""], ["--optimizer.lr"]),
+        (["--moe.experts", "3", "4"], ["unknown 4"]),
+        (["--optimizer.betas", "0.9"], ["--optimizer.betas", "2 values"]),
+        (["--x\n\x1b[31m"], ["--x\\n\\x1b[31m"]),
+        (["--" + "z" * 100_000], ["unknown --zzz"]),
     ],
 )
 def test_a_bad_flag_gets_one_line(flags: list[str], words: list[str]) -> None:

@@ -23,6 +23,9 @@ from simvq_moe.config import Config
 from simvq_moe.merging import ConfigError, merge_files
 from simvq_moe.training.per_rank import PerRank, Plan
 
+LARGEST = 10**9
+"""Of any number of a cluster."""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -93,6 +96,8 @@ def read_cluster(file: Path) -> Cluster:
         value = getattr(cluster, field.name)
         if not (value > 0 or (value == 0 and field.name == "overhead_ms")):
             raise ConfigError(f"{file}: {field.name} {value}: use more than 0")
+        if value > LARGEST:
+            raise ConfigError(f"{file}: {field.name} {value} > {LARGEST:,}: use at most that")
     if cluster.efficiency > 1:
         raise ConfigError(f"{file}: efficiency {cluster.efficiency} > 1: it is a share of the peak")
     return cluster

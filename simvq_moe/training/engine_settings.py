@@ -5,7 +5,6 @@ DeepSpeed takes an unknown key without a word, so the keys of the file are check
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,10 +16,13 @@ import torch
 
 from simvq_moe.config import Config
 from simvq_moe.config_checks import zero_problems
+from simvq_moe.files import BrokenFileError, MissingFileError, parse_json, read_text
 from simvq_moe.merging import ConfigError, suggestion
 
 BUCKET = 500_000_000
 """Most gradients that are reduced at once (zero_optimization.reduce_bucket_size)."""
+LIMIT = 2**20
+"""Bytes of a user's own settings that are read at most."""
 NEVER = 1_000_000_000
 """Steps between DeepSpeed's own log lines."""
 
@@ -117,11 +119,15 @@ def check_device(config: Config) -> None:
 def _read(path: Path) -> dict[str, Any]:
     key = f"train.deepspeed_config {str(path)!r}"
     try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{key}: {error.strerror}: give a JSON file") from error
-    except ValueError as error:
-        raise ConfigError(f"{key} is no JSON: {error}") from error
+        text = read_text(path, limit=LIMIT)
+    except MissingFileError:
+        raise ConfigError(f"{key}: No such file or directory: give a JSON file") from None
+    except BrokenFileError as error:
+        raise ConfigError(f"{key} {error.reason}: give a JSON file") from None
+    try:
+        settings = parse_json(text, path)
+    except BrokenFileError as error:
+        raise ConfigError(f"{key} is no JSON: {error.reason}") from None
     zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or not isinstance(zero, dict):
         raise ConfigError(
