@@ -20,8 +20,8 @@ class DataConfig:
     seed: int = 0
     """Seed of the crops: the data set stays the same when the run's seed changes."""
     held_out_source: str | None = None
-    """image_tokenizer: what held-out crops are drawn from; None: a part of source that training
-    never sees."""
+    """image_tokenizer: what held-out crops are drawn from, whose images are not trained on even
+    where source holds them too; None: a part of source that training never sees."""
     image_size: int = 32
     """Pixels a side of a crop."""
     shorter_side: int = 0

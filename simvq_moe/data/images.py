@@ -293,13 +293,9 @@ def _split(source: str, size: int, shorter_side: int, limit: int, *, whole: bool
         usable = wide
         train = [part._replace(columns="left") for part in usable]
         held_out = [part._replace(columns="right") for part in usable]
-    used = {part.picture for part in usable}
-    readable = {part.picture for part in parts}
-    skipped = [
-        picture
-        for picture in found
-        if picture not in used | too_large and (picture in readable or picture.looks_like_one)
-    ]
+    readable, accounted = {part.picture for part in parts}, {p.picture for p in usable}
+    accounted |= too_large
+    skipped = [p for p in found if p not in accounted and (p in readable or p.looks_like_one)]
     return _Split(train, held_out, skipped, [p for p in found if p in too_large])
 
 
@@ -317,7 +313,7 @@ def _by_content(parts: list[_Part], source: str) -> tuple[list[_Part], list[_Par
         log.warning(
             "%s: all %d images are equal, and held-out crops are of what training sees: give "
             "others, or data.held_out_source",
-            *(source, len(parts)),
+            *(printable(source), len(parts)),
         )
         return parts, parts
     train, held_out = (
@@ -339,7 +335,8 @@ def _not_among(
             f"{source!r}: give another one, or drop it"
         )
     if left_out := len(train) - len(kept):
-        log.info("%s: %d images are in %s, and held out", source, left_out, held_out_source)
+        here, there = printable(source), printable(held_out_source)
+        log.info("%s: %d images are in %s as well, and held out", here, left_out, there)
     return kept
 
 
@@ -347,7 +344,7 @@ def _warn(source: str, what: str, skipped: list[Picture]) -> None:
     if skipped := list(dict.fromkeys(skipped)):
         names = [printable(picture.name.rpartition("/")[2]) for picture in skipped[:NAMED]]
         some = ", ".join(names) + (", ..." if skipped[NAMED:] else "")
-        log.warning("%s: skipped %d %s: %s", source, len(skipped), what, some)
+        log.warning("%s: skipped %d %s: %s", printable(source), len(skipped), what, some)
 
 
 def _lazy(

@@ -1,4 +1,4 @@
-"""Which examples a step sees and which are held out: functions of seeds and names alone.
+"""Which examples a step sees, and which keys are held out: functions of seeds and keys alone.
 
 Random permutations, one an epoch, are laid end to end, and step s takes the positions from
 s * batch on. The step number is therefore the whole state of the reader: a resumed run and a run
@@ -115,8 +115,9 @@ class BatchOrder:
 def held_out_by_name(names: Sequence[str], share: float) -> list[bool]:
     """Which names are held out: those whose hash falls into the lowest `share` of all hashes.
 
-    A name's side doesn't depend on the other names, so a data set may grow without moving training
-    examples into the held-out part. Where chance held out none, or all, one name changes sides.
+    For data the names are keys of contents, see `held_out`. A name's side doesn't depend on the
+    other names, so a data set may grow without moving training examples into the held-out part.
+    Where chance held out none, or all, one name changes sides.
     """
     places = [place_of(name) for name in names]
     lowest, highest = min(places, default=0.0), max(places, default=0.0)

@@ -142,10 +142,11 @@ class RowPicture:
         try:
             files, path = url_to_fs(place)
             return files.cat_file(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, LookupError, ValueError):
             raise NoPictureError(f"the row's image {place} does not exist") from None
-        except OSError as error:
-            raise BrokenFileError(self.where, f"can't be read now: {place}: {error}") from None
+        except Exception as error:  # whatever a network, a store or an archive may raise
+            reason = f"can't be read now: {place}: {' '.join(str(error).split())}"
+            raise BrokenFileError(self.where, reason) from None
 
 
 def open_image(file: Encoded) -> Image.Image:

@@ -138,7 +138,9 @@ def rgb(
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Raise `TooLargeError` for more pixels than are decoded."""
+    """Raise `TooLargeError` for more pixels than are decoded, ValueError for none."""
+    if min(width, height) < 1:
+        raise ValueError(f"{width} x {height} pixels")
     if width * height > MOST_PIXELS:
         raise TooLargeError(f"{width} x {height} pixels are more than {MOST_PIXELS:,}")
 

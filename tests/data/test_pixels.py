@@ -234,3 +234,16 @@ def test_one_that_wants_more_than_the_budget_gets_all_of_it():
     with budget.hold(11):
         assert budget.free == 0
     assert budget.free == 10
+
+
+def test_a_row_whose_image_is_gone_holds_none_and_one_out_of_reach_is_an_error(monkeypatch):
+    row = RowPicture([{"image": {"bytes": None, "path": "memory://nowhere.png"}}], "image", 0)
+    assert header(row) == "unreadable"
+    assert header(RowPicture([{"image": None}], "image", 0)) == "unreadable"
+
+    def fail(*_):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", fail)
+    with pytest.raises(BrokenFileError, match=r"row 0, can't be read now: .*reset by peer"):
+        header(row)
