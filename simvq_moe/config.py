@@ -98,10 +98,13 @@ class QuantizerConfig:
     cosine_vq)."""
     gradient: Literal["straight_through", "rotation", "diveq"] = "straight_through"
     """How the decoder's gradient reaches the encoder."""
-    codebook_weight: float = 1.0
-    """Weight of |e - sg z|^2, where codes are learned by gradient."""
-    commitment_weight: float = 0.25
-    """Weight of |z - sg e|^2."""
+    codebook_weight: float | None = None
+    """Weight of |e - sg z|^2, where codes are learned by gradient; None: 1, of ibq 0.25."""
+    commitment_weight: float | None = None
+    """Weight of |z - sg e|^2; None: 0.25, of ibq 1."""
+    entropy_weight: float | None = None
+    """lfq, bsq, ibq: weight of each token's entropy less that of the mean assignment; None: 0.1, of
+    ibq 0.05."""
     decay: float = 0.99
     """ema: weight of the past."""
     restart: float = 0.0

@@ -16,20 +16,29 @@ BELONGS_TO = {
     "groups": ("group_vq",),
     "levels": ("fsq",),
     "gradient": ("vq", "ema", "simvq", "cosine_vq", "group_vq", "mlp_vq"),
+    "codebook_weight": ("vq", "simvq", "cosine_vq", "group_vq", "mlp_vq", "ibq"),
+    "commitment_weight": (
+        *("vq", "ema", "simvq", "cosine_vq", "group_vq", "mlp_vq"),
+        *("lfq", "bsq", "ibq"),
+    ),
+    "entropy_weight": ("lfq", "bsq", "ibq"),
     "decay": ("ema",),
     "restart": ("vq", "ema", "cosine_vq"),
 }
 """Kinds of quantizers that have the option; for others only its default is accepted."""
+FORMER_DEFAULTS = {"codebook_weight": 1.0, "commitment_weight": 0.25}
+"""What configs of older runs say where nothing was chosen."""
 WHY_NOT = {"restart": ", whose codes have no free rows: under a map or on a grid none moves alone"}
 """Why an option means nothing to the others, where the name does not say."""
+OF_ONE_LENGTH = ("cosine_vq", "bsq")
 STARTS = {"data": ("simvq", "group_vq"), "kmeans": ("vq", "ema", "cosine_vq")}
 
 
 def quantizer_problems(q: QuantizerConfig) -> Iterator[str]:
     """Options that mean nothing to the quantizer, or do not go together."""
     for name, kinds in BELONGS_TO.items():
-        value = getattr(q, name)
-        if q.kind not in kinds and value != getattr(QuantizerConfig(), name):
+        value, default = getattr(q, name), getattr(QuantizerConfig(), name)
+        if q.kind not in kinds and value not in (default, FORMER_DEFAULTS.get(name)):
             yield (
                 f"quantizer.{name} {value} means nothing to quantizer.kind {q.kind!r}"
                 f"{WHY_NOT.get(name, '')}: drop it, or use kind {' or '.join(kinds)}"
@@ -60,6 +69,11 @@ def quantizer_problems(q: QuantizerConfig) -> Iterator[str]:
         yield (
             f"quantizer.codes {q.codes} must be 2^quantizer.width = {2**q.width} with "
             f"quantizer.kind {q.kind!r}: a channel is a bit"
+        )
+    if q.residual_levels > 1 and q.kind in OF_ONE_LENGTH:
+        yield (
+            f"quantizer.residual_levels {q.residual_levels} with quantizer.kind {q.kind!r}, whose "
+            "codes are all of length 1 and refine nothing: use 1 level, or another kind"
         )
     if q.residual_levels > 1 and q.gradient == "diveq":
         yield (

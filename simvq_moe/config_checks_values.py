@@ -52,6 +52,7 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "quantizer.levels": (2, 2**16),
     "quantizer.codebook_weight": (0, FACTOR),
     "quantizer.commitment_weight": (0, FACTOR),
+    "quantizer.entropy_weight": (0, FACTOR),
     "quantizer.decay": (0, 1),
     "quantizer.restart": (0, 1),
     "image_tokenizer.hidden": (1, 2**14),

@@ -25,6 +25,9 @@ Self = TypeVar("Self", bound="Pretrained")
 class Pretrained(nn.Module):
     """A module that notes its constructor's arguments, so that a directory can rebuild it."""
 
+    arguments: dict[str, Any]
+    """The constructor's, by name; those that are defaults may be missing."""
+
     def __new__(cls: type[Self], *args: Any, **kwargs: Any) -> Self:
         module = object.__new__(cls)
         # bind_partial: copy and pickle call this without arguments and restore the state after

@@ -6,11 +6,13 @@ basis of its rows: every update of W moves every row, selected or not, and W fol
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from simvq_moe.core.choices import check_choice
 
 Transform = Literal["none", "diagonal", "linear", "low_rank", "separate"]
 
@@ -47,8 +49,7 @@ class Bank(nn.Module):
         super().__init__()
         base_width = base.shape[-1]
         width = base_width if width is None else width
-        if transform not in get_args(Transform):
-            raise ValueError(f"transform {transform!r}: choose one of {get_args(Transform)}")
+        check_choice("transform", transform, Transform)
         if transform != "linear" and width != base_width:
             raise ValueError(
                 f"transform {transform!r} keeps the width, but base_width {base_width} != width "
@@ -103,22 +104,26 @@ class Bank(nn.Module):
         return x * W if self.transform == "diagonal" else x @ W
 
     def rows(self, dtype: torch.dtype | None = None) -> Float[Tensor, "*rows width"]:
-        """Every row, computed in `dtype` (None: as stored)."""
-        rows = self.map(self.base.to(dtype or self.base.dtype))
+        """Every row in `dtype`, computed in float32 at least (None: in that of the base)."""
+        rows = self.map(self.base.to(wide(dtype) or self.base.dtype))
         if self.bias is None or self.shared:
-            return self._shift(rows)
-        return rows + self.bias.to(rows.dtype).unflatten(0, (-1, *[1] * (rows.ndim - 2)))
+            rows = self._shift(rows)
+        else:
+            rows = rows + self.bias.to(rows.dtype).unflatten(0, (-1, *[1] * (rows.ndim - 2)))
+        return rows.to(dtype or rows.dtype)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "... width"]:
         """The rows named by ids. Gathers first: the cost follows the batch, not the bank."""
-        base = self.base[ids].to(dtype or self.base.dtype)
+        base = self.base[ids].to(wide(dtype) or self.base.dtype)
         if self.shared:
-            return self._shift(self.map(base))
-        assert self.W is not None
-        rows = base @ self.W[ids].to(base.dtype)
-        return rows if self.bias is None else rows + self.bias[ids].to(rows.dtype)
+            rows = self._shift(self.map(base))
+        else:
+            assert self.W is not None
+            rows = base @ self.W[ids].to(base.dtype)
+            rows = rows if self.bias is None else rows + self.bias[ids].to(rows.dtype)
+        return rows.to(dtype or rows.dtype)
 
     def score(self, x: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead rows"]:
         """x @ rows().T of a bank with one row axis, with W moved to the side of x."""
@@ -148,9 +153,10 @@ class Bank(nn.Module):
         """`rows`, without a gradient and kept until the map changes, for use in evaluation.
 
         W and bias are compared by value: an optimizer that writes to `.data` leaves no other trace.
-        A learned base is too large to compare, so its rows are not kept.
+        A base that is learned, or was made in inference mode, which counts no changes, is too large
+        to compare, so its rows are not kept.
         """
-        if isinstance(self.base, nn.Parameter):
+        if isinstance(self.base, nn.Parameter) or self.base.is_inference():
             return self.rows(dtype)
         now = [dtype, self.base.data_ptr(), self.base._version]
         learned = [p.detach() for p in (*self.maps, self.bias) if p is not None]
@@ -214,6 +220,11 @@ class Bank(nn.Module):
     def extra_repr(self) -> str:
         learned = isinstance(self.base, nn.Parameter)
         return f"base={tuple(self.base.shape)}, transform={self.transform}, train_base={learned}"
+
+
+def wide(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype to compute in for a result in this one: float32 at least."""
+    return None if dtype is None else torch.promote_types(dtype, torch.float32)
 
 
 def _start_of_map(transform: Transform, base: Tensor, width: int) -> nn.Parameter:

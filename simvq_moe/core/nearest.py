@@ -4,13 +4,18 @@ argmin_i |z - e_i|^2 = argmax_i s_i with s_i = z · e_i - |e_i|^2 / 2. Codes e =
 formed tile by tile and thrown away, tiles outermost, so memory is O(tokens + tile). On GPUs one
 kernel scores a tile and keeps the best (`nearest_triton`); on processors with fast bfloat16
 products `screening` first rules out the groups of codes that cannot win.
+
+s_i is rounded by about |z| |e_i| and not by the distance, so far from the origin most ids would be
+wrong: at 1,000 times the spread 3 of 4 in float32. Distances don't change when z and e are moved
+together, so there the origin is moved to where the codes are (`centring`) before anything is
+scored; the difference of close numbers is exact (Sterbenz). Where the origin is near, nothing is
+moved, and every bit stays.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -18,6 +23,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from simvq_moe.core.centring import SAMPLE, best_centre, far_centre, spread_sample
+from simvq_moe.core.precision import full_precision
 from simvq_moe.core.screening import GROUP, groups_that_may_win, is_worth_screening
 
 TOKEN_TILE = 1024
@@ -53,6 +60,8 @@ def nearest(
     """
     if torch.compiler.is_exporting():
         codes = Codes(base, W, bias, z.dtype).rows(0, len(base))
+        centre = far_centre(spread_sample(codes))
+        z, codes = z - centre, codes - centre
         return torch.addmm(codes.square().sum(1) / 2, z, codes.T, beta=-1).argmax(1)
     return _nearest(*(t if t is None else t.detach() for t in (z, base, W, bias)))
 
@@ -67,7 +76,8 @@ def _nearest(z: Tensor, base: Tensor, W: Tensor | None, bias: Tensor | None) -> 
     codes = Codes(base, W, bias, z.dtype)
     ids = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     best = torch.full((len(z),), -torch.inf, dtype=z.dtype, device=z.device)
-    with _full_precision():
+    with full_precision():
+        z = codes.centred(z)
         for first in range(0, len(z), TOKEN_BLOCK):
             block = slice(first, first + TOKEN_BLOCK)
             _search(z[block], codes, ids[block], best[block])
@@ -95,8 +105,8 @@ def nearest_few(
 ) -> tuple[Int[Tensor, "tokens few"], Float[Tensor, "tokens few"]]:
     """Ids of the `few` codes nearest to each z, the nearest first, and their squared distances.
 
-    The distances are those of differences, so that they are exact at a code and far from the
-    origin. Of equally near codes the lowest id is first, but which of them are last is left open.
+    The distances are those of differences, so that they are exact at a code. Of equally near codes
+    the lowest id is first, but which of them are last is left open.
     Memory is O(tokens few + tile).
 
     Raises:
@@ -108,12 +118,13 @@ def nearest_few(
     book = Codes(codes, None, None, z.dtype)
     ids = torch.zeros(len(z), few, dtype=torch.int64, device=z.device)
     best = torch.full((len(z), few), -torch.inf, dtype=z.dtype, device=z.device)
-    with _full_precision():
+    with full_precision():
+        moved = book.centred(z)
         for start, tile in book.tiles(book.tile):
             half_norms = book.half_norms(tile)
             for first in range(0, len(z), TOKEN_TILE):
                 rows = slice(first, first + TOKEN_TILE)
-                score = torch.addmm(half_norms, z[rows], tile.T, beta=-1)
+                score = torch.addmm(half_norms, moved[rows], tile.T, beta=-1)
                 value, local = score.topk(min(few, len(tile)))
                 best[rows], kept = torch.cat([best[rows], value], 1).topk(few)
                 ids[rows] = torch.cat([ids[rows], local + start], 1).gather(1, kept)
@@ -156,7 +167,7 @@ def _(ids: Tensor, z: Tensor) -> Tensor:  # noqa: ARG001
 
 
 class Codes:
-    """The rows base @ W + bias, formed on demand; notes whether those formed are finite."""
+    """The rows base @ W + bias - centre, formed on demand; notes whether they are finite."""
 
     def __init__(
         self, base: Tensor, W: Tensor | None, bias: Tensor | None, dtype: torch.dtype
@@ -166,15 +177,34 @@ class Codes:
         self.bias = None if bias is None else bias.to(dtype)
         self.tile = 8192 if base.is_cuda else 1024  # rows a step of a search in one pass
         self.finite = torch.ones((), dtype=torch.bool, device=base.device)
+        self.centre: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.base)
+
+    def centred(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+        """Move the origin to where the search is well-conditioned: the latents, moved with it."""
+        self.centre = best_centre(z, self)
+        return z if self.centre is None else z - self.centre
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "rows width"]:
         """The codes of these ids."""
         rows = self.base[start:stop].to(self.dtype)
         if self.W is not None and self.W.ndim == 3:
-            return self._rows_of_groups(rows, start, self.W)
+            rows = self._rows_of_groups(rows, start, self.W)
+        else:
+            rows = self._mapped(rows)
+        return rows if self.centre is None else rows - self.centre
+
+    def sample(self) -> Float[Tensor, "rows width"]:
+        """Some codes, evenly spread."""
+        if self.W is None or self.W.ndim < 3:
+            return self._mapped(spread_sample(self.base).to(self.dtype))
+        groups = self.base.unflatten(0, (len(self.W), -1)).transpose(0, 1)
+        rows = spread_sample(groups, SAMPLE // len(self.W)).transpose(0, 1).to(self.dtype) @ self.W
+        return (rows if self.bias is None else rows + self.bias[:, None]).flatten(0, 1)
+
+    def _mapped(self, rows: Tensor) -> Tensor:
         if self.W is not None:
             rows = rows * self.W if self.W.ndim == 1 else rows @ self.W
         return rows if self.bias is None else rows + self.bias
@@ -254,14 +284,3 @@ def _best(z: Tensor, tile: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
     # argmax promises the first of equals, max does not
     local = score.argmax(1, keepdim=True)
     return score.gather(1, local).squeeze(1), local.squeeze(1)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products in float32, whatever the caller allows elsewhere (TF32, bfloat16)."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)

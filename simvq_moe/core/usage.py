@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor, nn
+
+from simvq_moe.core.state import Stateful
 
 NULL_SAMPLES = 32
 
@@ -64,7 +67,7 @@ def usage(counts: Int[Tensor, " slots"] | np.ndarray) -> Usage:
         ValueError: no slot, or no draw: a window without draws has no usage.
     """
     n = counts.detach().cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
-    if n.ndim != 1 or len(n) == 0 or n.min() < 0:
+    if n.ndim != 1 or len(n) == 0 or n.dtype == np.bool_ or n.min() < 0:
         raise ValueError(f"usage: counts {n!r} must be one axis of draws >= 0, at least one > 0")
     if n.sum() == 0:
         raise ValueError(
@@ -103,12 +106,13 @@ def null_usage(slots: int, draws: int, seed: int = 0) -> Usage:
     return Usage(**{k: float(np.mean([m[k] for m in measured])) for k in measured[0]})
 
 
-class UsageCounter(nn.Module):
-    """Counts draws of each slot in an int64 buffer, outside autograd and optimizer state.
+class UsageCounter(Stateful):
+    """Counts draws of each slot in an int64 tensor, outside autograd and optimizer state.
 
     Counts in training, and in evaluation only inside `counting`; activations recomputed in the
-    backward pass are not counted again. A token makes `top_k` draws. The buffer stays on the
-    device, outside the state dict: the training loop reads, sums over ranks and clears it.
+    backward pass are not counted again. A token makes `top_k` draws. The counts are this process's
+    alone and lie on the device, outside the state dict: the training loop reads, sums over ranks
+    and clears them.
     """
 
     counts: Tensor
@@ -119,13 +123,13 @@ class UsageCounter(nn.Module):
         self.top_k = top_k
         self.kind: Kind = kind
         self.counting_in_eval = False
-        self.register_buffer("counts", torch.zeros(slots, dtype=torch.int64), persistent=False)
+        self.hold("counts", partial(torch.zeros, slots, dtype=torch.int64))
 
     @torch.no_grad()
-    def add(self, ids: Int[Tensor, "*draws"]) -> None:
+    def add(self, ids: Integer[Tensor, "*draws"]) -> None:
         """Count ids, each a draw of one slot; negative ones are none."""
         if (self.training or self.counting_in_eval) and not recomputing():
-            ids = ids.reshape(-1)
+            ids = ids.reshape(-1).to(torch.int64)
             # bincount would wait for a GPU, and its shape breaks torch.compile's graph
             self.counts.scatter_add_(0, ids.clamp_min(0), (ids >= 0).to(torch.int64))
 

@@ -18,7 +18,6 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from simvq_moe.core.bank import Bank, Transform
 from simvq_moe.core.streams import own_stream
@@ -207,7 +206,6 @@ def add_shared_maps(
             model.shared_maps.append(maps)
     model.shared_maps.train(model.training)
     model.config.shared_maps = settings
-    _keep_counts_from_ddp(model)
 
 
 def _check_maps(model: PreTrainedModel, transforms: dict[str, Transform]) -> None:
@@ -222,14 +220,6 @@ def _check_maps(model: PreTrainedModel, transforms: dict[str, Transform]) -> Non
     for site, transform in transforms.items():
         if transform == "separate":
             raise ValueError(f"{site}_map 'separate' is not shared: use 'linear' or 'low_rank'")
-
-
-def _keep_counts_from_ddp(model: PreTrainedModel) -> None:
-    """DDP would overwrite every rank's counts with those of rank 0."""
-    counts = [name for name, _ in model.named_buffers() if name.startswith(MAPS)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        model, [*_ignored_by_ddp(model), *counts]
-    )
 
 
 def load_shared_maps(model: PreTrainedModel, directory: str | Path) -> None:
@@ -267,9 +257,6 @@ def fold(model: PreTrainedModel) -> None:
         maps.fold_into(block)
     config: Any = model.config
     del model.shared_maps, config.shared_maps
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        model, [name for name in _ignored_by_ddp(model) if not name.startswith(MAPS)]
-    )
 
 
 def usage_by_layer(model: PreTrainedModel) -> dict[str, Usage]:
@@ -310,7 +297,3 @@ def _maps_of(model: PreTrainedModel) -> list[BlockMaps]:
             f"this {type(model).__name__} has no shared maps: add_shared_maps(model) adds them"
         )
     return [maps for maps in every if isinstance(maps, BlockMaps)]
-
-
-def _ignored_by_ddp(model: nn.Module) -> list[str]:
-    return list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))

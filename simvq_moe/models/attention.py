@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from simvq_moe.core.state import Stateful
 
 ROTARY_BASE = 10_000.0
 
@@ -33,7 +36,7 @@ def documents_of(tokens: Int[Tensor, "batch tokens"], end_of_text: Int[Tensor, "
     return Documents(mask, place - first)
 
 
-class Attention(nn.Module):
+class Attention(Stateful):
     """Causal multi-head attention with rotary positions."""
 
     cos: Tensor
@@ -45,12 +48,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         half = width // heads // 2
-        angles = torch.outer(
-            torch.arange(context).float(), ROTARY_BASE ** (-torch.arange(half) / half)
-        )
-        cos, sin = angles.cos(), angles.sin()
-        self.register_buffer("cos", torch.cat([cos, cos], dim=1), persistent=False)
-        self.register_buffer("sin", torch.cat([-sin, sin], dim=1), persistent=False)
+        self.hold("cos", partial(_rotations, context, half, sine=False))
+        self.hold("sin", partial(_rotations, context, half, sine=True))
 
     def forward(
         self, x: Float[Tensor, "batch tokens width"], documents: Documents | None = None
@@ -77,3 +76,11 @@ class Attention(nn.Module):
         cos, sin = (table[where].to(x.dtype).unsqueeze(-2) for table in (self.cos, self.sin))
         first, second = x.chunk(2, dim=-1)
         return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
+
+
+def _rotations(context: int, half: int, *, sine: bool) -> Float[Tensor, "context channels"]:
+    """Cosine, or sine with the sign that it has for each half, of every position's angles."""
+    angles = torch.outer(torch.arange(context).float(), ROTARY_BASE ** (-torch.arange(half) / half))
+    if sine:
+        return torch.cat([-angles.sin(), angles.sin()], dim=1)
+    return torch.cat([angles.cos(), angles.cos()], dim=1)

@@ -7,12 +7,15 @@ arXiv:2306.06546, section 3.3, whose windows and numbers of bands are the defaul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from simvq_moe.core.state import Stateful
 
 FLOOR = 1e-5
 """Magnitude below which a logarithm sees silence; full scale is 1."""
@@ -22,7 +25,7 @@ Scale = Literal["slaney", "htk"]
 Units = Literal["amplitude", "sum", "area"]
 
 
-class Spectrogram(nn.Module):
+class Spectrogram(Stateful):
     """Magnitudes of a Hann-windowed Fourier transform every quarter window, over the window's sum.
 
     A sine of amplitude 1 has a peak of 1/2. The signal continues as silence at both ends.
@@ -37,7 +40,7 @@ class Spectrogram(nn.Module):
         super().__init__()
         self.window = window
         # not in checkpoints: a function of the config
-        self.register_buffer("hann", torch.hann_window(window), persistent=False)
+        self.hold("hann", partial(torch.hann_window, window))
 
     def forward(self, x: Float[Tensor, "batch time"]) -> Float[Tensor, "batch bins frames"]:
         return self.complex(x).abs()
@@ -74,7 +77,7 @@ class SpectralDistance(nn.Module):
         return torch.stack(distances).mean()
 
 
-class MelDistance(nn.Module):
+class MelDistance(Stateful):
     """Mean over windows of |log10 max(M, floor) - log10 max(M', floor)|, M the mel bands.
 
     Units matter at the floor alone: there is one for every band, in the magnitudes that others
@@ -105,16 +108,9 @@ class MelDistance(nn.Module):
         super().__init__()
         self.spectrograms = nn.ModuleList(Spectrogram(window) for window in windows)
         for window, count in zip(windows, bands or map(bands_of, windows), strict=True):
-            corners = _corners(sample_rate, count, scale)
-            unit = torch.ones(count, dtype=torch.float64)
-            if units != "amplitude":
-                unit = unit * torch.hann_window(window, dtype=torch.float64).sum()
-            if units == "area":
-                unit = unit * 2 / (corners.high - corners.low)
-            filters = mel_filters(sample_rate, window, count, scale)
-            self.register_buffer(f"filters_{window}", filters, persistent=False)
-            floors = (floor / unit).float()[:, None]
-            self.register_buffer(f"floors_{window}", floors, persistent=False)
+            shape = (sample_rate, window, count, scale)
+            self.hold(f"filters_{window}", partial(mel_filters, *shape))
+            self.hold(f"floors_{window}", partial(_floors, *shape, floor, units))
 
     def forward(
         self, x: Float[Tensor, "batch time"], y: Float[Tensor, "batch time"]
@@ -128,8 +124,8 @@ class MelDistance(nn.Module):
         distances = []
         for spectrogram in self.spectrograms:
             assert isinstance(spectrogram, Spectrogram)
-            filters = self.get_buffer(f"filters_{spectrogram.window}").to(x.dtype)
-            floors = self.get_buffer(f"floors_{spectrogram.window}").to(x.dtype)
+            filters = getattr(self, f"filters_{spectrogram.window}").to(x.dtype)
+            floors = getattr(self, f"floors_{spectrogram.window}").to(x.dtype)
             a, b = ((filters @ spectrogram(z)).clamp(min=floors).log10() for z in (x, y))
             distances.append((a - b).abs().mean((1, 2)))
         return torch.stack(distances).mean(0)
@@ -175,3 +171,16 @@ def mel_filters(
     bins = torch.linspace(0, sample_rate / 2, window // 2 + 1, dtype=torch.float64)
     rising, falling = (bins - low) / (centre - low), (high - bins) / (high - centre)
     return torch.minimum(rising, falling).clamp_min(0).float()
+
+
+def _floors(
+    sample_rate: int, window: int, bands: int, scale: Scale, floor: float, units: Units
+) -> Float[Tensor, "bands 1"]:
+    """Of every band, in magnitudes over the window's sum, see `MelDistance`."""
+    corners = _corners(sample_rate, bands, scale)
+    unit = torch.ones(bands, dtype=torch.float64)
+    if units != "amplitude":
+        unit = unit * torch.hann_window(window, dtype=torch.float64).sum()
+    if units == "area":
+        unit = unit * 2 / (corners.high - corners.low)
+    return (floor / unit).float()[:, None]

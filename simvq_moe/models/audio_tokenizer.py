@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from simvq_moe.models.audio_discriminators import Discriminators
@@ -168,7 +168,7 @@ class AudioTokenizer(nn.Module):
         """The ids of the codes of each waveform; silence fills the last token."""
         return self.quantizer.encode(self._latents(audio))
 
-    def decode(self, ids: Int[Tensor, "batch tokens *levels"]) -> Float[Tensor, "batch time"]:
+    def decode(self, ids: Integer[Tensor, "batch tokens *levels"]) -> Float[Tensor, "batch time"]:
         """Waveforms of ids, of whole tokens."""
         return self._waveform(self.quantizer.decode(ids))
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from simvq_moe.core.choices import check_choice
 from simvq_moe.models.image_vqgan import group_norm
 from simvq_moe.quantizers.ranks import total
 
@@ -47,6 +48,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, hidden: int, layers: int, generator_loss: GeneratorLoss) -> None:
         super().__init__()
+        check_choice("generator_loss", generator_loss, GeneratorLoss)
         self.generator_loss: GeneratorLoss = generator_loss
         stack: list[nn.Module] = [
             nn.Conv2d(3, hidden, 4, stride=2, padding=1),

@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
+from simvq_moe.core.choices import check_choice
 from simvq_moe.models.image_discriminator import PatchDiscriminator, adaptive_weight
 from simvq_moe.models.image_losses import LPIPS, ImageLoss
 from simvq_moe.models.image_vqgan import VQGANDecoder, VQGANEncoder
 from simvq_moe.quantizers import AnyQuantizer, Quantized
+
+Architecture = Literal["small", "vqgan"]
 
 TERMS = ("mse", "l1", "ssim", "lpips", "adversarial")
 """Of the loss, beside the quantizer's."""
@@ -69,7 +72,7 @@ class ImageTokenizer(nn.Module):
         self,
         quantizer: AnyQuantizer,
         *,
-        architecture: Literal["small", "vqgan"] = "small",
+        architecture: Architecture = "small",
         hidden: int = 32,
         downsamplings: int = 2,
         residual_blocks: int = 1,
@@ -82,6 +85,7 @@ class ImageTokenizer(nn.Module):
         adversarial_start: int = 0,
     ) -> None:
         super().__init__()
+        check_choice("architecture", architecture, Architecture)
         if architecture == "small":
             self.encoder, self.decoder = _small(hidden, downsamplings, residual_blocks)
             channels, from_latent_size = hidden, 1
@@ -172,7 +176,7 @@ class ImageTokenizer(nn.Module):
         return self.quantizer.encode(self._latents(images))
 
     def decode(
-        self, ids: Int[Tensor, "batch rows columns *levels"]
+        self, ids: Integer[Tensor, "batch rows columns *levels"]
     ) -> Float[Tensor, "batch 3 height width"]:
         """Images of ids."""
         return self._pixels(self.quantizer.decode(ids))

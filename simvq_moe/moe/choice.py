@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from simvq_moe.core.ids import as_ids
 from simvq_moe.moe.router import NOBODY, Gates, Router, Routing, TopKRouter
 
 
@@ -99,7 +100,7 @@ class HashRouter(Router):
     ) -> Routing:
         if token_ids is None:
             raise ValueError("router 'hash' goes by vocabulary ids: pass token_ids to the layer")
-        ids = self.table[token_ids]
+        ids = self.table[as_ids(token_ids, "token_ids")]
         dtype = torch.promote_types(x.dtype, torch.float32)
         logits = x.new_zeros(len(x), self.num_experts, dtype=dtype)
         return Routing(ids, self.gates_of(logits, ids), logits, {})

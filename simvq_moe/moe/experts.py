@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.bank import Bank, Transform
+from simvq_moe.core.choices import check_choice
 from simvq_moe.core.streams import own_stream
 
 ExpertKind = Literal["gelu", "swiglu"]
@@ -31,6 +32,7 @@ class Experts(nn.Module):
         in_map, out_map: map of the first and of the last projections.
         train_in_base, train_out_base: learn the rows beside their map.
         out_bias: one learned vector added to every token's sum of outputs.
+        bias: one learned vector added to each expert's outputs, as `fold_` makes of `out_bias`.
         map_rank: rank of low-rank maps.
         key_rank: not 0: the first projection, of SwiGLU G_i, is U_i K_i with U_i (hidden, key_rank)
             and keys K_i (key_rank, width) that `forward` is given, see `SelfSelectingRouter`.
@@ -49,11 +51,13 @@ class Experts(nn.Module):
         train_in_base: bool = True,
         train_out_base: bool = True,
         out_bias: bool = False,
+        bias: bool = False,
         map_rank: int = 8,
         key_rank: int = 0,
         part: tuple[int, int] = (0, 1),
     ) -> None:
         nn.Module.__init__(self)  # a subclass has a second parent, which is not to be set up
+        check_choice("expert", kind, ExpertKind)
         self.num_experts = experts
         size = experts // part[1]
         self.mine = slice(part[0] * size, (part[0] + 1) * size)
@@ -69,8 +73,8 @@ class Experts(nn.Module):
         if "gate" in starts:
             self.gate = Bank(starts["gate"], transform="none", train_base=train_in_base)
         self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
-        self.bias: nn.Parameter | None = None
-        """(experts, width): what `fold` makes of `out_bias`."""
+        self.bias = nn.Parameter(torch.zeros(size, width)) if bias else None
+        """(experts, width)."""
 
     def enter(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """What the experts see of tokens: x A^T under a shared map A."""
@@ -164,6 +168,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, kind: ExpertKind = "gelu") -> None:
         super().__init__()
+        check_choice("expert", kind, ExpertKind)
         self.kind: ExpertKind = kind
         self.up = nn.Linear(width, first_rows(kind, hidden), bias=False)
         self.down = nn.Linear(hidden, width, bias=False)

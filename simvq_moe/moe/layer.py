@@ -11,12 +11,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float, Integer
+from torch import Tensor
 
 from simvq_moe.core.bank import Transform
+from simvq_moe.core.choices import check_choice
+from simvq_moe.core.ids import as_ids
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import UsageCounter
+from simvq_moe.hub import Pretrained
 from simvq_moe.moe.dispatch import dispatch, within_capacity
 from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
 from simvq_moe.moe.router import Gates, Router, Routing, default_gates
@@ -26,7 +29,23 @@ if TYPE_CHECKING:
     from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
 
 
-class MoE(nn.Module):
+Dispatch = Literal["sorted", "deepspeed_capacity"]
+
+WITHOUT_MAPS: dict[str, Any] = {
+    "router_map": "none",
+    "router_base_width": None,
+    "train_router_base": True,
+    "router_init": "default",
+    "expert_out_map": "none",
+    "train_expert_out_base": True,
+    "expert_out_bias": False,
+    "expert_in_map": "none",
+    "train_expert_in_base": True,
+}
+"""Arguments of a folded layer."""
+
+
+class MoE(Pretrained):
     """Tokens to their top_k of `experts` networks, weighted by gates.
 
     Args:
@@ -53,6 +72,7 @@ class MoE(nn.Module):
         expert_out_map, train_expert_out_base: map W after the gated sum (the conjecture that this
             project tests) and whether the last projections learn beside it.
         expert_out_bias: one learned vector added to every token's sum.
+        expert_bias: one learned vector added to each expert's outputs, which `fold` makes of that.
         expert_in_map, train_expert_in_base: map A before the experts, and their first projections.
         map_rank: rank of maps of kind "low_rank".
         capacity_factor: an expert takes at most this many times its fair share of this rank's
@@ -87,6 +107,7 @@ class MoE(nn.Module):
         expert_out_map: Transform = "none",
         train_expert_out_base: bool = True,
         expert_out_bias: bool = False,
+        expert_bias: bool = False,
         expert_in_map: Transform = "none",
         train_expert_in_base: bool = True,
         map_rank: int = 8,
@@ -96,6 +117,7 @@ class MoE(nn.Module):
         super().__init__()
         if top_k > experts:
             raise ValueError(f"top_k {top_k} > experts {experts}: lower top_k or raise experts")
+        check_choice("expert_out_map", expert_out_map, Transform)
         if gates == "default":
             gates = default_gates(router, experts, top_k)
         self.width, self.num_experts, self.top_k = width, experts, top_k
@@ -132,6 +154,7 @@ class MoE(nn.Module):
             train_in_base=train_expert_in_base,
             train_out_base=train_expert_out_base,
             out_bias=expert_out_bias,
+            bias=expert_bias,
             map_rank=map_rank,
             expert_parallel=expert_parallel,
         )
@@ -153,14 +176,14 @@ class MoE(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "*batch width"],
-        token_ids: Int[Tensor, "*batch"] | None = None,
+        token_ids: Integer[Tensor, "*batch"] | None = None,
     ) -> Float[Tensor, "*batch width"]:
         return self.route_and_run(x, token_ids)[0]
 
     def route_and_run(
         self,
         x: Float[Tensor, "*batch width"],
-        token_ids: Int[Tensor, "*batch"] | None = None,
+        token_ids: Integer[Tensor, "*batch"] | None = None,
     ) -> tuple[Float[Tensor, "*batch width"], Routing]:
         """Outputs, and how the tokens, flattened, were routed.
 
@@ -169,7 +192,8 @@ class MoE(nn.Module):
         """
         flat = x.reshape(-1, self.width)
         seen = self.router.enter(flat)
-        routing = self.router(seen, None if token_ids is None else token_ids.reshape(-1))
+        ids = None if token_ids is None else as_ids(token_ids, "token_ids").reshape(-1)
+        routing = self.router(seen, ids)
         self.counter.add(routing.ids)
         ids = routing.ids
         if self.kept is not None:
@@ -221,6 +245,10 @@ class MoE(nn.Module):
         folded = copy.deepcopy(self)
         folded.experts.fold_(folded.router.keys)
         folded.router.fold_()
+        # what `save_pretrained` builds it from again
+        folded.arguments = self.arguments | WITHOUT_MAPS
+        if self.experts.out_bias is not None:
+            folded.arguments["expert_bias"] = True
         return folded
 
 
@@ -236,9 +264,10 @@ def _experts(
 
 
 def build_moe(
-    width: int, *, dispatch: Literal["sorted", "deepspeed_capacity"] = "sorted", **options: Any
+    width: int, *, dispatch: Dispatch = "sorted", **options: Any
 ) -> MoE | DeepSpeedCapacityMoE:
     """A layer from its options: ours, or DeepSpeed's own as a baseline."""
+    check_choice("dispatch", dispatch, Dispatch)
     if dispatch == "sorted":
         return MoE(width, **options)
     from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE

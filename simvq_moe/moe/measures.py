@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from simvq_moe.core.ids import as_ids
 from simvq_moe.moe.router import NOBODY, count
 
 SHUFFLES = 4
@@ -19,7 +20,7 @@ SHUFFLES = 4
 
 
 def saturation(
-    ids: Int[Tensor, "tokens choices"], final: Int[Tensor, "tokens final_choices"]
+    ids: Integer[Tensor, "tokens choices"], final: Int[Tensor, "tokens final_choices"]
 ) -> float:
     """Mean |E_t ∩ E_T| / k, the share of the final experts of a token that it has already.
 
@@ -31,7 +32,7 @@ def saturation(
 
 
 def fluctuation(
-    ids: Int[Tensor, "tokens choices"], before: Int[Tensor, "tokens choices_before"]
+    ids: Integer[Tensor, "tokens choices"], before: Int[Tensor, "tokens choices_before"]
 ) -> float:
     """Share of tokens whose first choice is not the one it was before.
 
@@ -44,7 +45,7 @@ def fluctuation(
 
 
 def co_activation(
-    ids: Int[Tensor, "tokens choices"], experts: int
+    ids: Integer[Tensor, "tokens choices"], experts: int
 ) -> Float[Tensor, "experts experts"]:
     """N_ij / N_i: of the tokens of expert i, the share that expert j has as well.
 
@@ -56,7 +57,7 @@ def co_activation(
     return together.fill_diagonal_(0)
 
 
-def partner_share(ids: Int[Tensor, "tokens choices"], experts: int) -> float:
+def partner_share(ids: Integer[Tensor, "tokens choices"], experts: int) -> float:
     """sum_i max_(j != i) N_ij / sum_i N_i: co-activation with the most frequent partner.
 
     The mean over experts, weighted by their tokens, so that an expert with few tokens, whose
@@ -70,15 +71,22 @@ def partner_share(ids: Int[Tensor, "tokens choices"], experts: int) -> float:
 
 
 def label_counts(
-    ids: Int[Tensor, "tokens choices"], labels: Int[Tensor, " tokens"], experts: int, number: int
+    ids: Integer[Tensor, "tokens choices"],
+    labels: Integer[Tensor, " tokens"],
+    experts: int,
+    number: int,
 ) -> Int[Tensor, "experts labels"]:
     """How many tokens of each of `number` labels each expert has."""
+    ids, labels = as_ids(ids), as_ids(labels, "labels")
     cells = torch.where(ids == NOBODY, NOBODY, ids * number + labels[:, None])
     return count(cells, experts * number).view(experts, number)
 
 
 def specialization(
-    ids: Int[Tensor, "tokens choices"], labels: Int[Tensor, " tokens"], experts: int, number: int
+    ids: Integer[Tensor, "tokens choices"],
+    labels: Integer[Tensor, " tokens"],
+    experts: int,
+    number: int,
 ) -> Float[Tensor, "experts labels"]:
     """N_(i,D) / N_D: of the tokens with label D, the share that has expert i among its k.
 
@@ -91,7 +99,7 @@ def specialization(
 
 
 def information(
-    ids: Int[Tensor, "tokens choices"], labels: Int[Tensor, " tokens"], experts: int
+    ids: Integer[Tensor, "tokens choices"], labels: Integer[Tensor, " tokens"], experts: int
 ) -> float:
     """Bits that the expert of an assignment tells about its token's label, above chance.
 
@@ -159,12 +167,13 @@ def boundary_margin(logits: Float[Tensor, "tokens experts"], top_k: int) -> floa
 
 
 def importance_cv2(
-    gates: Float[Tensor, "tokens choices"], ids: Int[Tensor, "tokens choices"], experts: int
+    gates: Float[Tensor, "tokens choices"], ids: Integer[Tensor, "tokens choices"], experts: int
 ) -> float:
     """Squared coefficient of variation of the experts' importance, the sum of their gates.
 
     Shazeer et al. (arXiv:1701.06538, section 4). 0: even; N - 1: one expert only.
     """
+    ids = as_ids(ids)
     taken = torch.where(ids == NOBODY, 0, gates.double()).reshape(-1)
     importance = taken.new_zeros(experts).index_add_(0, ids.clamp_min(0).reshape(-1), taken)
     mean = importance.mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -181,6 +190,7 @@ def uniform_routing(
 
 def _pairs(ids: Tensor, experts: int) -> Int[Tensor, "experts experts"]:
     """Tokens that two experts share; on the diagonal those of an expert."""
+    ids = as_ids(ids)
     one, other = ids[:, :, None], ids[:, None, :]
     cells = torch.where((one == NOBODY) | (other == NOBODY), NOBODY, one * experts + other)
     return count(cells, experts**2).view(experts, experts)

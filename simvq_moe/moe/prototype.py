@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from simvq_moe.core.centring import far_centre
 from simvq_moe.moe.data_start import moments
 from simvq_moe.moe.router import TopKRouter
 
@@ -72,8 +73,12 @@ class DistanceRouter(TopKRouter):
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
     ) -> Float[Tensor, "tokens experts"]:
         del token_ids
-        squared = self.bank.rows(x.dtype).square().sum(-1)
-        distance = x.square().sum(-1, keepdim=True) - 2 * self.bank.score(x) + squared
+        rows = self.bank.rows(x.dtype)
+        # distances far from the origin can't be told from products of float32; 0 where it is near
+        centre = far_centre(rows.detach())
+        x, rows = x - centre, rows - centre
+        products = self.bank.score(x) - x @ centre[:, None]
+        distance = x.square().sum(-1, keepdim=True) - 2 * products + rows.square().sum(-1)
         return -distance / x.shape[-1] ** 0.5
 
     def own_losses(

@@ -12,10 +12,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from simvq_moe.core.bank import Bank, Transform
+from simvq_moe.core.choices import check_choice
+from simvq_moe.core.ids import as_ids
 from simvq_moe.moe.after_step import RunningMean
 from simvq_moe.moe.selection_bias import SelectionBias
 
@@ -72,6 +74,7 @@ class Router(nn.Module):
 
     def __init__(self, experts: int, top_k: int, *, gates: Gates = "topk_softmax") -> None:
         super().__init__()
+        check_choice("gates", gates, Gates)
         self.num_experts, self.top_k = experts, top_k
         self.gates: Gates = gates
         self.centre: RunningMean | None = None
@@ -250,9 +253,9 @@ class NoisyTopKRouter(TopKRouter):
         self.noise.zero_()
 
 
-def count(ids: Int[Tensor, "*choices"], experts: int) -> Int[Tensor, " experts"]:
+def count(ids: Integer[Tensor, "*choices"], experts: int) -> Int[Tensor, " experts"]:
     """How often each expert was chosen; open choices count for nobody."""
-    flat = ids.reshape(-1)
+    flat = as_ids(ids).reshape(-1)
     chosen = (flat >= 0).to(torch.int64)
     return torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(
         0, flat.clamp_min(0), chosen

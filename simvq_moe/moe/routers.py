@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from simvq_moe.core.bank import Transform
+from simvq_moe.core.choices import check_choice
 from simvq_moe.moe.after_step import RunningMean
 from simvq_moe.moe.choice import ExpertChoiceRouter, HashRouter
 from simvq_moe.moe.hyper import HyperRouter
@@ -37,6 +39,10 @@ OF_ROWS: dict[RouterKind, type[TopKRouter]] = {
     "expert_choice": ExpertChoiceRouter,
 }
 """Kinds that compare tokens with one row of a bank for each expert."""
+
+LEARN_BY_GATES = ("topk", "noisy_topk", "cosine", "hyper")
+"""Kinds that are learned through the gates alone: distances have losses of their own, experts
+compute with the keys that select them, and a table is not learned."""
 
 
 @torch.no_grad()
@@ -81,8 +87,18 @@ def build_router(
     """The router of a layer; options are those of `MoE`, and of other kinds are not looked at.
 
     Raises:
-        ValueError: a kind that knows no balance by biases, or no input to be centred.
+        ValueError: an option is no choice, or a kind knows no balance by biases, or no input to be
+            centred.
     """
+    for name, value, choices in (
+        ("router", kind, RouterKind),
+        ("gates", gates, Gates),
+        ("router_map", router_map, Transform),
+        ("expert_in_map", expert_in_map, Transform),
+        ("router_init", router_init, RouterInit),
+        ("balance", balance, Balance),
+    ):
+        check_choice(name, value, choices)
     router: Router
     if kind == "self_selecting":
         keys: dict[str, Any] = {"transform": expert_in_map, "map_rank": map_rank}
@@ -112,5 +128,11 @@ def build_router(
         free = balance == "loss_free"
         router.selection = (
             LossFreeBias(experts, bias_update_rate) if free else QuantileBias(experts, top_k)
+        )
+    if top_k == 1 and experts > 1 and router.gates_sum_to_one and kind in LEARN_BY_GATES:
+        warnings.warn(
+            f"top_k 1 with gates {gates!r}: the one gate is always 1, so that router {kind!r} "
+            "learns nothing from the layer's output: use gates 'softmax_topk'",
+            stacklevel=3,
         )
     return router

@@ -29,7 +29,7 @@ class SelectionBias(StepState):
 
     def __init__(self, experts: int, sums: int) -> None:
         super().__init__(sums)
-        self.register_buffer("bias", torch.zeros(experts))
+        self.register_average("bias", torch.zeros(experts), torch.float32)
 
     def choose(
         self, scores: Float[Tensor, "tokens experts"], top_k: int
@@ -92,10 +92,7 @@ class QuantileBias(SelectionBias):
             )
         super().__init__(experts, experts * BINS)
         self.experts, self.top_k = experts, top_k
-        steps = torch.linspace(0, 1, BINS // 2, dtype=torch.float64)
-        above = SMALLEST * (LARGEST / SMALLEST) ** steps
-        edges = torch.cat([-above.flip(0), torch.zeros(1, dtype=torch.float64), above])
-        self.register_buffer("edges", edges, persistent=False)
+        self.hold("edges", edges_of_bins)
 
     @torch.no_grad()
     def choose(
@@ -123,3 +120,10 @@ class QuantileBias(SelectionBias):
         change = (left + part * (right - left)).squeeze(1)
         bias = self.bias + torch.where(wanted.squeeze(1) > 0, change, 0)
         self.bias.copy_(bias - bias.mean())
+
+
+def edges_of_bins() -> Float[Tensor, " edges"]:
+    """Of the margins, from the least to the largest; bins grow with their distance from 0."""
+    steps = torch.linspace(0, 1, BINS // 2, dtype=torch.float64)
+    above = SMALLEST * (LARGEST / SMALLEST) ** steps
+    return torch.cat([-above.flip(0), torch.zeros(1, dtype=torch.float64), above])

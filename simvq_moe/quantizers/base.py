@@ -7,16 +7,22 @@ loss = beta |e - sg z|^2 + gamma |z - sg e|^2, each term a mean over elements, b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
+from simvq_moe.core.after_step import FollowsSteps
+from simvq_moe.core.bank import wide
+from simvq_moe.core.choices import check_choice
 from simvq_moe.core.gradient import ESTIMATORS, Gradient
+from simvq_moe.core.ids import as_ids
 from simvq_moe.core.nearest import nearest, nearest_few
-from simvq_moe.core.usage import UsageCounter, recomputing
+from simvq_moe.core.state import Stateful
+from simvq_moe.core.usage import UsageCounter
 from simvq_moe.hub import Pretrained
 from simvq_moe.quantizers.ranks import share_of_tokens, total
 
@@ -46,7 +52,7 @@ class SoftAssignment(NamedTuple):
     """Positive, a latent's sum to 1; 0 where masked."""
 
 
-class AnyQuantizer(Pretrained):
+class AnyQuantizer(Pretrained, Stateful):
     """Layout, masks and precision of every quantizer; a family works on (tokens, width) rows.
 
     Everything is computed in float32 at least, also under autocast, and in float64 if z is. Masked
@@ -87,6 +93,17 @@ class AnyQuantizer(Pretrained):
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         """Start from packed rows, of all ranks together."""
 
+    def join(self, levels: Sequence[AnyQuantizer], place: int) -> None:
+        """Become one of several residual levels, whose place is counted from 0.
+
+        Raises:
+            ValueError: it can't refine what the levels before it left over.
+        """
+
+    def target(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+        """What residual levels approximate together, if this is the first of them."""
+        return z
+
     def forward(
         self, z: Float[Tensor, "*latents"], mask: Bool[Tensor, "*batch"] | None = None
     ) -> Quantized:
@@ -120,12 +137,27 @@ class AnyQuantizer(Pretrained):
             return self._unpacked(self.assign(rows), z, mask, fill=PADDING)
 
     def decode(
-        self, ids: Int[Tensor, "*ids"], dtype: torch.dtype | None = None
+        self, ids: Integer[Tensor, "*ids"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*latents"]:
-        """The codes named by ids, equal to the forward value of `z_q`, computed in `dtype`."""
+        """The codes named by ids in `dtype` (None: as stored), equal to the forward value of `z_q`.
+
+        Like it they are computed in float32 at least, and rounded once.
+
+        Args:
+            ids: of any integer dtype; those below 0 are padding.
+
+        Raises:
+            ValueError: ids are no integers: True and False would be read as a mask.
+        """
+        ids = as_ids(ids)
         padding = (ids < 0).flatten(-self.id_axes).any(-1) if self.id_axes else ids < 0
+        ids = ids.clamp_min(0)
         with torch.autocast(ids.device.type, enabled=False):
-            e = self.lookup(ids.clamp_min(0), dtype).masked_fill(padding[..., None], 0)
+            e = self.lookup(ids, wide(dtype))
+            stored = e.dtype if dtype is None else dtype
+            if e.dtype != wide(stored):
+                e = self.lookup(ids, wide(stored))
+            e = e.to(stored).masked_fill(padding[..., None], 0)
         return e.movedim(-1, 1) if self.channels_first else e
 
     @torch.no_grad()
@@ -155,6 +187,8 @@ class AnyQuantizer(Pretrained):
                 f"quantizer's width is {self.width}: set width or channels_first"
             )
         rows = z.movedim(1, -1) if self.channels_first else z
+        if mask is not None:
+            check_mask(mask, rows.shape[:-1])
         rows = rows.to(torch.promote_types(z.dtype, torch.float32))
         return rows.reshape(-1, self.width) if mask is None else rows[mask]
 
@@ -170,11 +204,11 @@ class AnyQuantizer(Pretrained):
         return f"width={self.width}"
 
 
-class Quantizer(AnyQuantizer):
+class Quantizer(AnyQuantizer, FollowsSteps):
     """One codebook of `codes` rows of `width` channels, searched for the nearest row.
 
-    Subclasses give `codebook` and `lookup`; `prepare`, `assign`, `losses`, `pass_gradient` and
-    `update` are theirs to change.
+    Subclasses give `codebook` and `lookup`; `prepare`, `assign`, `losses`, `pass_gradient`,
+    `changes_by_steps` and `update` are theirs to change.
 
     Args:
         codes: number of codes.
@@ -199,11 +233,15 @@ class Quantizer(AnyQuantizer):
         if codes < 2:
             raise ValueError(f"codes {codes} < 2: a codebook needs at least two codes")
         self.codes = codes
+        check_choice("gradient", gradient, Gradient)
+        self.gradient: Gradient = gradient
         self.estimator = ESTIMATORS[gradient]
         self.weights = {"codebook": codebook_weight, "commitment": commitment_weight}
         self.counter = UsageCounter(codes, kind="codes")
         self.initialized: Tensor | None = None
         self._waits = False
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        """Latents and ids of the step so far, of codes that change by them."""
 
     @property
     def waits_for_data(self) -> bool:
@@ -235,8 +273,10 @@ class Quantizer(AnyQuantizer):
         losses = self.losses(z, e)
         weighted = [self.weights[name] * term for name, term in losses.items()]
         z_q = self.pass_gradient(z, e)
-        if self.training and not recomputing():
-            self.update(z.detach(), ids)
+        if self.changes_by_steps and self.collects:
+            self._seen.append((z.detach(), ids))
+            if not self.waits:
+                self.end_step()
         return Quantized(z_q, ids, sum(weighted, start=z.new_zeros(())), losses)
 
     def losses(
@@ -254,8 +294,33 @@ class Quantizer(AnyQuantizer):
         """The codes, with a gradient for the latents."""
         return self.estimator(z, e)
 
-    def update(self, z: Float[Tensor, "tokens width"], ids: Int[Tensor, " tokens"]) -> None:
-        """Called with prepared latents and their ids at the end of a training forward pass."""
+    @property
+    def changes_by_steps(self) -> bool:
+        """Whether `update` has something to do."""
+        return False
+
+    def update(
+        self,
+        z: Float[Tensor, "tokens width"],
+        ids: Int[Tensor, " tokens"],
+        parts: Sequence[int],
+    ) -> None:
+        """Change the codes by a step's latents and their ids.
+
+        Args:
+            z, ids: of all forward passes in training since the last step.
+            parts: how many latents each of them had.
+        """
+
+    def end_step(self) -> None:
+        if self._seen:
+            latents, ids = zip(*self._seen, strict=True)
+            self._seen = []
+            whole = (latents[0], ids[0]) if len(ids) == 1 else (torch.cat(latents), torch.cat(ids))
+            self.update(*whole, [len(part) for part in ids])
+
+    def drop_step(self) -> None:
+        self._seen = []
 
     @torch.no_grad()
     def soft_assign(
@@ -304,6 +369,34 @@ class Quantizer(AnyQuantizer):
         return f"codes={self.codes}, width={self.width}"
 
 
+def check_mask(mask: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError unless a mask is boolean and has the leading shape of the latents.
+
+    Integers would be read as row numbers.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask of {mask.dtype}: give booleans, such as mask != 0")
+    if mask.shape != torch.Size(shape):
+        raise ValueError(f"mask {tuple(mask.shape)} for latents {tuple(shape)}: use one shape")
+
+
+def check_each_once(levels: Sequence[AnyQuantizer], level: AnyQuantizer) -> None:
+    """Raise ValueError if one grid is to be of two sizes."""
+    if sum(other is level for other in levels) > 1:
+        name = type(level).__name__
+        raise ValueError(f"levels hold one {name} twice: make a new one for each, as grids shrink")
+
+
+def refuse_behind_others(level: AnyQuantizer, levels: Sequence[AnyQuantizer], place: int) -> None:
+    """Raise ValueError if codes of one length are to refine what other levels left over."""
+    if place:
+        name = type(level).__name__
+        raise ValueError(
+            f"level {place} of {len(levels)} is a {name}, whose codes are all of length 1, so that "
+            "they refine nothing: put it into a Projected, which learns their scale, or use another"
+        )
+
+
 def _weighted(out: Quantized, weight: Tensor) -> Quantized:
     terms = {name: weight * term for name, term in out.losses.items()}
     return out._replace(loss=weight * out.loss, losses=terms)
@@ -311,7 +404,9 @@ def _weighted(out: Quantized, weight: Tensor) -> Quantized:
 
 def _note_initialized(module: nn.Module, _: Any) -> None:
     assert isinstance(module, Quantizer)
-    module._waits = not bool(module.initialized)
+    assert module.initialized is not None
+    if not module.initialized.is_meta:
+        module._waits = not bool(module.initialized)
 
 
 def mean_squared_error(

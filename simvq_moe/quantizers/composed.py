@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from simvq_moe.core.choices import check_choice
 from simvq_moe.core.gradient import ESTIMATORS
 from simvq_moe.quantizers.base import AnyQuantizer, Quantized, Quantizer
+
+ResidualGradient = Literal["straight_through", "rotation"]
 
 
 class _Composed(AnyQuantizer):
@@ -23,7 +26,9 @@ class _Composed(AnyQuantizer):
     ) -> None:
         super().__init__(width, channels_first=channels_first)
         if len({part.id_axes for part in parts}) != 1:
-            raise ValueError("parts must all give as many ids a token: do not mix plain and nested")
+            raise ValueError(
+                "parts must all give as many ids a token: give one or more, plain or nested ones"
+            )
         self.parts = nn.ModuleList(parts)
         self.id_axes = parts[0].id_axes + 1
 
@@ -44,28 +49,36 @@ class ResidualQuantizer(_Composed):
     """Levels that each quantize what the levels before them left over; the output is their sum.
 
     Every level's losses reach the latents. The gradient of the output reaches them once, from the
-    sum of all levels, and the levels' own estimators are not used.
+    sum of all levels, and the levels' own estimators are not used. Grids (FSQ, LFQ) get finer from
+    level to level, as in vector-quantize-pytorch.
 
     Args:
         levels: quantizers of one width, the coarsest first.
         gradient: how the gradient of the output reaches the latents.
         channels_first: latents are (batch, width, ...) instead of (..., width).
+
+    Raises:
+        ValueError: there is no level, widths differ, or a level can't refine others.
     """
 
     def __init__(
         self,
         levels: Sequence[AnyQuantizer],
         *,
-        gradient: Literal["straight_through", "rotation"] = "straight_through",
+        gradient: ResidualGradient = "straight_through",
         channels_first: bool = False,
     ) -> None:
         widths = [level.width for level in levels]
         if len(set(widths)) != 1:
-            raise ValueError(f"levels of widths {widths}: give all levels one width")
+            raise ValueError(f"levels of widths {widths}: give one or more levels of one width")
+        check_choice("gradient", gradient, ResidualGradient)
+        for place, level in enumerate(levels):
+            level.join(levels, place)
         super().__init__(levels, widths[0], channels_first=channels_first)
         self.estimator = ESTIMATORS[gradient]
 
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
+        z = self._target(z)
         value = torch.zeros_like(z)
         outs: list[Quantized] = []
         for level in self:
@@ -77,6 +90,7 @@ class ResidualQuantizer(_Composed):
         return Quantized(self.estimator(z, value), ids, *_sum_of_losses(outs, [1.0] * len(outs)))
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, "tokens ..."]:
+        z = self._target(z)
         value = torch.zeros_like(z)
         ids: list[Tensor] = []
         for level in self:
@@ -89,9 +103,13 @@ class ResidualQuantizer(_Composed):
         return sum(codes[1:], start=codes[0])
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
+        z = self._target(z)
         for level in self:
             level.initialize(z)
             z = z - level.lookup(level.assign(z), z.dtype)
+
+    def _target(self, z: Tensor) -> Tensor:
+        return next(iter(self)).target(z)
 
 
 class GroupedQuantizer(_Composed):
@@ -127,6 +145,19 @@ class GroupedQuantizer(_Composed):
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         for head, share in self._shares(z):
             head.initialize(share)
+
+    def join(self, levels: Sequence[AnyQuantizer], place: int) -> None:
+        alike = [
+            level
+            for level in levels
+            if isinstance(level, GroupedQuantizer) and level.widths == self.widths
+        ]
+        place = sum(any(level is other for other in alike) for level in levels[:place])
+        for heads in zip(*alike, strict=True):
+            heads[place].join(heads, place)
+
+    def target(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+        return torch.cat([head.target(share) for head, share in self._shares(z)], -1)
 
     def _shares(self, z: Tensor) -> list[tuple[AnyQuantizer, Tensor]]:
         return list(zip(self, z.split(self.widths, -1), strict=True))

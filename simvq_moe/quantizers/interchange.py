@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from simvq_moe.core.choices import check_choice
 from simvq_moe.quantizers.simvq import SimVQ
 
 Layout = Literal["official", "vector_quantize_pytorch"]
@@ -54,8 +55,10 @@ def state_for(quantizer: SimVQ, layout: Layout) -> dict[str, Tensor]:
     """The state dict of the same codes in a foreign layout.
 
     Raises:
-        ValueError: the map is not a full matrix, which a linear layer needs.
+        ValueError: the layout is unknown, or the map is not a full matrix, which a linear layer
+            needs.
     """
+    check_choice("layout", layout, Layout)
     bank = quantizer.bank
     if bank.W is None or bank.transform != "linear":
         raise ValueError(f"transform {bank.transform!r} has no linear layer: fold() instead")

@@ -3,14 +3,15 @@ and IBQ (arXiv:2412.02692), where every code gets a gradient through the softmax
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.core.bank import Bank
+from simvq_moe.core.bank import Bank, wide
+from simvq_moe.core.choices import check_choice
 from simvq_moe.core.nearest import nearest, numbered
 from simvq_moe.quantizers.base import (
     Quantized,
@@ -19,8 +20,8 @@ from simvq_moe.quantizers.base import (
     mean_squared_error,
     random_codebook,
 )
-from simvq_moe.quantizers.ranks import copy_from_rank_0
-from simvq_moe.quantizers.simvq import moments
+from simvq_moe.quantizers.ranks import copy_from_rank_0, mean_assignment_entropy
+from simvq_moe.quantizers.simvq import MapInit, moments
 from simvq_moe.quantizers.vq import VQ, Init
 
 
@@ -44,11 +45,12 @@ class GroupVQ(Quantizer):
         width: int,
         *,
         groups: int,
-        init: Literal["identity", "data"] = "identity",
+        init: MapInit = "identity",
         **options: Any,
     ) -> None:
         super().__init__(codes, width, **options)
-        if codes % groups:
+        check_choice("init", init, MapInit)
+        if groups < 1 or codes % groups:
             raise ValueError(f"codes {codes} is no multiple of groups {groups}: change either")
         base = random_codebook(codes, width).unflatten(0, (groups, -1))
         self.bank = Bank(base, transform="separate", train_base=False, bias=True)
@@ -65,9 +67,9 @@ class GroupVQ(Quantizer):
         assert self.bank.bias is not None
         flat = ids.reshape(-1)
         group = flat // self.bank.base.shape[1]
-        rows = self.bank.base.flatten(0, 1)[flat].to(dtype or self.bank.base.dtype)
+        rows = self.bank.base.flatten(0, 1)[flat].to(wide(dtype) or self.bank.base.dtype)
         rows = map_by_group(rows, group, self.bank.W) + self.bank.bias.to(rows.dtype)[group]
-        return rows.reshape((*ids.shape, self.width))
+        return rows.reshape((*ids.shape, self.width)).to(dtype or rows.dtype)
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
         return nearest(z, self.bank.base.flatten(0, 1), W=self.bank.W, bias=self.bank.bias)
@@ -141,15 +143,21 @@ class MLPVQ(Quantizer):
         return self._map(self.base[ids], dtype)
 
     def _map(self, q: Tensor, dtype: torch.dtype | None) -> Tensor:
-        hidden = F.gelu(self.up(q.to(self.up.weight.dtype)))
-        return (q + self.down(hidden)).to(dtype or q.dtype)
+        compute = wide(dtype) or q.dtype
+        up, down = (
+            [p.to(compute) for p in (layer.weight, layer.bias)] for layer in (self.up, self.down)
+        )
+        hidden = F.gelu(F.linear(q.to(compute), *up))
+        return (q + F.linear(hidden, *down)).to(dtype or q.dtype)
 
 
 class IBQ(VQ):
     """Index backpropagation: the choice is the largest z · e, its gradient that of the softmax.
 
     z_q = one_hot(argmax p) E + (p - sg p) E with p = softmax(z E^T): all codes get a gradient, at
-    the price of a tokens x codes matrix. The term "index" is |z_q - z|^2 through both factors.
+    the price of a tokens x codes matrix. The term "index" is |z_q - z|^2 through both factors. Two
+    entropies of the assignment softmax(z E^T / temperature), in nats, join it as in `LFQ`: that of
+    each token shall be low, that of the mean over all tokens high.
 
     Args:
         codes: number of codes.
@@ -158,6 +166,9 @@ class IBQ(VQ):
         index_weight: weight of |z_q - z|^2.
         codebook_weight: beta, weight of |e - sg z|^2.
         commitment_weight: gamma, weight of |z - sg e|^2.
+        temperature: softness of the assignment whose entropies are measured.
+        entropy_weight: weight of the token entropy (lambda_E of the paper); 0: neither is computed.
+        diversity_weight: weight of the entropy of the mean assignment, relative to the former.
         channels_first: latents are (batch, width, ...) instead of (..., width).
     """
 
@@ -170,6 +181,9 @@ class IBQ(VQ):
         index_weight: float = 1.0,
         codebook_weight: float = 0.25,
         commitment_weight: float = 1.0,
+        temperature: float = 0.01,
+        entropy_weight: float = 0.05,
+        diversity_weight: float = 1.0,
         channels_first: bool = False,
     ) -> None:
         super().__init__(
@@ -180,7 +194,11 @@ class IBQ(VQ):
             commitment_weight=commitment_weight,
             channels_first=channels_first,
         )
+        self.temperature = temperature
         self.weights["index"] = index_weight
+        if entropy_weight:
+            self.weights["token_entropy"] = entropy_weight
+            self.weights["codebook_entropy"] = -entropy_weight * diversity_weight
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
         return numbered((z @ self.codebook(z.dtype).T).argmax(1), z)
@@ -193,8 +211,20 @@ class IBQ(VQ):
         e = E[ids]
         z_q = e + (p - p.detach()) @ E
         losses = self.losses(z, e) | {"index": mean_squared_error(z_q, z)}
+        if "token_entropy" in self.weights:
+            losses |= self._entropies(logits)
         loss = torch.stack([self.weights[name] * term for name, term in losses.items()]).sum()
         return Quantized(z_q, ids, loss, losses)
+
+    def _entropies(self, logits: Float[Tensor, "tokens codes"]) -> dict[str, Tensor]:
+        log_p = (logits / self.temperature).log_softmax(1)
+        p = log_p.exp()
+        return {
+            "token_entropy": -(p * log_p).sum() / max(len(logits), 1),
+            "codebook_entropy": mean_assignment_entropy(
+                p.sum(0), len(logits), all_ranks=self.training
+            ),
+        }
 
     def soft_assign(
         self,

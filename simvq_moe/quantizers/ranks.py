@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,24 @@ def differentiable_total(x: Tensor) -> Tensor:
     return added
 
 
+def mean_assignment_entropy(
+    summed: Float[Tensor, "*codes"], tokens: int, *, all_ranks: bool
+) -> Float[Tensor, ""]:
+    """Entropy, in nats, of the mean of soft assignments over tokens; it spreads codes.
+
+    Args:
+        summed: probabilities of each code, summed over this rank's tokens.
+        all_ranks: over the tokens of all ranks, which call it together; in evaluation they may have
+            different numbers of batches.
+    """
+    number = summed.new_tensor(tokens)
+    if all_ranks:
+        summed, number = differentiable_total(summed), total(number)
+    # the slope of -p log p at 0 is infinite, and the probability of a far code underflows to 0
+    mean = (summed / number.clamp_min(1)).clamp_min(torch.finfo(summed.dtype).tiny)
+    return torch.special.entr(mean).sum()
+
+
 def share_of_tokens(tokens: int, like: Tensor) -> Float[Tensor, ""]:
     """This rank's tokens over their mean over ranks; 0 where no rank has any."""
     mine = torch.tensor(float(tokens), dtype=like.dtype, device=like.device)
@@ -53,20 +72,28 @@ def copy_from_rank_0(x: Tensor) -> None:
 
 
 def sample(
-    rows: Float[Tensor, "tokens width"], n: int, seed: int
+    rows: Float[Tensor, "tokens width"], n: int, seed: int, parts: Sequence[int] | None = None
 ) -> Float[Tensor, "sampled width"]:
     """Up to n of all ranks' rows, drawn without replacement: the same rows on every rank.
 
-    The draw depends on the seed and on the joined batch in rank order alone.
+    The draw depends on the seed and on the joined batch alone, whose first rows are those of the
+    first part in rank order, and so on.
+
+    Args:
+        parts: how the rows of this rank are divided, into as many parts on every rank; None: not.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    sizes = torch.zeros(ranks, dtype=torch.int64, device=rows.device)
-    sizes[rank] = len(rows)
-    sizes = total(sizes).cpu()
+    mine = torch.tensor([len(rows)] if parts is None else list(parts))
+    sizes = torch.zeros(len(mine), ranks, dtype=torch.int64)
+    sizes[:, rank] = mine
+    sizes = total(sizes.to(rows.device)).cpu().flatten()
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(int(sizes.sum()), generator=generator)[:n]
-    local = chosen - int(sizes[:rank].sum())
-    mine = (local >= 0) & (local < len(rows))
+    ends = sizes.cumsum(0)
+    cell = torch.searchsorted(ends, chosen, right=True)
+    within = chosen - (ends - sizes)[cell]
+    here = cell % ranks == rank
+    local = (within + (mine.cumsum(0) - mine)[cell // ranks])[here]
     picked = rows.new_zeros(len(chosen), rows.shape[1])
-    picked[mine.to(rows.device)] = rows[local[mine].to(rows.device)]
+    picked[here.to(rows.device)] = rows[local.to(rows.device)]
     return total(picked)

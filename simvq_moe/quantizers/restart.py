@@ -6,6 +6,8 @@ and the codes of a grid follow from their ids.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -27,6 +29,7 @@ def restart_codes(
     idle: Bool[Tensor, " codes"],
     below: float,
     step: Int[Tensor, ""],
+    parts: Sequence[int],
     origin: Float[Tensor, "codes width"] | None = None,
 ) -> None:
     """Set rows of dead codes to latents, in place, and their averages of draws to one.
@@ -41,9 +44,12 @@ def restart_codes(
         idle: codes that nothing drew in this step. Others are alive again, and have a gradient.
         below: a code whose average is less than this is dead.
         step: number of the step, the seed of the draw.
+        parts: latents of each forward pass, of which every rank had as many: the draw is that of
+            one rank that saw the passes whole.
         origin: subtracted from the latents before they are written.
     """
-    _restart(rows, draws, z, idle, below, step, None if origin is None else origin.detach())
+    origin = None if origin is None else origin.detach()
+    _restart(rows, draws, z, idle, below, step, list(parts), origin)
 
 
 # an operator of its own, because it draws as many latents as there are dead codes: a compiler
@@ -52,7 +58,7 @@ def restart_codes(
     "simvq_moe::restart",
     mutates_args=("rows", "draws"),
     schema="(Tensor(a!) rows, Tensor(b!) draws, Tensor z, Tensor idle, float below, Tensor step, "
-    "Tensor? origin) -> ()",
+    "SymInt[] parts, Tensor? origin) -> ()",
 )
 def _restart(
     rows: Tensor,
@@ -61,10 +67,11 @@ def _restart(
     idle: Tensor,
     below: float,
     step: Tensor,
+    parts: list[int],
     origin: Tensor | None,
 ) -> None:
     dead = ((draws < below) & idle).nonzero().squeeze(1)
-    latents = sample(z, len(dead), seed=int(step)).to(rows.dtype)
+    latents = sample(z, len(dead), seed=int(step), parts=parts).to(rows.dtype)
     dead = dead[: len(latents)]
     rows[dead] = latents if origin is None else latents - origin[dead].to(rows.dtype)
     draws[dead] = 1

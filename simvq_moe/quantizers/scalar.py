@@ -3,11 +3,14 @@
 A code is a grid point: each channel is rounded on its own, and an id is the channels' level
 numbers in a mixed radix, computed in int64. There is nothing to search and nothing to collapse;
 LFQ and BSQ spread their codes by an entropy term instead.
+
+As residual levels grids get finer: each is as much smaller as the one before it has values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -18,20 +21,28 @@ from torch import Tensor
 
 from simvq_moe.core.gradient import straight_through
 from simvq_moe.core.nearest import numbered
-from simvq_moe.quantizers.base import Quantizer, mean_squared_error
-from simvq_moe.quantizers.ranks import differentiable_total, total
+from simvq_moe.quantizers.base import (
+    AnyQuantizer,
+    Quantizer,
+    check_each_once,
+    mean_squared_error,
+    refuse_behind_others,
+)
+from simvq_moe.quantizers.ranks import mean_assignment_entropy
 from simvq_moe.quantizers.vq import to_sphere
 
 
 class _Grid(Quantizer):
     """A quantizer whose codes follow from their ids."""
 
-    one: Tensor
-
     def __init__(self, codes: int, width: int, **options: Any) -> None:
         super().__init__(codes, width, **options)
-        # nothing else is stored that a change of the module's precision would change
-        self.register_buffer("one", torch.ones(()), persistent=False)
+        self.precision = torch.get_default_dtype()
+        """Of its codes; no tensor with it is stored, so that it follows the module's by itself."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.precision = fn(torch.empty(0, dtype=self.precision)).dtype
+        return super()._apply(fn, recurse)
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
         return self.lookup(torch.arange(self.codes, device=self.counter.counts.device), dtype)
@@ -47,6 +58,10 @@ class FSQ(_Grid):
 
     It has no loss of its own. Codes lie in [-1, 1].
 
+    Several of them as residual levels are vector-quantize-pytorch's ResidualFSQ: values lie evenly
+    in [-s, s] with s = 1, then 1 / levels, 1 / levels^2, ..., so that a level covers a cell of the
+    one before it. The first tanh is wide enough to leave the outermost cells whole.
+
     Args:
         levels: number of values of each channel; the width is their number.
         channels_first: latents are (batch, width, ...) instead of (..., width).
@@ -54,20 +69,47 @@ class FSQ(_Grid):
 
     levels: Tensor
     radix: Tensor
+    scale: Tensor | None
+    """(width,): s of a residual level; None: a quantizer by itself."""
 
     def __init__(self, levels: Sequence[int], *, channels_first: bool = False) -> None:
-        if min(levels) < 2:
+        if not levels or min(levels) < 2:
             raise ValueError(f"levels {list(levels)}: each channel needs at least 2 values")
         super().__init__(prod(levels), len(levels), channels_first=channels_first)
+        self.values = list(levels)
         radix = [prod(levels[:i]) for i in range(len(levels))]
-        self.register_buffer("levels", torch.tensor(list(levels)), persistent=False)
-        self.register_buffer("radix", torch.tensor(radix), persistent=False)
+        self.hold("levels", partial(torch.tensor, self.values))
+        self.hold("radix", partial(torch.tensor, radix))
+        self.scale = None
+        self.is_first_level = False
+
+    def join(self, levels: Sequence[AnyQuantizer], place: int) -> None:
+        grids = [level for level in levels if isinstance(level, FSQ)]
+        if len(grids) > 1:
+            check_each_once(levels, self)
+            before = [level for level in levels[:place] if isinstance(level, FSQ)]
+            cells = [prod(grid.values[i] for grid in before) for i in range(self.width)]
+            self.hold("scale", partial(torch.tensor, [1 / number for number in cells]))
+            self.is_first_level = place == 0
+
+    def target(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+        if not self.is_first_level:
+            return z
+        bound = (self.levels / (self.levels - 1)).to(z.dtype)
+        return torch.tanh(z / bound) * bound
 
     def prepare(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
-        return self._bounded(z) / (self.levels // 2)
+        if self.scale is None:
+            return self._bounded(z) / (self.levels // 2)
+        scale = self.scale.to(z.dtype)
+        return z.clamp(-scale, scale)
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
-        number = self._bounded(z).round().long() + self.levels // 2
+        if self.scale is None:
+            number = self._bounded(z).round().long() + self.levels // 2
+        else:
+            inside = (z / self.scale.to(z.dtype)).clamp(-1, 1)
+            number = ((self.levels - 1) * (inside + 1) / 2 + 0.5).floor().long()
         # tanh saturates half a thousandth outside, which is a level of its own beyond 1,000
         number = torch.minimum(number.clamp_min(0), self.levels - 1)
         return numbered((number * self.radix).sum(-1), z)
@@ -75,9 +117,12 @@ class FSQ(_Grid):
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
-        half = self.levels // 2
+        dtype = dtype or self.precision
         number = ids[..., None] // self.radix % self.levels
-        return (number - half).to(dtype or self.one.dtype) / half
+        if self.scale is None:
+            half = self.levels // 2
+            return (number - half).to(dtype) / half
+        return (number.to(dtype) * 2 / (self.levels - 1) - 1) * self.scale.to(dtype)
 
     def losses(
         self,
@@ -88,10 +133,17 @@ class FSQ(_Grid):
         return {}
 
     def _bounded(self, z: Tensor) -> Tensor:
-        """tanh scaled so that rounding gives `levels` integers; an even number lies off centre."""
-        half = (self.levels - 1).to(z.dtype) * (1 + 1e-3) / 2
+        """tanh scaled so that rounding gives `levels` integers; an even number lies off centre.
+
+        Of two values the bound is the paper's (appendix A.1), a little inside of the integers and
+        shifted by a tangent: a little outside, the second value would need |z| > 3.8.
+        """
+        two, steps = self.levels == 2, (self.levels - 1).to(z.dtype)
+        half = torch.where(two, steps * (1 - 1e-3) / 2, steps * (1 + 1e-3) / 2)
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0).to(z.dtype)
-        return torch.tanh(z + torch.atanh(offset / half)) * half - offset
+        ratio = offset / half
+        shift = torch.where(two, torch.tan(ratio), torch.atanh(torch.where(two, 0, ratio)))
+        return torch.tanh(z + shift) * half - offset
 
 
 class LFQ(_Grid):
@@ -130,12 +182,18 @@ class LFQ(_Grid):
             "token_entropy": entropy_weight,
             "codebook_entropy": -entropy_weight * diversity_weight,
         }
-        self.register_buffer("powers", 2 ** torch.arange(width - 1, -1, -1), persistent=False)
+        self.hold("powers", partial(torch.tensor, [2**bit for bit in range(width - 1, -1, -1)]))
+        self.halvings = 0
+        """Levels before this one, where it is a residual level."""
 
     @property
     def scale(self) -> float:
         """Absolute value of a code's channels."""
-        return 1.0
+        return 2.0**-self.halvings
+
+    def join(self, levels: Sequence[AnyQuantizer], place: int) -> None:
+        check_each_once(levels, self)
+        self.halvings = sum(isinstance(level, LFQ) for level in levels[:place])
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
         return numbered(((z > 0) * self.powers).sum(-1), z)
@@ -144,7 +202,7 @@ class LFQ(_Grid):
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
         bits = (ids[..., None] & self.powers) != 0
-        return (bits.to(dtype or self.one.dtype) * 2 - 1) * self.scale
+        return (bits.to(dtype or self.precision) * 2 - 1) * self.scale
 
     def losses(
         self, z: Float[Tensor, "tokens width"], e: Float[Tensor, "tokens width"]
@@ -152,21 +210,14 @@ class LFQ(_Grid):
         # log odds of each bit: 2 z c / temperature for c = +scale against -scale
         logits = 4 * self.scale * z / self.temperature
         token = (F.softplus(logits) - logits * logits.sigmoid()).sum() / max(len(z), 1)
+        upper, lower = logits.tensor_split([self.width // 2], dim=1)
+        # p(c | z) is a product of its halves' probabilities, so its mean is a matrix product
+        summed = _patterns(upper).T @ _patterns(lower)
         return {
             "commitment": mean_squared_error(z, e.detach()),
             "token_entropy": token,
-            "codebook_entropy": self._mean_assignment_entropy(logits),
+            "codebook_entropy": mean_assignment_entropy(summed, len(z), all_ranks=self.training),
         }
-
-    def _mean_assignment_entropy(self, logits: Tensor) -> Tensor:
-        upper, lower = logits.tensor_split([self.width // 2], dim=1)
-        # p(c | z) is a product of its halves' probabilities, so its mean is a matrix product
-        summed, tokens = _patterns(upper).T @ _patterns(lower), logits.new_tensor(len(logits))
-        if self.training:  # in evaluation ranks may have different numbers of batches
-            summed, tokens = differentiable_total(summed), total(tokens)
-        # the slope of -p log p at 0 is infinite, and the probability of a far code underflows to 0
-        mean = (summed / tokens.clamp_min(1)).clamp_min(torch.finfo(summed.dtype).tiny)
-        return torch.special.entr(mean).sum()
 
 
 def _patterns(logits: Float[Tensor, "tokens bits"]) -> Float[Tensor, "tokens patterns"]:
@@ -181,12 +232,16 @@ def _patterns(logits: Float[Tensor, "tokens bits"]) -> Float[Tensor, "tokens pat
 class BSQ(LFQ):
     """Binary spherical quantization: latents on the unit sphere, codes of +-1/sqrt(width).
 
-    The arguments are those of `LFQ`.
+    The arguments are those of `LFQ`. It is no residual level behind another, for its codes are all
+    of length 1.
     """
 
     @property
     def scale(self) -> float:
         return self.width**-0.5
+
+    def join(self, levels: Sequence[AnyQuantizer], place: int) -> None:
+        refuse_behind_others(self, levels, place)
 
     def prepare(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
         return to_sphere(z)

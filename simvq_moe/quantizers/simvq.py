@@ -9,10 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from simvq_moe.core.bank import Bank, Transform
+from simvq_moe.core.choices import check_choice
 from simvq_moe.core.nearest import nearest
 from simvq_moe.quantizers.base import Quantizer, random_codebook
 from simvq_moe.quantizers.ranks import copy_from_rank_0, total
 from simvq_moe.quantizers.vq import VQ
+
+MapInit = Literal["identity", "data"]
 
 
 class SimVQ(Quantizer):
@@ -41,10 +44,11 @@ class SimVQ(Quantizer):
         train_base: bool = False,
         bias: bool = False,
         base_width: int | None = None,
-        init: Literal["identity", "data"] = "identity",
+        init: MapInit = "identity",
         **options: Any,
     ) -> None:
         super().__init__(codes, width, **options)
+        check_choice("init", init, MapInit)
         if transform in ("low_rank", "separate"):
             raise ValueError(f"transform {transform!r} is for experts: use 'linear' or 'diagonal'")
         if init == "data" and transform == "none":
@@ -81,8 +85,14 @@ class SimVQ(Quantizer):
 
     def fold(self) -> VQ:
         """A plain VQ with the same codes: W and the bias are merged into the rows."""
-        folded = VQ(self.codes, self.width, channels_first=self.channels_first)
-        folded.estimator, folded.weights = self.estimator, dict(self.weights)
+        folded = VQ(
+            self.codes,
+            self.width,
+            gradient=self.gradient,
+            codebook_weight=self.weights["codebook"],
+            commitment_weight=self.weights["commitment"],
+            channels_first=self.channels_first,
+        )
         folded.bank = self.bank.fold()
         return folded.train(self.training)
 

@@ -3,6 +3,7 @@ exponential moving averages (its appendix A.1), or on the sphere (VQGAN-FC, arXi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,9 +11,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.core.bank import Bank
+from simvq_moe.core.bank import Bank, wide
+from simvq_moe.core.choices import check_choice
 from simvq_moe.core.nearest import nearest
-from simvq_moe.quantizers.base import Quantizer, mean_squared_error, random_codebook
+from simvq_moe.quantizers.base import (
+    AnyQuantizer,
+    Quantized,
+    Quantizer,
+    mean_squared_error,
+    random_codebook,
+    refuse_behind_others,
+)
 from simvq_moe.quantizers.ranks import copy_from_rank_0, sample, total
 from simvq_moe.quantizers.restart import check_restart, restart_codes
 
@@ -49,35 +58,56 @@ class VQ(Quantizer):
         **options: Any,
     ) -> None:
         super().__init__(codes, width, **options)
+        check_choice("init", init, Init)
         check_restart(restart)
         self.restart = restart
         self.bank = Bank(random_codebook(codes, width), transform="none")
         # restarts move a buffer that is added to the learned rows, because an optimizer with
         # weights of its own (DeepSpeed, FSDP) would undo a change of the parameter
         self.moved: Tensor | None = None
+        self._base: Tensor | None = None
         if restart:
             del self.moved
-            self.register_buffer("moved", torch.zeros(codes, width))
-            self.register_buffer("draws", torch.ones(codes))
+            self.register_average("moved", torch.zeros(codes, width), torch.float32)
+            self.register_average("draws", torch.ones(codes), torch.float32)
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         if init == "kmeans":
             self._wait_for_data()
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
-        rows = self.bank.rows(dtype)
-        return rows if self.moved is None else rows + self.moved.to(rows.dtype)
+        if self.moved is None:
+            return self.bank.rows(dtype)
+        rows = self.bank.rows(wide(dtype))
+        return (rows + self.moved.to(rows.dtype)).to(dtype or rows.dtype)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
-        rows = self.bank.lookup(ids, dtype)
-        return rows if self.moved is None else rows + self.moved[ids].to(rows.dtype)
+        if self.moved is None:
+            return self.bank.lookup(ids, dtype)
+        rows = self.bank.lookup(ids, wide(dtype))
+        return (rows + self.moved[ids].to(rows.dtype)).to(dtype or rows.dtype)
+
+    @property
+    def changes_by_steps(self) -> bool:
+        return self.moved is not None
+
+    def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
+        if self.waits and self.moved is not None and self.collects and not self._seen:
+            # what restarts are measured from: an optimizer moves the rows before the step's end,
+            # and what shards them over ranks takes them away
+            self._base = self.bank.base.detach().clone()
+        return super().quantize(z)
 
     @torch.no_grad()
-    def update(self, z: Float[Tensor, "tokens width"], ids: Int[Tensor, " tokens"]) -> None:
+    def update(
+        self,
+        z: Float[Tensor, "tokens width"],
+        ids: Int[Tensor, " tokens"],
+        parts: Sequence[int],
+    ) -> None:
         """Restart the codes that are no longer drawn."""
-        if self.moved is None:
-            return
+        assert self.moved is not None
         ones = self.draws.new_ones(len(ids))
         drawn = total(self.draws.new_zeros(self.codes).index_add_(0, ids, ones))
         self.draws.lerp_(drawn, 1 - DRAWS_DECAY)
@@ -88,9 +118,15 @@ class VQ(Quantizer):
             idle=drawn == 0,
             below=self.restart,
             step=self.step,
-            origin=self.bank.base,
+            parts=parts,
+            origin=self.bank.base if self._base is None else self._base,
         )
         self.step += 1
+        self._base = None
+
+    def drop_step(self) -> None:
+        super().drop_step()
+        self._base = None
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         self.bank.base.copy_(kmeans(self.prepare(z), self.codebook(z.dtype)))
@@ -101,18 +137,24 @@ class CosineVQ(VQ):
     """A codebook on the unit sphere: latents and codes are l2-normalized before they meet.
 
     Published at width 8, between projections (`Projected`), where it is known as factorized codes.
+    By itself it is no residual level behind another, for its codes are all of length 1.
     """
+
+    def join(self, levels: Sequence[AnyQuantizer], place: int) -> None:
+        refuse_behind_others(self, levels, place)
 
     def prepare(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
         return to_sphere(z)
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
-        return to_sphere(super().codebook(dtype))
+        rows = to_sphere(super().codebook(wide(dtype)))
+        return rows.to(dtype or rows.dtype)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
-        return to_sphere(super().lookup(ids, dtype))
+        rows = to_sphere(super().lookup(ids, wide(dtype)))
+        return rows.to(dtype or rows.dtype)
 
 
 class EMAVQ(Quantizer):
@@ -151,14 +193,15 @@ class EMAVQ(Quantizer):
         **options: Any,
     ) -> None:
         super().__init__(codes, width, **options)
+        check_choice("init", init, Init)
         check_restart(restart)
         self.decay = decay
         self.epsilon = epsilon
         self.restart = restart
         start = random_codebook(codes, width)
-        self.register_buffer("codes_now", start)
-        self.register_buffer("sums", start.clone())
-        self.register_buffer("counts", torch.ones(codes))
+        self.register_average("codes_now", start, torch.float32)
+        self.register_average("sums", start.clone(), torch.float32)
+        self.register_average("counts", torch.ones(codes), torch.float32)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         if init == "kmeans":
             self._wait_for_data()
@@ -181,8 +224,17 @@ class EMAVQ(Quantizer):
         self.sums.copy_(self.codes_now)
         self._started()
 
+    @property
+    def changes_by_steps(self) -> bool:
+        return True
+
     @torch.no_grad()
-    def update(self, z: Float[Tensor, "tokens width"], ids: Int[Tensor, " tokens"]) -> None:
+    def update(
+        self,
+        z: Float[Tensor, "tokens width"],
+        ids: Int[Tensor, " tokens"],
+        parts: Sequence[int],
+    ) -> None:
         """Move the averages by the batch of all ranks."""
         sums, drawn = assigned(z.to(self.sums.dtype), ids, self.codes)
         self.sums.lerp_(sums, 1 - self.decay)
@@ -190,7 +242,13 @@ class EMAVQ(Quantizer):
         if self.restart:
             # sums and counts, or the next average would undo the restart
             restart_codes(
-                self.sums, self.counts, z, idle=drawn == 0, below=self.restart, step=self.step
+                self.sums,
+                self.counts,
+                z,
+                idle=drawn == 0,
+                below=self.restart,
+                step=self.step,
+                parts=parts,
             )
         all_counts = self.counts.sum()
         smoothed = (self.counts + self.epsilon) / (all_counts + self.codes * self.epsilon)

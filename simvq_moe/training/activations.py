@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from simvq_moe.config import Config
+from simvq_moe.core.state import held_tensors
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock
 from simvq_moe.models.language_model import LanguageModel
@@ -46,7 +47,8 @@ def activation_bytes(model: LanguageModel, tokens: int, size: int) -> int:
 def saved_bytes(model: nn.Module, batch: Tensor) -> tuple[int, Tensor]:
     """Bytes of all storages that autograd keeps in `model(batch)` but the model's own, and its
     loss."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    tensors = (*model.parameters(), *model.buffers(), *held_tensors(model))
+    own = {t.untyped_storage().data_ptr() for t in tensors}
     found: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -127,28 +127,33 @@ def build_quantizer(config: QuantizerConfig) -> AnyQuantizer:
 
 
 def _one_level(q: QuantizerConfig) -> AnyQuantizer:
-    weights: dict[str, Any] = {"commitment_weight": q.commitment_weight, "gradient": q.gradient}
-    both: dict[str, Any] = weights | {"codebook_weight": q.codebook_weight}
+    own = {name: getattr(q, name) for name in ("codebook_weight", "commitment_weight")}
+    # what is None is the class's own
+    both: dict[str, Any] = {name: weight for name, weight in own.items() if weight is not None}
+    commitment = {k: w for k, w in both.items() if k == "commitment_weight"}
+    entropy: dict[str, Any] = {}
+    if q.entropy_weight is not None:
+        entropy["entropy_weight"] = q.entropy_weight
+    gradient: dict[str, Any] = {"gradient": q.gradient}
     from_data: dict[str, Any] = {} if q.init == "default" else {"init": q.init}
     if q.kind == "simvq":
         shape = {"transform": q.transform, "base_width": q.base_width}
         learned = {"train_base": q.train_base, "bias": q.bias}
-        return SimVQ(q.codes, q.width, **shape, **learned, **both, **from_data)
+        return SimVQ(q.codes, q.width, **shape, **learned, **both, **gradient, **from_data)
     if q.kind == "ema":
         averages = {"decay": q.decay, "restart": q.restart}
-        return EMAVQ(q.codes, q.width, **averages, **weights, **from_data)
+        return EMAVQ(q.codes, q.width, **averages, **commitment, **gradient, **from_data)
     if q.kind == "fsq":
         return FSQ(q.levels)
     if q.kind in ("lfq", "bsq"):
         family = LFQ if q.kind == "lfq" else BSQ
-        return family(q.width, commitment_weight=q.commitment_weight)
+        return family(q.width, **commitment, **entropy)
     if q.kind == "group_vq":
         assert q.groups is not None
-        return GroupVQ(q.codes, q.width, groups=q.groups, **both, **from_data)
+        return GroupVQ(q.codes, q.width, groups=q.groups, **both, **gradient, **from_data)
     if q.kind == "mlp_vq":
-        return MLPVQ(q.codes, q.width, **both)
+        return MLPVQ(q.codes, q.width, **both, **gradient)
     if q.kind == "ibq":
-        weights = {"codebook_weight": q.codebook_weight, "commitment_weight": q.commitment_weight}
-        return IBQ(q.codes, q.width, **weights)
+        return IBQ(q.codes, q.width, **both, **entropy)
     family = CosineVQ if q.kind == "cosine_vq" else VQ
-    return family(q.codes, q.width, restart=q.restart, **both, **from_data)
+    return family(q.codes, q.width, restart=q.restart, **both, **gradient, **from_data)

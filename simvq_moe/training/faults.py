@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from simvq_moe.core.state import held_tensors
 from simvq_moe.training.engine import World
 
 T = TypeVar("T")
@@ -103,13 +104,14 @@ class Agreement:
 
 
 class Undo:
-    """Puts a model's buffers back as they were before a step: moving averages, counts, sums.
+    """Puts a model's buffers and what its modules hold back as they were before a step: moving
+    averages, counts, sums.
 
     Parameters need no copy, for the engine leaves out a step whose gradient is not finite.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.buffers = list(model.buffers())
+        self.buffers = [*model.buffers(), *held_tensors(model)]
         self.kept = [buffer.clone() for buffer in self.buffers]
         self.versions = [buffer._version for buffer in self.buffers]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from simvq_moe.config import Config
+from simvq_moe.core.after_step import after_step, drop_step, follow_steps, followers
 from simvq_moe.core.nearest import NotFiniteError
 from simvq_moe.core.usage import counters
 from simvq_moe.data.documents import CorruptDataError
@@ -28,7 +29,6 @@ from simvq_moe.data.streaming import TextStream
 from simvq_moe.files import write_atomically
 from simvq_moe.merging import ConfigError, to_yaml
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.moe.after_step import StepState, after_step
 from simvq_moe.training import checkpoint
 from simvq_moe.training.banks import Banks
 from simvq_moe.training.cost import cost_of, peak_memory
@@ -95,7 +95,8 @@ class Trainer:
             self.task.start(torch.cat(self._read()).to(world.device))
             self.position = {}
         self.counters = counters(self.task.model)
-        self.has_step_state = any(isinstance(m, StepState) for m in self.task.model.modules())
+        follow_steps(self.task.model)
+        self.has_step_state = bool(followers(self.task.model))
         self.banks = Banks(self.task.model, self.counters)
         self.peak = config.train.peak_flops or device_peak(world.device, config.train.dtype)
         self.cost = cost_of(self.task.model, config, world.size, run_samples=bool(self.peak))
@@ -250,6 +251,7 @@ class Trainer:
         if self.undo is None or (not finite and self.config.train.on_not_finite == "stop"):
             raise TrainingFailed(f"step {self.step + 1}: {what}; {self._last_good()}")
         self.undo.undo()
+        drop_step(self.task.model)
         if finite and self.engine.fp16_enabled():
             return
         if self.skipped_in_a_row + 1 == SKIPPED_IN_A_ROW:

@@ -71,6 +71,15 @@ def test_the_search_is_the_kernels_and_equals_float64_brute_force() -> None:
     assert torch.equal(nearest(z, q, W=W, bias=b), exact)
 
 
+@runs
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_the_kernel_finds_the_nearest_code_far_from_the_origin_too(offset: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    z, e = (torch.randn(n, 24, generator=g) + offset for n in (90, 2500))
+    exact = (z.double()[:, None] - e.double()).square().sum(-1).argmin(1)
+    assert torch.equal(nearest(z.to(DEVICE), e.to(DEVICE)).cpu(), exact)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
 def test_it_compiles_to_machine_code_for_an_h100_in_float32_throughout() -> None:
     from triton import compile, jit

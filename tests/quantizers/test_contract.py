@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
-from simvq_moe.core.usage import counters
+from simvq_moe.core.usage import counters, counting
 from simvq_moe.hub import Pretrained
 from simvq_moe.quantizers import (
     BSQ,
@@ -27,7 +27,9 @@ from simvq_moe.quantizers import (
     GroupedQuantizer,
     GroupVQ,
     Projected,
+    Quantizer,
 )
+from simvq_moe.quantizers.interchange import state_for
 
 FAMILIES: dict[str, Callable[..., AnyQuantizer]] = {
     "vq": lambda **o: VQ(12, 4, **o),
@@ -56,6 +58,7 @@ FAMILIES: dict[str, Callable[..., AnyQuantizer]] = {
     "residual rotation": lambda **o: ResidualQuantizer(
         [EMAVQ(12, 4), FSQ([3] * 4)], gradient="rotation", **o
     ),
+    "residual grids": lambda **o: ResidualQuantizer([FSQ([5, 2]), FSQ([5, 2]), LFQ(2)], **o),
     "grouped": lambda **o: GroupedQuantizer([VQ(12, 4, init="kmeans"), LFQ(3)], **o),
     "grouped residual": lambda **o: GroupedQuantizer(
         [ResidualQuantizer([SimVQ(5, 2), SimVQ(6, 2)]) for _ in range(2)], **o
@@ -272,6 +275,127 @@ def assert_compiled_equals_eager(
 def test_a_wrong_width_names_the_shape() -> None:
     with pytest.raises(ValueError, match=r"latents \(2, 5\) have 5 channels on axis -1"):
         VQ(4, 3)(torch.zeros(2, 5))
+
+
+def trained_module(name: str) -> AnyQuantizer:
+    torch.manual_seed(0)
+    quantizer = FAMILIES[name]()
+    train_one_step(quantizer)
+    with torch.no_grad():
+        for p in quantizer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return quantizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_a_narrow_dtype_is_decoded_as_it_was_quantized(name: str, dtype: torch.dtype) -> None:
+    quantizer = trained_module(name).eval()
+    z = torch.randn(40, quantizer.width).to(dtype)
+    for module in (quantizer, copy.deepcopy(quantizer).to(dtype)):
+        out = module(z)
+        found = module.decode(out.ids, dtype)
+        assert found.dtype == dtype
+        assert torch.equal(found, out.z_q)
+        if isinstance(module, Quantizer):
+            book = module.codebook(dtype)
+            assert book.dtype == dtype
+            assert torch.equal(book[out.ids], out.z_q)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_it_works_in_inference_mode_wherever_it_was_made(name: str, tmp_path: Path) -> None:
+    quantizer = trained_module(name).eval()
+    z = torch.randn(7, quantizer.width)
+    expected = quantizer(z)
+    quantizer.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        assert torch.equal(quantizer(z).z_q, expected.z_q)
+        inside = AnyQuantizer.from_pretrained(tmp_path).eval()
+        for module in (inside, copy.deepcopy(inside), copy.deepcopy(inside).double()):
+            with counting(module):
+                assert torch.equal(module(z).ids, expected.ids)
+                assert torch.equal(module.encode(z), expected.ids)
+            module.decode(expected.ids)
+    # and what inference mode made, outside of it
+    assert torch.equal(inside.encode(z), expected.ids)
+    with torch.no_grad(), counting(inside) as found:
+        assert torch.equal(inside(z).ids, expected.ids)
+        assert all(int(counter.counts.sum()) > 0 for counter in found)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_built_on_the_meta_device_and_filled_it_is_what_it_was(name: str) -> None:
+    whole = trained_module(name).eval()
+    z = torch.randn(9, whole.width)
+    for assign in (False, True):
+        with torch.device("meta"):
+            empty = FAMILIES[name]()
+        if not assign:
+            empty = empty.to_empty(device="cpu")
+            for tensor in (*empty.buffers(), *empty.parameters()):
+                tensor.detach().fill_(7)
+        empty.load_state_dict(copy.deepcopy(whole.state_dict()), assign=assign)
+        assert torch.equal(empty.eval()(z).ids, whole(z).ids)
+        assert torch.equal(empty(z).z_q, whole(z).z_q)
+        assert empty.waits_for_data == whole.waits_for_data
+        for counter in counters(empty):
+            assert int(counter.counts.sum()) == 0
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_ids_of_every_integer_dtype_are_meant_and_others_are_refused(name: str) -> None:
+    quantizer = trained_module(name).eval()
+    ids = quantizer.encode(torch.randn(6, quantizer.width))
+    expected = quantizer.decode(ids)
+    kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
+    for dtype in kinds:
+        assert torch.equal(quantizer.decode(ids.to(dtype)), expected)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        for dtype in (torch.bool, torch.float32):
+            with pytest.raises(ValueError, match=r"ids of torch\..*: give integers"):
+                quantizer.decode(ids.to(dtype))
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_mask_that_is_not_boolean_or_of_another_shape_is_refused() -> None:
+    z, mask = torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
+    quantizer = VQ(8, 4)
+    for dtype in (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32):
+        for call in (quantizer, quantizer.encode, quantizer.initialize):
+            if call == quantizer.initialize:
+                call = VQ(8, 4, init="kmeans").initialize
+            with pytest.raises(ValueError, match=r"mask of torch\..*: give booleans, such as mask"):
+                call(z, mask.to(dtype))
+        with pytest.raises(ValueError, match="give booleans"):
+            quantizer.soft_assign(z, 2, mask.to(dtype))
+    with pytest.raises(ValueError, match=r"mask \(2,\) for latents \(2, 3\): use one shape"):
+        quantizer(z, mask[:, 0])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_word_that_is_no_choice_is_refused_with_the_choices() -> None:
+    wrong: dict[str, Callable[..., Any]] = {
+        "gradient": lambda **o: VQ(8, 4, **o),
+        "init": lambda **o: VQ(8, 4, **o),
+        "transform": lambda **o: SimVQ(8, 4, **o),
+    }
+    for name, build in wrong.items():
+        with pytest.raises(ValueError, match=rf"{name} 'mine': choose one of '\w+', '\w+'"):
+            build(**{name: "mine"})
+    for build in (EMAVQ, SimVQ, CosineVQ, IBQ):
+        with pytest.raises(ValueError, match=r"init 'mine': choose one of"):
+            build(8, 4, init="mine")
+    with pytest.raises(ValueError, match=r"init 'mine': choose one of"):
+        GroupVQ(8, 4, groups=2, init="mine")
+    for gradient in ("mine", "diveq"):
+        with pytest.raises(ValueError, match=rf"gradient '{gradient}': choose one of"):
+            ResidualQuantizer([VQ(8, 4)], gradient=gradient)
+    with pytest.raises(ValueError, match=r"layout 'mine': choose one of 'official'"):
+        state_for(SimVQ(8, 4), "mine")
 
 
 def test_one_code_is_no_codebook() -> None:

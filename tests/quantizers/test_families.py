@@ -31,9 +31,11 @@ def test_fsq_rounds_the_bounded_latent_and_counts_in_mixed_radix() -> None:
     levels = [8, 5, 2]
     quantizer = FSQ(levels).double()
     z = (3 * torch.randn(50, 3, dtype=torch.float64)).requires_grad_()
-    half = torch.tensor([(n - 1) * 1.001 / 2 for n in levels], dtype=torch.float64)
+    # half of levels - 1, a thousandth outside, and of two values inside, as the paper has it
+    half = torch.tensor([3.5035, 2.002, 0.4995], dtype=torch.float64)
     offset = torch.tensor([0.5, 0, 0.5], dtype=torch.float64)
-    bounded = torch.tanh(z + torch.atanh(offset / half)) * half - offset
+    shift = torch.cat([torch.atanh(offset[:2] / half[:2]), torch.tan(offset[2:] / half[2:])])
+    bounded = torch.tanh(z + shift) * half - offset
     width = torch.tensor([4, 2, 1])
     number = bounded.round().long() + width
     out = quantizer(z)
@@ -126,10 +128,15 @@ def test_ibq_gives_every_code_the_gradient_of_the_softmax() -> None:
     assert torch.equal(out.ids, p.argmax(1))
     z_q = (hard + p - p.detach()) @ E
     e = hard @ E
+    # the entropies as in the published code, temperature 0.01 and weight 0.05
+    log_soft = (z @ E.T / 0.01).log_softmax(1)
+    soft = log_soft.exp()
+    token, mean = -(soft * log_soft).sum(1).mean(), soft.mean(0)
     naive = (
         (z_q - z).square().mean()
         + (z - e.detach()).square().mean()
         + 0.25 * (e - z.detach()).square().mean()
+        + 0.05 * (token + (mean * mean.log()).sum())
     )
     assert_close(out.loss, naive)
     weights = torch.randn(6, 4, dtype=torch.float64)
@@ -278,3 +285,22 @@ def test_parts_that_do_not_fit_together_are_named() -> None:
         GroupedQuantizer([VQ(4, 3), ResidualQuantizer([VQ(4, 3)])])
     with pytest.raises(ValueError, match="at least 2 values"):
         FSQ([4, 1])
+
+
+def test_two_values_a_channel_use_their_codes_and_pass_a_gradient() -> None:
+    torch.manual_seed(0)
+    quantizer = FSQ([2] * 6)
+    z = torch.randn(5000, 6, requires_grad=True)
+    out = quantizer(z)
+    # the threshold is the tangent's, tan(0.5 / 0.4995)
+    assert torch.equal(out.z_q > -0.5, z > -torch.tan(torch.tensor(0.5 / 0.4995)))
+    assert len(out.ids.unique()) > 32
+    slope = torch.autograd.grad(out.z_q.sum(), z)[0]
+    assert float(slope.median()) > 0.05
+    assert len(quantizer.codebook().unique(dim=0)) == 64
+
+
+def test_no_entropy_weight_leaves_the_entropies_of_ibq_out() -> None:
+    torch.manual_seed(0)
+    out = IBQ(9, 4, entropy_weight=0.0)(torch.randn(6, 4))
+    assert set(out.losses) == {"codebook", "commitment", "index"}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from simvq_moe.config import Config
+from simvq_moe import EMAVQ, FSQ, LFQ, VQ, SimVQ
+from simvq_moe.config import Config, QuantizerConfig
 from simvq_moe.config_checks import check
 from simvq_moe.merging import ConfigError, with_flags
 from simvq_moe.models.image_tokenizer import ImageTokenizer
-from simvq_moe.training.building import build_model
+from simvq_moe.quantizers import BSQ, IBQ, MLPVQ, CosineVQ, GroupVQ, Quantizer
+from simvq_moe.training.building import build_model, build_quantizer
 from simvq_moe.training.engine import World
 from tests.short_training import train_two_steps
 
@@ -83,3 +87,57 @@ def test_vq_and_simvq_start_from_the_same_codebook() -> None:
     assert isinstance(simvq, ImageTokenizer)
     ids = torch.arange(64)
     assert_close(vq.quantizer.decode(ids), simvq.quantizer.decode(ids), rtol=0, atol=0)
+
+
+BY_CLASS = {
+    "vq": VQ(16, 4),
+    "ema": EMAVQ(16, 4),
+    "simvq": SimVQ(16, 4),
+    "cosine_vq": CosineVQ(16, 4),
+    "group_vq": GroupVQ(16, 4, groups=2),
+    "mlp_vq": MLPVQ(16, 4),
+    "fsq": FSQ([2, 2, 2, 2]),
+    "lfq": LFQ(4),
+    "bsq": BSQ(4),
+    "ibq": IBQ(16, 4),
+}
+EXTRA = {"fsq": {"levels": (2, 2, 2, 2)}, "group_vq": {"groups": 2}}
+WEIGHTS = {
+    "codebook_weight": ("vq", "simvq", "cosine_vq", "group_vq", "mlp_vq", "ibq"),
+    "commitment_weight": tuple(kind for kind in BY_CLASS if kind != "fsq"),
+    "entropy_weight": ("lfq", "bsq", "ibq"),
+}
+
+
+@pytest.mark.parametrize("kind", list(BY_CLASS))
+def test_a_quantizer_by_config_is_that_of_its_class(kind: str) -> None:
+    config: Any = QuantizerConfig(kind=kind, codes=16, width=4, **EXTRA.get(kind, {}))
+    made, own = build_quantizer(config), BY_CLASS[kind]
+    assert isinstance(made, Quantizer)
+    assert type(made) is type(own)
+    assert used_weights(made) == used_weights(own)
+    plain = {"training", "gradient", "decay", "epsilon", "restart", "temperature", "codes", "width"}
+    for name in plain & vars(own).keys():
+        assert getattr(made, name) == getattr(own, name), name
+
+
+@pytest.mark.parametrize("option", list(WEIGHTS))
+@pytest.mark.parametrize("kind", list(BY_CLASS))
+def test_a_weight_reaches_its_kind_and_others_refuse_it_by_name(kind: str, option: str) -> None:
+    quantizer: Any = QuantizerConfig(
+        kind=kind, codes=16, width=4, **EXTRA.get(kind, {}), **{option: 0.7}
+    )
+    if kind not in WEIGHTS[option]:
+        with pytest.raises(ConfigError, match=rf"quantizer\.{option} 0\.7 means nothing to"):
+            check(Config(quantizer=quantizer))
+        return
+    check(Config(quantizer=quantizer))
+    made = build_quantizer(quantizer)
+    assert isinstance(made, Quantizer)
+    assert 0.7 in made.weights.values()
+
+
+def used_weights(quantizer: Quantizer) -> dict[str, float]:
+    """Those of terms that its loss has."""
+    losses = copy.deepcopy(quantizer)(torch.randn(5, 4)).losses
+    return {name: weight for name, weight in quantizer.weights.items() if name in losses}

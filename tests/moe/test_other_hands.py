@@ -1,0 +1,176 @@
+"""An MoE layer in other hands: saved, folded, built on meta, in inference mode, under DDP."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from simvq_moe import MoE
+from simvq_moe.core.after_step import after_step
+from simvq_moe.core.usage import counters, counting
+from simvq_moe.moe.measures import label_counts
+from simvq_moe.moe.routers import build_router
+
+WIDTH, EXPERTS, VOCABULARY = 8, 4, 11
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "maps": {"expert_in_map": "linear", "expert_out_map": "low_rank", "router_map": "diagonal"},
+    "separate": {"expert_in_map": "separate", "expert_out_map": "separate"},
+    "bias": {"expert_out_map": "linear", "expert_out_bias": True},
+    "frozen": {"train_router_base": False, "router_map": "linear", "router_base_width": 3},
+    "noisy": {"router": "noisy_topk"},
+    "cosine": {"router": "cosine", "router_map": "linear"},
+    "hyper": {"router": "hyper"},
+    "distance": {"router": "distance", "router_map": "linear", "router_init": "data"},
+    "selves": {"router": "self_selecting", "expert_in_map": "linear", "expert": "swiglu"},
+    "expert choice": {"router": "expert_choice", "gates": "softmax_topk"},
+    "hash": {"router": "hash", "vocabulary": VOCABULARY},
+    "centred": {"centre_router_input": True, "shared_experts": 1},
+    "loss-free": {"balance": "loss_free", "gates": "sigmoid"},
+    "quantile": {"balance": "quantile", "capacity_factor": 1.0},
+}
+IDS = torch.randint(VOCABULARY, (20,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=list(KINDS))
+def build(request: pytest.FixtureRequest) -> Callable[[], MoE]:
+    return partial(MoE, WIDTH, 6, EXPERTS, 2, **KINDS[request.param])
+
+
+def trained(build: Callable[[], MoE]) -> MoE:
+    torch.manual_seed(0)
+    layer = build()
+    layer(torch.randn(20, WIDTH), IDS)
+    after_step(layer)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return layer.eval()
+
+
+def test_built_on_the_meta_device_and_filled_it_is_what_it_was(build: Callable[[], MoE]) -> None:
+    whole, x = trained(build), torch.randn(20, WIDTH)
+    for assign in (False, True):
+        with torch.device("meta"):
+            empty = build()
+        if not assign:
+            empty = empty.to_empty(device="cpu")
+            for tensor in (*empty.buffers(), *empty.parameters()):
+                tensor.detach().fill_(7)
+        empty.load_state_dict(copy.deepcopy(whole.state_dict()), assign=assign)
+        assert torch.equal(empty.eval()(x, IDS), whole(x, IDS))
+        twin = copy.deepcopy(whole)
+        for layer in (empty, twin):
+            torch.manual_seed(1)
+            layer.train()(x, IDS)
+            after_step(layer)
+        assert_close(empty.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+def test_it_works_in_inference_mode_wherever_it_was_made(build: Callable[[], MoE]) -> None:
+    whole, x = trained(build), torch.randn(20, WIDTH)
+    expected = whole(x, IDS)
+    with torch.inference_mode():
+        inside = build().eval()
+        inside.load_state_dict(whole.state_dict())
+        assert torch.equal(whole(x, IDS), expected)
+        with counting(inside):
+            assert torch.equal(inside(x, IDS), expected)
+    with torch.no_grad(), counting(inside) as found:
+        inside(x, IDS)
+        assert all(int(counter.counts.sum()) > 0 for counter in found)
+
+
+def test_saved_and_folded_it_comes_back_as_it_was(build: Callable[[], MoE], tmp_path: Path) -> None:
+    whole, x = trained(build), torch.randn(20, WIDTH)
+    for i, layer in enumerate((whole, copy.deepcopy(whole).double().fold())):
+        layer.float().save_pretrained(tmp_path / str(i))
+        back = MoE.from_pretrained(tmp_path / str(i)).eval()
+        assert torch.equal(back(x, IDS), layer(x, IDS))
+        assert back.state_dict().keys() == layer.state_dict().keys()
+        learned = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (back, layer)]
+        assert learned[0] == learned[1]
+
+
+def test_slow_averages_keep_their_precision(build: Callable[[], MoE]) -> None:
+    layer = trained(build)
+    before = {k: v for k, v in layer.state_dict().items() if k.endswith((".mean", "on.bias"))}
+    layer.bfloat16()
+    for name, value in before.items():
+        assert torch.equal(layer.state_dict()[name], value), name
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("kind", ["loss-free", "quantile", "centred", "plain"])
+def test_counts_and_sums_are_no_buffers_that_ddp_would_overwrite(kind: str) -> None:
+    layer = MoE(WIDTH, 6, EXPERTS, 2, **KINDS[kind])
+    names = {name for name, _ in layer.named_buffers()}
+    assert not {name for name in names if name.endswith(("counts", "pending"))}
+    parallel = DistributedDataParallel(layer)
+    parallel(torch.randn(20, WIDTH))
+    assert int(counters(layer)[0].counts.sum()) == 40
+
+
+def test_token_ids_of_every_integer_dtype_are_meant() -> None:
+    layer, x = trained(partial(MoE, WIDTH, 6, EXPERTS, 2, **KINDS["hash"])), torch.randn(20, WIDTH)
+    expected = layer(x, IDS)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16):
+        assert torch.equal(layer(x, IDS.to(dtype)), expected)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=r"token_ids of torch\.bool: give integers"):
+            layer(x, IDS > 3)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_narrow_ids_and_labels_do_not_overflow() -> None:
+    ids, labels = torch.tensor([[3], [2]]), torch.tensor([100, 90])
+    expected = label_counts(ids, labels, EXPERTS, 120)
+    assert torch.equal(label_counts(ids.to(torch.uint8), labels.to(torch.int8), 4, 120), expected)
+
+
+def test_words_that_are_no_choice_are_refused_with_the_choices() -> None:
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        for name in (
+            *("router", "gates", "router_map", "router_init", "balance", "expert"),
+            *("expert_in_map", "expert_out_map"),
+        ):
+            with pytest.raises(ValueError, match=rf"{name} 'mine': choose one of '\w+', '\w+'"):
+                MoE(WIDTH, 6, EXPERTS, 2, **{name: "mine"})
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("gates", ["topk_softmax", "sigmoid"])
+def test_a_router_that_one_constant_gate_would_teach_nothing_warns(gates: Any) -> None:
+    with pytest.warns(UserWarning, match=rf"top_k 1 with gates '{gates}': the one gate is always"):
+        MoE(WIDTH, 6, EXPERTS, 1, gates=gates)
+    # none of these is learned through the gate
+    for options in ({"router": "distance"}, {"router": "hash", "vocabulary": 9}):
+        MoE(WIDTH, 6, EXPERTS, 1, gates=gates, **options)
+    MoE(WIDTH, 6, EXPERTS, 1)
+    MoE(WIDTH, 6, 1, 1, gates=gates)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_distances_far_from_the_origin_choose_the_nearest_row(offset: float) -> None:
+    torch.manual_seed(0)
+    router = build_router("distance", 16, 32, 2)
+    with torch.no_grad():
+        router.get_parameter("bank.base").normal_().add_(offset)
+    x = torch.randn(200, 16) + offset
+    distance = (x[:, None].double() - router.get_parameter("bank.base").double()).square().sum(-1)
+    routing = router(x)
+    assert torch.equal(routing.ids[:, 0], distance.argmin(1))
+    assert_close(routing.logits, (-distance / 4).float(), rtol=1e-3, atol=1e-3)

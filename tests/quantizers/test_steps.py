@@ -1,0 +1,111 @@
+"""Codes average and restart once a step, however the step's batch is divided."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from simvq_moe import EMAVQ, VQ, ResidualQuantizer
+from simvq_moe.core.after_step import after_step, drop_step, follow_steps
+from simvq_moe.quantizers import AnyQuantizer, CosineVQ
+from simvq_moe.training.engine import World
+from tests.two_ranks import TwoRanks
+
+WIDTH, STEPS, TOKENS = 4, 5, 24
+BUILD: dict[str, Callable[[], AnyQuantizer]] = {
+    "ema": lambda: EMAVQ(12, WIDTH, decay=0.5),
+    "ema restart": lambda: EMAVQ(12, WIDTH, decay=0.5, restart=0.9),
+    "vq restart": lambda: VQ(12, WIDTH, restart=0.985),
+    "cosine restart": lambda: CosineVQ(12, WIDTH, restart=0.985),
+    "levels": lambda: ResidualQuantizer(
+        [EMAVQ(12, WIDTH, decay=0.5, restart=0.9), VQ(12, WIDTH, restart=0.985)]
+    ),
+}
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(TOKENS, WIDTH, generator=generator) + 1 for _ in range(STEPS)]
+
+
+def trained(name: str, parts: int | None, rank: int = 0, ranks: int = 1) -> AnyQuantizer:
+    """After steps of so many micro-batches, which ranks share; None: of forward passes alone."""
+    torch.manual_seed(0)
+    quantizer = BUILD[name]()
+    if parts is not None:
+        follow_steps(quantizer)
+    for batch in batches():
+        for micro_batch in batch.chunk(parts or 1):
+            quantizer(micro_batch.chunk(ranks)[rank])
+        with torch.no_grad():  # an optimizer, before the state follows
+            for p in quantizer.parameters():
+                p += 0.01
+        if parts is not None:
+            after_step(quantizer)
+    return quantizer
+
+
+@pytest.mark.parametrize("name", list(BUILD))
+def test_without_accumulation_every_bit_is_that_of_forward_passes_alone(name: str) -> None:
+    alone, stepped = trained(name, None), trained(name, 1)
+    assert_close(stepped.state_dict(), alone.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", list(BUILD))
+def test_micro_batches_change_nothing(name: str) -> None:
+    whole = trained(name, 1)
+    start = BUILD[name]()
+    for parts in (2, 4):
+        assert_close(trained(name, parts).state_dict(), whole.state_dict())
+    steps = [v for k, v in whole.state_dict().items() if k.endswith("step")]
+    assert steps
+    assert all(int(step) == STEPS for step in steps)
+    assert start.state_dict().keys() == whole.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", list(BUILD))
+def test_until_the_step_ends_nothing_changes_and_a_dropped_step_leaves_nothing(name: str) -> None:
+    quantizer = trained(name, 2)
+    twin = copy.deepcopy(quantizer)
+    quantizer(batches()[0])
+    assert_close(quantizer.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    drop_step(quantizer)
+    after_step(quantizer)
+    assert_close(quantizer.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    quantizer(batches()[1])
+    twin(batches()[1])
+    after_step(quantizer)
+    after_step(twin)
+    assert_close(quantizer.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+def test_evaluation_is_no_part_of_a_step() -> None:
+    quantizer = trained("ema", 2)
+    before = copy.deepcopy(quantizer.state_dict())
+    quantizer.eval()(batches()[0])
+    after_step(quantizer)
+    assert_close(quantizer.state_dict(), before, rtol=0, atol=0)
+
+
+def _states(world: World, parts: int) -> dict[str, dict[str, list[float]]]:
+    return {
+        name: {
+            k: v.double().flatten().tolist()
+            for k, v in trained(name, parts, world.rank, world.size).state_dict().items()
+        }
+        for name in BUILD
+    }
+
+
+@pytest.mark.distributed
+def test_two_ranks_with_micro_batches_are_one_on_the_whole_batch(two_ranks: TwoRanks) -> None:
+    for found in two_ranks(_states, 2):
+        for name in BUILD:
+            expected = trained(name, 1).state_dict()
+            for key, values in expected.items():
+                assert_close(torch.tensor(found[name][key]), values.float().flatten(), msg=key)
