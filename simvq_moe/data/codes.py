@@ -10,22 +10,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from simvq_moe.data.hashing import file_sha256
+from simvq_moe.data.ids import check_ids
 from simvq_moe.data.order import Indices
-from simvq_moe.merging import ConfigError
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import (
+    BrokenFileError,
+    Layout,
+    MissingFileError,
+    printable,
+    read_array,
+    read_json,
+    write_atomically,
+    written_whole,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = "codes of samples 1"
@@ -34,7 +46,20 @@ PARTS = ("train", "held_out")
 BLOCK = 2**20
 """Rows that are counted at a time."""
 
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=255)]
+"""Of a file in the folder itself."""
+LARGEST_VOCABULARY = 2**31
+"""Of a language model of codes."""
+
 Rows = UInt[np.ndarray, "samples tokens *levels"]
+
+
+class Form(TypedDict):
+    """The entry that says what kind of manifest it is."""
+
+    format: str
 
 
 @dataclass(frozen=True)
@@ -53,8 +78,8 @@ class TokenizerReference:
 class Shard:
     """A finished file."""
 
-    file: str
-    samples: int
+    file: FileName
+    samples: Count
     sha256: str
 
 
@@ -67,19 +92,19 @@ class Manifest:
     """As in data.source."""
     data_digest: str
     """Differs when the samples differ."""
-    codes: int
+    codes: Size
     """Of the codebook, or of each level's."""
-    grid: tuple[int, ...]
+    grid: tuple[Size, ...]
     """Tokens of a sample along each axis."""
-    levels: int
+    levels: Size
     """Ids of a token."""
-    sample_shape: tuple[int, ...]
+    sample_shape: tuple[Size, ...]
     """Channels, height and width of an image, or samples of a clip."""
-    sample_rate: int
+    sample_rate: Count
     """Hz of clips; 0: images."""
-    samples: Mapping[str, int]
+    samples: Mapping[str, Count]
     """Of each part."""
-    shard_samples: int
+    shard_samples: Size
     """Samples of a shard; the last one of a part may have fewer."""
     shards: Mapping[str, tuple[Shard, ...]] = field(default_factory=dict)
     """Of each part, in order; empty until all are written."""
@@ -197,54 +222,64 @@ def entropy_bits(counts: Int64[np.ndarray, "levels codes"]) -> float:
 
 def is_codes(source: str | Path) -> bool:
     """Whether it is a folder of token shards, finished or not."""
-    content = _content(Path(source))
-    return content is not None and str(content.get("format")).startswith("codes of samples")
+    return (_form(Path(source)) or "").startswith("codes of samples")
 
 
 def read_manifest(folder: Path) -> Manifest:
     """What was encoded into the folder, maybe in part.
 
     Raises:
-        ConfigError: it holds no token shards, or in another form.
+        ConfigError: it holds no token shards, in another form, or its manifest can't be true.
     """
-    content = _content(folder)
-    if content is None or content.pop("format", None) != FORMAT:
+    if _form(folder) != FORMAT:
         raise ConfigError(
             f"{folder} holds no {MANIFEST} of token shards that this version reads: give the "
             "folder that `simvq-moe encode` wrote"
         )
-    content["tokenizer"] = TokenizerReference(**content["tokenizer"])
-    for name in ("grid", "sample_shape"):
-        content[name] = tuple(content[name])
-    content["shards"] = {
-        part: tuple(Shard(**shard) for shard in shards)
-        for part, shards in content["shards"].items()
-    }
-    return Manifest(**content)
+    manifest = read_json(folder / MANIFEST, Manifest)
+    problem = _contradiction(manifest)
+    if problem:
+        raise BrokenFileError(folder / MANIFEST, problem)
+    return manifest
+
+
+def _form(folder: Path) -> str | None:
+    try:
+        return read_json(folder / MANIFEST, Form)["format"]
+    except BrokenFileError:
+        return None
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """Why no folder can have such a manifest; None: one can."""
+    if not manifest.grid or max(manifest.context, manifest.vocabulary) > LARGEST_VOCABULARY:
+        return f"has {manifest.codes} codes, {manifest.levels} levels and grid {manifest.grid}"
+    if set(manifest.samples) != set(PARTS):
+        return f"has samples of the parts {', '.join(manifest.samples)}, not {', '.join(PARTS)}"
+    if manifest.shards:
+        found = {part: sum(s.samples for s in of) for part, of in manifest.shards.items()}
+        if found != manifest.samples:
+            return f"has shards of {found} samples and says {dict(manifest.samples)}"
+    return None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace manifest.json whole."""
-    aside = folder / f"{MANIFEST}.tmp"
-    aside.write_text(json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1) + "\n")
-    aside.replace(folder / MANIFEST)
+    content = {"format": FORMAT, **asdict(manifest)}
+    write_atomically(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 def write_shard(path: Path, rows: Rows) -> None:
     """The file appears whole or not at all."""
-    aside = path.with_suffix(".tmp")
-    with aside.open("wb") as file:
-        np.save(file, rows)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with written_whole(path) as aside:
+        np.save(aside, rows)
 
 
 def seal(path: Path) -> Shard | None:
     """The file with its hash; None: it is not there, or no shard."""
     try:
-        samples = len(np.load(path, mmap_mode="r"))
-    except (OSError, ValueError, TypeError):
+        samples = len(read_array(path, Layout("u"), mapped=True))
+    except (BrokenFileError, TypeError):  # TypeError: no axes
         return None
     return Shard(path.name, samples, file_sha256(path))
 
@@ -267,20 +302,15 @@ def open_codes(folder: Path) -> dict[str, CodeSequences]:
 
 
 def _open(folder: Path, manifest: Manifest, shard: Shard) -> Rows:
-    shape, rows = (shard.samples, *manifest.row_shape), None
-    if (folder / shard.file).is_file():
-        rows = np.load(folder / shard.file, mmap_mode="r")
-    if rows is None or rows.shape != shape or rows.dtype != manifest.dtype:
-        raise ConfigError(
-            f"{folder / shard.file} is missing or not {manifest.dtype} of shape {shape}: run the "
-            "same encode command again"
-        )
-    return rows
-
-
-def _content(folder: Path) -> dict[str, Any] | None:
+    shape, path = (shard.samples, *manifest.row_shape), folder / shard.file
+    again = "run the same encode command again"
     try:
-        content = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+        rows = read_array(path, Layout("u", len(shape)), mapped=True)
+        if rows.shape != shape or rows.dtype != manifest.dtype:
+            raise BrokenFileError(path, f"holds {rows.dtype} of shape {rows.shape}")
+        check_ids(path, rows, manifest.codes)
+    except MissingFileError:
+        raise ConfigError(f"{printable(str(path))} is missing: {again}") from None
+    except BrokenFileError as error:
+        raise ConfigError(f"{error}, not {manifest.dtype} of shape {shape}: {again}") from None
+    return rows

@@ -1,25 +1,34 @@
 """Documents of local files: texts, and rows of JSON lines, parquet and tar (webdataset) files.
 
 Every reader goes through a file in order and may start at any row. What can't be read comes out as
-a `Defect` in its place: after a broken row the file goes on, after a broken file it ends.
+a `Defect` in its place: after a broken row the file goes on, after a broken file it ends. No reader
+holds more than a row of `LARGEST_ROW` bytes, or a document of `LARGEST_TEXT`, whatever a file
+unpacks to. A file that can't be reached now (no permission, an error of the disk or the network)
+has no defect: to leave it out would change the data unnoticed, so it is an `UnreachableError`.
+
+Of a folder all subfolders are searched. Links to files are read wherever they lead, as data sets
+often are folders of such links; links to folders are not followed (they may lead in a circle, or
+give files twice), which the log says.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import logging
 import os
+import stat
 import sysconfig
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tarfile import EOFHeaderError, HeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
-from simvq_moe.merging import ConfigError
+from simvq_moe.data.held_out import content_key
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import printable
 
 PROSE = frozenset([".txt", ".md", ".rst", ".tex", ".html"])
 CODE = frozenset(
@@ -36,6 +45,16 @@ STDLIB_WITHOUT = NO_LIBRARY | TESTS | GENERATED_TABLES
 """Folders of the standard library that "python-stdlib" leaves out."""
 ROWS_AT_A_TIME = 1024
 """Of a parquet file."""
+LARGEST_ROW = 2**26
+"""Bytes of a line, a member of an archive, or a value of a parquet file: 64 MiB."""
+LARGEST_TEXT = 2**30
+"""Bytes of a file that is one document: 1 GiB."""
+LARGEST_HEADER = 2**20
+"""Bytes of a member's long name or other attributes: 1 MiB."""
+BUFFER = 2**20
+"""Bytes of a parquet file, or of any that is hashed, that are read at a time."""
+EMBEDDED = "python-stdlib"
+"""The source that every machine has."""
 WAY_OUT = (
     "give a folder or file of text (.txt, .md, .py, ...), .jsonl, .parquet or .tar (field 'text'), "
     "or 'python-stdlib'"
@@ -68,11 +87,22 @@ class Defect(NamedTuple):
     """Whole, but without any text."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {' '.join(self.reason.split())}"
+        return f"{printable(self.where)}: {printable(' '.join(self.reason.split()))}"
 
 
 class CorruptDataError(ValueError):
     """The data have a defect, and the config says to stop at one."""
+
+
+class UnreachableError(CorruptDataError):
+    """A file can't be read now, whatever is in it; it is never skipped."""
+
+    def __init__(self, where: Path | str, error: OSError) -> None:
+        reason = printable(error.strerror or str(error))
+        super().__init__(
+            f"{printable(str(where))} can't be read now ({reason}): make it readable, it is not "
+            "left out because that would change the data"
+        )
 
 
 class Rows(NamedTuple):
@@ -115,60 +145,91 @@ def list_files(source: str) -> list[File]:
     """Every file that may hold documents (an empty one can't), in order of its name.
 
     Raises:
-        ConfigError: the source doesn't exist.
+        ConfigError: the source doesn't exist, or a part of it can't be read now.
     """
-    stdlib = source == "python-stdlib"
-    root = Path(sysconfig.get_path("stdlib") if stdlib else source)
-    if root.is_file():
+    embedded = source == EMBEDDED
+    root = Path(sysconfig.get_path("stdlib") if embedded else source)
+    try:
+        mode = root.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
+        raise ConfigError(f"data.source {source!r} does not exist: {WAY_OUT}") from None
+    except OSError as error:
+        raise ConfigError(f"data.source {UnreachableError(repr(source), error)}") from None
+    if stat.S_ISREG(mode):
         return [File(root, root.name)]
-    if not root.is_dir():
-        raise ConfigError(f"data.source {source!r} does not exist: {WAY_OUT}")
-    left_out = STDLIB_WITHOUT if stdlib else frozenset[str]()
-    found = []
-    for folder, subfolders, names in os.walk(root):
+    if not stat.S_ISDIR(mode):
+        raise ConfigError(f"data.source {source!r} is no file or folder: {WAY_OUT}")
+    try:
+        return sorted(_files_in(root, embedded), key=lambda file: file.name)
+    except OSError as error:
+        reason = UnreachableError(error.filename, error)
+        raise ConfigError(f"data.source {source!r}: {reason}") from None
+
+
+def _files_in(root: Path, embedded: bool) -> Iterator[File]:
+    left_out = STDLIB_WITHOUT if embedded else frozenset[str]()
+    not_followed = []
+    for folder, subfolders, names in os.walk(root, onerror=_unreachable):
         subfolders[:] = [s for s in subfolders if s not in left_out and not s.startswith(".")]
-        paths = [Path(folder, name) for name in names if not name.startswith(".")]
-        paths = [path for path in paths if _may_hold_documents(path, stdlib)]
-        found += [path for path in paths if path.is_file() and path.stat().st_size]
-    return sorted(
-        (File(path, path.relative_to(root).as_posix()) for path in found),
-        key=lambda file: file.name,
-    )
+        not_followed += [s for s in subfolders if Path(folder, s).is_symlink()]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if not _may_hold_documents(path, embedded):
+                continue
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode) and status.st_size:
+                yield File(path, path.relative_to(root).as_posix())
+    if not_followed:
+        shown = map(printable, sorted(not_followed)[:5])
+        some = ", ".join(shown) + (", ..." if not_followed[5:] else "")
+        log.warning("%s: did not follow %d links to folders: %s", root, len(not_followed), some)
 
 
-def _may_hold_documents(path: Path, stdlib: bool) -> bool:
-    if stdlib:
+def _unreachable(error: OSError) -> NoReturn:
+    raise error
+
+
+def _may_hold_documents(path: Path, embedded: bool) -> bool:
+    if embedded:
         return path.suffix == ".py"
     return path.suffix.lower() in TEXT_SUFFIXES or reader_of(path) is not None
 
 
 def first_defect(path: Path) -> Defect | None:
-    """What is wrong at the start of a file: no UTF-8, no row with a text, a broken first row."""
+    """What is wrong before the first text of a file: no UTF-8, no row with a text at all, or a
+    broken row. Rows of another kind before it don't decide what the file is.
+
+    Raises:
+        UnreachableError: it can't be read now.
+    """
     reader = reader_of(path)
     if reader is not None:
-        nothing = Defect(str(path), f"no row with a {TEXT_FIELD!r}", of_another_kind=True)
-        _, found = next(reader(path, Rows()), (0, nothing))
-        return found if isinstance(found, Defect) else None
+        for _, found in reader(path, Rows()):
+            if not isinstance(found, Defect):
+                return None
+            if not found.of_another_kind:
+                return found
+        return Defect(str(path), f"no row with a {TEXT_FIELD!r}", of_another_kind=True)
     try:
         with path.open(encoding="utf-8") as file:
             file.read(4096)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UnreachableError(path, error) from None
+    except ValueError as error:
         return Defect(str(path), str(error), of_another_kind=True)
     return None
 
 
-def name_of(file: File, text: str) -> str:
-    """The name that decides a document's side: the file's, or for a row that of its content."""
-    return content_name(text) if file.has_rows else file.name
-
-
 def content_name(text: str) -> str:
-    """The name of a document that is known by its content alone."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """The name of a document by its content, which decides its side."""
+    return content_key(text.encode())
 
 
 def read_rows(path: Path, rows: Rows) -> Iterator[Row]:
-    """The texts of a file's rows; a file of text is one row. Rows without a text are left out."""
+    """The texts of a file's rows; a file of text is one row. Rows without a text are left out.
+
+    Raises:
+        UnreachableError: it can't be read now.
+    """
     yield from (reader_of(path) or _read_text)(path, rows)
 
 
@@ -178,24 +239,44 @@ def reader_of(path: Path) -> Callable[[Path, Rows], Iterator[Row]] | None:
     return next((reader for suffix, reader in READERS.items() if name.endswith(suffix)), None)
 
 
+def _defect(path: Path, where: str, error: Exception) -> Defect:
+    """Of what a library says of a file, unless the system says that it can't be reached: only then
+    an error has a number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise UnreachableError(path, error) from None
+    return Defect(f"{path} {where}", str(error) or type(error).__name__)
+
+
 def _read_text(path: Path, rows: Rows) -> Iterator[Row]:
     if 0 not in rows:
         return
     try:
-        yield 0, path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        yield 0, Defect(str(path), str(error))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_TEXT + 1)
+    except OSError as error:
+        raise UnreachableError(path, error) from None
+    if len(content) > LARGEST_TEXT:
+        yield 0, Defect(str(path), f"more than {LARGEST_TEXT:,} bytes: split it")
+        return
+    yield 0, _decoded(content, str(path))
 
 
 def _read_json_lines(path: Path, rows: Rows) -> Iterator[Row]:
     line = -1
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            for line, content in enumerate(file):
-                if line in rows and content.strip():
-                    yield from _with_text(line, content, f"{path} line {line + 1}")
+            while content := file.readline(LARGEST_ROW + 1):
+                line += 1
+                where = f"{path} line {line + 1}"
+                if len(content) > LARGEST_ROW:
+                    if line in rows:
+                        yield line, Defect(where, f"more than {LARGEST_ROW:,} bytes")
+                    while content and not content.endswith(b"\n"):
+                        content = file.readline(LARGEST_ROW)
+                elif line in rows and content.strip():
+                    yield from _with_text(line, content, where)
     except (OSError, EOFError, zlib.error) as error:
-        yield line + 1, Defect(f"{path} from line {line + 2} on", str(error))
+        yield line + 1, _defect(path, f"from line {line + 2} on", error)
 
 
 def _read_parquet(path: Path, rows: Rows) -> Iterator[Row]:
@@ -205,45 +286,88 @@ def _read_parquet(path: Path, rows: Rows) -> Iterator[Row]:
     row = 0
     try:
         with ParquetFile(path) as file:
-            if TEXT_FIELD not in file.schema_arrow.names:
-                yield 0, Defect(str(path), f"no column {TEXT_FIELD!r}", of_another_kind=True)
-                return
+            metadata, problem = file.metadata, _column_problem(str(path), file.schema_arrow)
+        if problem is not None:
+            yield 0, problem
+            return
+        # as a dictionary a text that a small file repeats a million times is held once
+        options = {"read_dictionary": [TEXT_FIELD], "buffer_size": BUFFER, "metadata": metadata}
+        with ParquetFile(path, **options) as file:
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
                 if row + size <= rows.first:
                     row += size
                     continue
                 for batch in file.iter_batches(ROWS_AT_A_TIME, [group], [TEXT_FIELD]):
-                    for text in batch.column(0):
-                        if row in rows and text.as_py():
-                            yield row, text.as_py()
-                        row += 1
+                    yield from _texts_of_column(path, batch.column(0), row, rows)
+                    row += len(batch)
     except (ArrowException, OSError) as error:
-        yield row, Defect(f"{path} from row {row} on", str(error))
+        yield row, _defect(path, f"from row {row} on", error)
+
+
+def _column_problem(path: str, schema: Any) -> Defect | None:
+    from pyarrow import types
+
+    if TEXT_FIELD not in schema.names:
+        return Defect(path, f"no column {TEXT_FIELD!r}", of_another_kind=True)
+    kind = schema.types[schema.names.index(TEXT_FIELD)]
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    if any(is_kind(values) for is_kind in texts) or types.is_null(values):
+        return None
+    return Defect(path, f"column {TEXT_FIELD!r} holds {kind}, no strings")
+
+
+def _texts_of_column(path: Path, column: Any, first: int, rows: Rows) -> Iterator[Row]:
+    """Of a dictionary of strings or bytes (Spark writes texts as bytes), or of strings."""
+    from pyarrow import DictionaryArray
+
+    coded = isinstance(column, DictionaryArray)
+    values = column.dictionary if coded else column
+    places = column.indices.to_pylist() if coded else range(len(column))
+    for row, place in enumerate(places, first):
+        value = values[place].as_buffer() if row in rows and place is not None else None
+        if value is None or not value.size:
+            continue
+        where = f"{path} row {row}"
+        if value.size > LARGEST_ROW:
+            yield row, Defect(where, f"more than {LARGEST_ROW:,} bytes")
+        else:
+            yield row, _decoded(value.to_pybytes(), where)
 
 
 def _read_tar(path: Path, rows: Rows) -> Iterator[Row]:
     """Members .txt, and .json with a text."""
     number = 0
     try:
-        with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
+        # `tarfile` unpacks as much at once as a block of the file gives, `gzip` only what is read
+        with (
+            gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file,
+            tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as archive,
+        ):
             for number, member in enumerate(archive):
                 suffix = Path(member.name).suffix.lower()
                 if number not in rows or not member.isfile() or suffix not in (".txt", ".json"):
                     continue
+                where = f"{path} member {member.name}"
+                if member.size > LARGEST_ROW:
+                    yield number, Defect(where, f"more than {LARGEST_ROW:,} bytes")
+                    continue
                 opened = archive.extractfile(member)
                 assert opened is not None
-                content, where = opened.read(), f"{path} member {member.name}"
+                content = opened.read()
                 if suffix == ".json":
                     yield from _with_text(number, content, where)
                 elif content:
                     yield number, _decoded(content, where)
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        yield number, Defect(f"{path} from member {number} on", str(error))
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
+        # ValueError: numbers in the attributes of a member that are none
+        yield number, _defect(path, f"from member {number} on", error)
 
 
 class _Header(tarfile.TarInfo):
-    """Of a member; `tarfile` takes a broken one, and a missing one, for the end of the archive."""
+    """Of a member; `tarfile` takes a broken one, and a missing one, for the end of the archive, and
+    reads long names and attributes whole, however long."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> tarfile.TarInfo:
@@ -254,21 +378,48 @@ class _Header(tarfile.TarInfo):
         except HeaderError as error:
             raise ReadError(f"no end of the archive, {error}") from error
 
+    def _proc_member(self, tarfile: tarfile.TarFile) -> tarfile.TarInfo:
+        is_content = self.type in CONTENT_TYPES
+        if self.size < 0 or (self.size > LARGEST_HEADER and not is_content):
+            raise ReadError(f"a header that says {self.size:,} bytes")
+        return super()._proc_member(tarfile)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+CONTENT_TYPES = (*tarfile.REGULAR_TYPES, b"1", b"2", b"3", b"4", b"5", b"6")
+"""Of members that are no attributes of others: files, links, devices, folders and FIFOs."""
+
 
 def _with_text(row: int, content: bytes, where: str) -> Iterator[Row]:
-    """The text of a JSON object; nothing if it is empty."""
+    """The text of a JSON object; nothing if it is empty or null."""
     try:
-        text: Any = json.loads(content)[TEXT_FIELD]
-        if isinstance(text, str):
-            text.encode()  # JSON may hold half of a surrogate pair
-    except (LookupError, TypeError):
-        yield row, Defect(where, f"no field {TEXT_FIELD!r}", of_another_kind=True)
+        # numbers aren't used, and integers of many digits would be an error
+        found = json.loads(content, parse_int=float)
+    except RecursionError:
+        yield row, Defect(where, "nested too deeply")
         return
     except ValueError as error:
         yield row, Defect(where, str(error))
         return
-    if isinstance(text, str) and text:
-        yield row, text
+    if not isinstance(found, dict) or TEXT_FIELD not in found:
+        yield row, Defect(where, f"no field {TEXT_FIELD!r}", of_another_kind=True)
+        return
+    text = found[TEXT_FIELD]
+    if text is None or text == "":
+        return
+    yield row, text_of_value(text, where)
+
+
+def text_of_value(value: Any, where: str) -> str | Defect:
+    """A text from a row of others: a string, or bytes of one, of whole characters."""
+    if isinstance(value, bytes):
+        return _decoded(value, where)
+    if not isinstance(value, str):
+        return Defect(where, f"{TEXT_FIELD!r} is a {type(value).__name__}, no string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
+        return Defect(where, str(error))
+    return value
 
 
 def _decoded(content: bytes, where: str) -> str | Defect:

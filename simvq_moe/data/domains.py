@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from jaxtyping import Int, Int64, Integer
 
+from simvq_moe.files import BrokenFileError, Layout, printable, read_arrays
+
 
 @dataclass(frozen=True)
 class Domains:
@@ -35,12 +37,26 @@ class Domains:
         )
 
 
+LAYOUTS = {
+    "names": Layout("U", 1),
+    "of_document": Layout("iu", 1),
+    # caches of before other tokenizers could be given have no such entry
+    "end_of_text": Layout("iu", 0, optional=True),
+}
+"""Of the arrays that `Domains.save` writes."""
+
+
 def load_domains(path: Path) -> Domains:
-    """What `Domains.save` has written."""
-    with np.load(path) as saved:
-        # caches of before other tokenizers could be given have no such entry
-        end = int(saved["end_of_text"]) if "end_of_text" in saved else 0
-        return Domains(tuple(saved["names"].tolist()), saved["of_document"], end)
+    """What `Domains.save` has written.
+
+    Raises:
+        BrokenFileError: it is no such file, or a document has a domain without a name.
+    """
+    saved = read_arrays(path, LAYOUTS)
+    names, of_document = saved["names"], saved["of_document"].astype(np.int64)
+    if len(of_document) and not 0 <= of_document.min() <= of_document.max() < len(names):
+        raise BrokenFileError(path, f"has documents of other domains than its {len(names)}")
+    return Domains(tuple(names.tolist()), of_document, int(saved.get("end_of_text", 0)))
 
 
 def number_domains(names: list[str], end_of_text: int = 0) -> Domains:
@@ -55,7 +71,7 @@ def domain_of(name: str, *, rows: bool) -> str:
     The top folder ("asyncio" for asyncio/events.py); outside of all folders a document is of its
     type's domain (".py"), and rows are of their file's ("wiki" for wiki.jsonl).
     """
-    path = PurePosixPath(name)
+    path = PurePosixPath(printable(name))
     if len(path.parts) > 1:
         return path.parts[0]
     return path.stem if rows else path.suffix.lower()

@@ -16,20 +16,25 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from simvq_moe.data.documents import (
+    EMBEDDED,
     TEXT_FIELD,
     WAY_OUT,
     CorruptDataError,
     Defect,
     File,
     Rows,
+    UnreachableError,
     content_name,
     list_files,
-    name_of,
     read_rows,
+    text_of_value,
 )
 from simvq_moe.data.domains import domain_of
-from simvq_moe.merging import ConfigError
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import printable
 
+BY_CONTENT = "files of text by content"
+"""Ends what a digest is made of, because the names of such files decided their sides before."""
 HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?"
 
 
@@ -37,7 +42,7 @@ class Document(NamedTuple):
     """One text."""
 
     name: str
-    """Decides its side: the file's, or that of the row's content."""
+    """Decides its side; the key of its content."""
     domain: str
     text: str
 
@@ -87,8 +92,25 @@ def check_stream(source: str) -> None:
         raise ConfigError(f"data.source {source!r} holds no readable text: {WAY_OUT}")
 
 
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 0 on, of 63 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_of_files(position: Any, files: list[File]) -> bool:
+    return (
+        isinstance(position, list | tuple)
+        and len(position) == 2
+        and all(map(is_count, position))
+        and position[0] <= len(files)
+    )
+
+
 def _is_hub_name(source: str) -> bool:
-    here = source == "python-stdlib" or Path(source).exists()
+    try:
+        here = source == EMBEDDED or Path(source).exists()
+    except OSError:  # such as a name that is too long: a path that says so when it is listed
+        here = True
     return not here and re.fullmatch(HUB_NAME, source) is not None
 
 
@@ -98,8 +120,13 @@ class LocalFiles:
     def __init__(self, source: str) -> None:
         self.name = Path(source).name
         self.files = list_files(source)
-        sizes = ((file.name, file.path.stat().st_size) for file in self.files)
+        try:
+            sizes = [(file.name, file.path.stat().st_size) for file in self.files]
+        except OSError as error:
+            raise ConfigError(f"data.source {UnreachableError(error.filename, error)}") from None
         listed = "".join(f"{name}\0{size}\n" for name, size in sizes)
+        if not all(file.has_rows for file in self.files):
+            listed += BY_CONTENT
         self.digest = hashlib.sha256(os.fsencode(listed)).hexdigest()
 
     def cursor(self, lane: int, lanes: int, seed: tuple[int, ...], position: Any) -> FileCursor:
@@ -118,6 +145,8 @@ class FileCursor:
 
     def __init__(self, files: list[File], rows: Rows, position: Any) -> None:
         self.files, self.rows = files, rows
+        if position is not None and not _is_of_files(position, files):
+            raise CorruptDataError(f"position {position!r} is none of {len(files)} files")
         self.file, self.row = position or (0, 0)
 
     def __iter__(self) -> Iterator[Document | Defect]:
@@ -129,7 +158,7 @@ class FileCursor:
                 if isinstance(found, Defect):
                     yield found
                 else:
-                    yield Document(name_of(file, found), domain, found)
+                    yield Document(content_name(found), domain, found)
             self.file, self.row = self.file + 1, 0
 
     @property
@@ -148,13 +177,21 @@ class HubDataset:
         try:
             found = load_dataset(name, config or None, split="train", streaming=True)
             assert isinstance(found, IterableDataset)
-            self.dataset = found.select_columns([TEXT_FIELD])
+            # what the files themselves say, where the hub's card says nothing
+            columns = found.column_names or list(next(iter(found), {}))
+            if TEXT_FIELD in columns:
+                self.dataset = found.select_columns([TEXT_FIELD])
         except Exception as error:  # of network, hub, or format: `datasets` has no common class
-            reason = " ".join(str(error).split())
+            reason = printable(" ".join(str(error).split()))
             raise ConfigError(
                 f"data.source {source!r} is no path, and as a data set of the Hugging Face hub it "
                 f"can't be opened ({reason}): {WAY_OUT}"
             ) from None
+        if TEXT_FIELD not in columns:
+            raise ConfigError(
+                f"data.source {source!r} has no column {TEXT_FIELD!r} among "
+                f"{', '.join(map(printable, columns)) or 'none'}: {WAY_OUT}"
+            )
 
     def cursor(self, lane: int, lanes: int, seed: tuple[int, ...], position: Any) -> HubCursor:
         del seed  # shards stay in their order
@@ -172,19 +209,30 @@ class HubCursor:
         self.source, self.shards, self.rows = source, shards, rows
         self.row = 0
         if position is not None:
-            self.row = position["row"]
-            self.shards.load_state_dict(position["shards"])
+            try:
+                self.row = position["row"]
+                self.shards.load_state_dict(position["shards"])
+            except (LookupError, TypeError, ValueError, AttributeError):
+                raise CorruptDataError(
+                    f"position {position!r} is none of data.source {source.name!r}"
+                ) from None
 
     def __iter__(self) -> Iterator[Document | Defect]:
         try:
             for content in self.shards:
                 row, text = self.row, content[TEXT_FIELD]
                 self.row += 1
-                if row in self.rows and isinstance(text, str) and text:
-                    yield Document(content_name(text), self.source.name, text)
+                if row not in self.rows or text is None or text in ("", b""):
+                    continue
+                found = text_of_value(text, f"data.source {self.source.name!r} row {row} of a lane")
+                if isinstance(found, Defect):
+                    yield found
+                else:
+                    yield Document(content_name(found), self.source.name, found)
         except Exception as error:  # a lost connection is no defect that could be skipped
+            reason = printable(" ".join(str(error).split()))
             raise CorruptDataError(
-                f"data.source {self.source.name!r} after {self.row} rows of a lane: {error}"
+                f"data.source {self.source.name!r} after {self.row} rows of a lane: {reason}"
             ) from error
 
     @property

@@ -22,11 +22,12 @@ from jaxtyping import Int64
 
 from simvq_moe.data.documents import CorruptDataError, Defect, Defects, OnCorrupt
 from simvq_moe.data.order import Share, StepBatches, place_of
-from simvq_moe.data.sources import Cursor, Document, Source, open_source
+from simvq_moe.data.sources import Cursor, Document, Source, is_count, open_source
 from simvq_moe.data.text import build_once, check_vocabulary, digest_of_tokenizer, write_corpus
 from simvq_moe.data.tokenizer import BYTES, load_tokenizer, open_tokenizer, train_tokenizer
 from simvq_moe.data.tokens import Corpus, encode, load_tokens
-from simvq_moe.merging import ConfigError
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import BrokenFileError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -127,9 +128,13 @@ class TextStream:
             position: of the lanes, as a `StepBatches` has it; a lane that it lacks starts.
 
         Raises:
-            CorruptDataError: a file or row is broken and not to be skipped, or a lane is empty.
+            CorruptDataError: a file or row is broken and not to be skipped, a lane is empty, or the
+                position is none of these sources.
         """
-        tokenizer = open_tokenizer(self.tokenizer)
+        try:
+            tokenizer = open_tokenizer(self.tokenizer)
+        except BrokenFileError as error:
+            raise CorruptDataError(str(error)) from None
         defects = Defects(self.on_corrupt)
         parts = share.of(np.arange(share.batch)).tolist()
         lanes = {
@@ -156,6 +161,8 @@ class Lane:
         state: Mapping[str, Any] | None,
     ) -> None:
         self.stream, self.number, self.tokenizer = stream, number, tokenizer
+        if state is not None and not _is_of_lane(state, stream):
+            raise _foreign(number)
         self.drawn: int = state["drawn"] if state else 0
         self.left = state["left"].cpu().numpy() if state else np.zeros(0, dtype=np.int32)
         self.sources = [
@@ -216,6 +223,8 @@ class Shuffled:
         self._open()
         self._turn()
         self.taken: int = start["taken"]
+        if self.taken > len(self.block):
+            raise _foreign(lane)
 
     def draw(self) -> str:
         """The next document."""
@@ -275,6 +284,31 @@ class Shuffled:
         for document in _readable(cursor, self.defects):
             if place_of(document.name) >= self.stream.held_out_share:
                 yield document.text
+
+
+def _foreign(lane: int) -> CorruptDataError:
+    return CorruptDataError(
+        f"the checkpoint's position in the data of sample {lane} of a batch is none of these "
+        "sources: resume from an earlier checkpoint, or start anew under another train name"
+    )
+
+
+def _is_of_lane(state: Any, stream: TextStream) -> bool:
+    """Whether a state has the form and the bounds of what `Lane.state` gives."""
+    if not isinstance(state, Mapping) or not is_count(state.get("drawn")):
+        return False
+    left, sources = state.get("left"), state.get("sources")
+    if not isinstance(left, torch.Tensor) or left.ndim != 1 or left.dtype != torch.int32:
+        return False
+    if not isinstance(sources, list) or len(sources) != len(stream.sources):
+        return False
+    counts = ("epoch", "number", "taken")
+    return all(
+        isinstance(one, Mapping)
+        and "position" in one
+        and all(is_count(one.get(name)) for name in counts)
+        for one in sources
+    ) and not (len(left) and int(left.min()) < 0)
 
 
 def _readable(cursor: Cursor, defects: Defects) -> Iterator[Document]:

@@ -8,10 +8,10 @@ content, so that a changed corpus is encoded anew and an equal one never is.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
-import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +24,8 @@ import numpy as np
 
 from simvq_moe.data import tokens
 from simvq_moe.data.documents import (
+    BUFFER,
+    EMBEDDED,
     WAY_OUT,
     CorruptDataError,
     Defect,
@@ -31,13 +33,14 @@ from simvq_moe.data.documents import (
     File,
     OnCorrupt,
     Rows,
+    UnreachableError,
+    content_name,
     first_defect,
     list_files,
-    name_of,
     read_rows,
 )
 from simvq_moe.data.domains import domain_of, number_domains
-from simvq_moe.data.order import held_out_by_name
+from simvq_moe.data.held_out import held_out_by_content
 from simvq_moe.data.tokenizer import (
     BYTES,
     END_OF_TEXT,
@@ -47,18 +50,25 @@ from simvq_moe.data.tokenizer import (
     train_tokenizer,
 )
 from simvq_moe.data.tokens import Corpus, is_token_folder, load_tokens, write_tokens
-from simvq_moe.merging import ConfigError
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import printable
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from tokenizers import Tokenizer
 
 HELD_OUT_SHARE = 0.1
-"""Share of the documents that is held out."""
+"""Share of the different documents that is held out."""
 DOCUMENTS_TO_SPLIT_BY_DOCUMENT = 20
 """With fewer different documents the end of each one is held out instead."""
 LAYOUT = "2"
 """Names the way in which token files are made; a new one makes old caches unused."""
+BY_CONTENT = " by content"
+"""Says the same of sources with files of text, whose names decided their sides before."""
+
+COLUMNS = ("key", "name", "domain", "text")
+WRITTEN_AT_ONCE = 64
+"""Documents that wait in memory until they are written, each up to `LARGEST_TEXT`."""
 
 log = logging.getLogger(__name__)
 
@@ -98,15 +108,14 @@ def token_windows(
         files, digest = _scan(source, Defects(on_corrupt))
         key = f"{LAYOUT} {vocabulary} {digest}{digest_of_tokenizer(given)}"
         key += " skip" if on_corrupt == "skip" else ""
+        key += "" if all(file.has_rows for file in files) else BY_CONTENT
         folder = Path(cache_dir) / f"text-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if not folder.exists():
             log.info("encoding %s into %s", source, folder)
 
             def fill(built: Path, scratch: Path) -> None:
                 documents = _read(files, scratch, on_corrupt)
-                if not len(documents):
-                    raise ConfigError(f"data.source {source!r} holds no readable text: {WAY_OUT}")
-                train, held_out = _split(documents)
+                train, held_out = _split(documents, embedded=source == EMBEDDED)
                 texts = (batch["text"] for batch in tokens.batches(train, 64))
                 write_corpus(
                     *(built, given or train_tokenizer(texts, vocabulary)),
@@ -129,8 +138,12 @@ def check_source(source: str) -> None:
     """
     if is_token_folder(source):
         return
-    first = (first_defect(file.path) for file in list_files(source))
-    if not any(defect is None or not defect.of_another_kind for defect in first):
+    try:
+        first = (first_defect(file.path) for file in list_files(source))
+        readable = any(defect is None or not defect.of_another_kind for defect in first)
+    except UnreachableError as error:
+        raise ConfigError(f"data.source {source!r}: {error}") from None
+    if not readable:
         raise ConfigError(f"data.source {source!r} holds no readable text: {WAY_OUT}")
 
 
@@ -206,37 +219,42 @@ def _scan(source: str, defects: Defects) -> tuple[list[File], str]:
     if not readable:
         raise ConfigError(f"data.source {source!r} holds no readable text: {WAY_OUT}")
     if skipped:
-        some = ", ".join(file.name for file in skipped[:5]) + (", ..." if skipped[5:] else "")
+        names = [printable(file.name) for file in skipped[:5]]
+        some = ", ".join(names) + (", ..." if skipped[5:] else "")
         log.warning("%s: skipped %d files without UTF-8 text: %s", source, len(skipped), some)
     return readable, digest.hexdigest()
 
 
 def _digest(file: File) -> str | None:
     """SHA-256 of the content; None: a document that isn't UTF-8."""
-    with (
-        file.path.open("rb") as opened,
-        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        if not file.has_rows:
-            try:
-                str(content, "utf-8")
-            except UnicodeDecodeError:
-                return None
-        return hashlib.sha256(content).hexdigest()
+    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+    try:
+        with file.path.open("rb", buffering=0) as opened:
+            while block := opened.read(BUFFER):
+                digest.update(block)
+                if not file.has_rows:
+                    decoder.decode(block)
+        decoder.decode(b"", final=True)
+    except OSError as error:
+        raise UnreachableError(file.path, error) from None
+    except UnicodeDecodeError:
+        return None
+    return digest.hexdigest()
 
 
 def _read(files: list[File], scratch: Path, on_corrupt: OnCorrupt) -> Dataset:
-    """Every document, with its domain and the name that decides its side: the file's, or the row's
-    content."""
+    """Every document, with its domain, its content's key and its file's name."""
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError
 
     try:
         return Dataset.from_generator(
             _documents,
-            features=Features({name: Value("string") for name in ("name", "domain", "text")}),
+            features=Features({name: Value("string") for name in COLUMNS}),
             cache_dir=str(scratch),
-            gen_kwargs={"files": files, "on_corrupt": on_corrupt},
+            writer_batch_size=WRITTEN_AT_ONCE,
+            # a list would be cut into parts
+            gen_kwargs={"files": tuple(files), "on_corrupt": on_corrupt},
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, CorruptDataError):
@@ -244,24 +262,31 @@ def _read(files: list[File], scratch: Path, on_corrupt: OnCorrupt) -> Dataset:
         raise
 
 
-def _documents(files: list[File], on_corrupt: OnCorrupt) -> Iterator[dict[str, str]]:
-    defects = Defects(on_corrupt)
+def _documents(files: tuple[File, ...], on_corrupt: OnCorrupt) -> Iterator[dict[str, str]]:
+    defects, any_text = Defects(on_corrupt), False
     for file in files:
         domain = domain_of(file.name, rows=file.has_rows)
         for _, found in read_rows(file.path, Rows()):
             if isinstance(found, Defect):
                 defects.meet(found)
             else:
-                yield {"name": name_of(file, found), "domain": domain, "text": found}
+                key = content_name(found)
+                # a name of bytes that are no UTF-8 is no string of a data set
+                name = printable(file.name)
+                yield {"key": key, "name": name, "domain": domain, "text": found}
+                any_text = True
+    if not any_text:  # `datasets` can't hold nothing
+        raise CorruptDataError(f"it holds no readable text: {WAY_OUT}")
 
 
-def _split(documents: Dataset) -> tuple[Dataset, Dataset]:
+def _split(documents: Dataset, *, embedded: bool) -> tuple[Dataset, Dataset]:
     """Training and held-out documents."""
     from datasets import Dataset
 
-    names = list(documents["name"])
-    if len(set(names)) >= DOCUMENTS_TO_SPLIT_BY_DOCUMENT:
-        is_held_out = np.array(held_out_by_name(names, HELD_OUT_SHARE))
+    keys = list(documents["key"])
+    if len(set(keys)) >= DOCUMENTS_TO_SPLIT_BY_DOCUMENT:
+        names = list(documents["name"]) if embedded else None
+        is_held_out = np.array(held_out_by_content(keys, HELD_OUT_SHARE, names=names))
         train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
         return documents.select(train), documents.select(held_out)
     texts, of = list(documents["text"]), list(documents["domain"])

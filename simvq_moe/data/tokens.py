@@ -8,18 +8,23 @@ A folder of token files has a manifest.json with at least `vocabulary`, the toke
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Int64, Integer, UInt
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
+from simvq_moe.data.documents import CorruptDataError
 from simvq_moe.data.domains import Domains, load_domains
+from simvq_moe.data.held_out import file_key
+from simvq_moe.data.ids import check_ids
 from simvq_moe.data.order import Indices
 from simvq_moe.data.tokenizer import (
     TOKENIZER_FILE,
@@ -27,15 +32,34 @@ from simvq_moe.data.tokenizer import (
     encode_texts,
     open_tokenizer,
 )
-from simvq_moe.merging import ConfigError
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import BrokenFileError, Layout, printable, read_array, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from tokenizers import Tokenizer
 
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Size = Annotated[int, Field(ge=1, le=2**31)]
 MANIFEST = "manifest.json"
 DOMAINS = "held_out_domains.npz"
 PARTS = ("train", "held_out")
+
+
+class PartContent(TypedDict, total=False):
+    """What a manifest says of a part; a folder that others wrote may say nothing."""
+
+    documents: Annotated[int, Field(ge=0)]
+    tokens: Annotated[int, Field(ge=0)]
+
+
+class ManifestContent(TypedDict):
+    """What is read of manifest.json."""
+
+    vocabulary: Size
+    end_of_text: NotRequired[TokenId]
+    train: NotRequired[PartContent]
+    held_out: NotRequired[PartContent]
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,8 @@ class TokenWindows:
     context: int
     domains: Domains | None = None
     """Of the documents; None: not known."""
+    vocabulary: int | None = None
+    """That ids are held against when they are read; None: they are known to fit."""
 
     def __len__(self) -> int:
         return max(len(self.tokens) - 1, 0) // self.context
@@ -57,7 +83,13 @@ class TokenWindows:
     def batch(self, indices: Indices) -> Int64[Tensor, "batch window"]:
         """The windows named by indices, each of context + 1 tokens."""
         starts = np.asarray(indices)[:, None] * self.context
-        return torch.from_numpy(self.tokens[starts + np.arange(self.context + 1)].astype(np.int64))
+        found = self.tokens[starts + np.arange(self.context + 1)].astype(np.int64)
+        if self.vocabulary is not None and found.size and found.max() >= self.vocabulary:
+            raise CorruptDataError(
+                f"token files have id {found.max()}, beyond the vocabulary of {self.vocabulary}: "
+                "write them again"
+            )
+        return torch.from_numpy(found)
 
     def domains_of(self, indices: Indices) -> Int64[np.ndarray, "batch context"] | None:
         """Domains of the windows' inputs, numbers of `domains.names`."""
@@ -130,47 +162,85 @@ def load_tokens(
     Raises:
         ConfigError: a part of it is missing, or it goes with neither vocabulary nor context.
     """
-    manifest = json.loads((folder / MANIFEST).read_text())
-    largest = manifest.get("vocabulary")
-    if largest is None or largest > vocabulary:
+    manifest = read_json(folder / MANIFEST, ManifestContent)
+    largest = manifest["vocabulary"]
+    if largest > vocabulary:
         raise ConfigError(
             f"data.vocabulary {vocabulary} < {largest}, that of {folder / MANIFEST}: set it so"
         )
-    shards = {part: _load_part(folder, part, source, context) for part in parts}
+    end = manifest.get("end_of_text", 0)
+    if end >= largest:
+        raise BrokenFileError(
+            folder / MANIFEST, f"has end_of_text {end}, beyond its vocabulary of {largest}"
+        )
+    shards = {
+        part: _load_part(folder, part, source, context, largest, manifest.get(part, {}))
+        for part in parts
+    }
     held_out, train = shards["held_out"], shards.get("train", [])
     tokens = held_out[0].tokens
     if len(held_out) > 1:
         tokens = np.concatenate([shard.tokens for shard in held_out])
-    domains = folder / DOMAINS
     tokenizer = folder / TOKENIZER_FILE
     return Corpus(
         train=(train[0] if len(train) == 1 else TokenShards(train)) if train else None,
-        held_out=TokenWindows(tokens, context, load_domains(domains) if domains.exists() else None),
-        digest=hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16],
-        end_of_text=manifest.get("end_of_text", 0),
+        held_out=TokenWindows(tokens, context, _domains(folder / DOMAINS, tokens, end), largest),
+        digest=_digest(folder, parts),
+        end_of_text=end,
         tokenizer=tokenizer,
         bytes_of_token=bytes_of_token(tokenizer, vocabulary),
     )
 
 
-def _load_part(folder: Path, part: str, source: str, context: int) -> list[TokenWindows]:
-    shards = [_mapped(file, context) for file in sorted(folder.glob(f"{part}*.npy"))]
-    if not sum(len(shard) for shard in shards):
-        tokens = sum(len(shard.tokens) for shard in shards)
+def _digest(folder: Path, parts: Sequence[str]) -> str:
+    """Of everything that is read of the folder; of large files a part."""
+    files = [file for part in parts for file in sorted(folder.glob(f"{part}*.npy"))]
+    files = [folder / MANIFEST, folder / TOKENIZER_FILE, *files]
+    keys = "".join(f"{file.name} {file_key(file)}\n" for file in files)
+    return hashlib.sha256(os.fsencode(keys)).hexdigest()[:16]
+
+
+def _domains(path: Path, tokens: UInt[np.ndarray, " tokens"], end: int) -> Domains | None:
+    """Of every document of the tokens; None: not known."""
+    if not path.exists():
+        return None
+    domains = load_domains(path)
+    documents = int((tokens == end).sum()) + int(tokens[-1] != end)
+    if domains.end_of_text != end or len(domains.of_document) < documents:
+        raise BrokenFileError(
+            path,
+            f"knows {len(domains.of_document)} documents that end with token "
+            f"{domains.end_of_text}: there are {documents} that end with {end}",
+        )
+    return domains
+
+
+def _load_part(
+    folder: Path, part: str, source: str, context: int, vocabulary: int, said: PartContent
+) -> list[TokenWindows]:
+    files = sorted(folder.glob(f"{part}*.npy"))
+    try:
+        arrays = [read_array(file, Layout("u", 1), mapped=True) for file in files]
+        for file, tokens in zip(files, arrays, strict=True):
+            check_ids(file, tokens, vocabulary)
+    except BrokenFileError as error:
         raise ConfigError(
-            f"data.context {context}: data.source {source!r} has only {tokens} {part} tokens in "
+            f"data.source: {error.path} can't be read ({printable(error.reason)}): write it again"
+        ) from None
+    shards = [TokenWindows(tokens, context, None, vocabulary) for tokens in arrays]
+    number = sum(len(tokens) for tokens in arrays)
+    if not sum(len(shard) for shard in shards):
+        raise ConfigError(
+            f"data.context {context}: data.source {source!r} has only {number} {part} tokens in "
             f"{len(shards)} files: lower it or give more text"
         )
+    # shards may share a token each
+    if len(files) == 1 and said.get("tokens", number) != number:
+        raise ConfigError(
+            f"data.source: {files[0]} has {number} tokens, {folder / MANIFEST} says "
+            f"{said.get('tokens')}: write it again"
+        )
     return shards
-
-
-def _mapped(file: Path, context: int) -> TokenWindows:
-    try:
-        tokens = np.load(file, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"data.source: {file} can't be read ({reason}): write it again") from None
-    return TokenWindows(tokens, context)
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[list[int]]:
@@ -188,6 +258,7 @@ def write_tokens(documents: Dataset, tokenizer: Tokenizer, end: int, path: Path)
         ids = encode(tokenizer, batch["text"], end)
         return {"ids": ids, "length": [len(document) for document in ids]}
 
+    aside = path.with_name(f"{path.name}.arrow")
     ids_of = documents.map(
         encoded,
         batched=True,
@@ -195,6 +266,8 @@ def write_tokens(documents: Dataset, tokenizer: Tokenizer, end: int, path: Path)
         remove_columns=documents.column_names,
         features=Features({"ids": List(Value(dtype)), "length": Value("int64")}),
         load_from_cache_file=False,
+        # for data sets in memory it would be a folder in that for temporary files
+        cache_file_name=str(aside),
     ).with_format("numpy")
     total = int(sum(batch["length"].sum() for batch in batches(ids_of, 4096)))
     tokens = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(total,))
@@ -204,6 +277,7 @@ def write_tokens(documents: Dataset, tokenizer: Tokenizer, end: int, path: Path)
             tokens[end_of_written : end_of_written + len(ids)] = ids
             end_of_written += len(ids)
     tokens.flush()
+    aside.unlink()
     return total
 
 
