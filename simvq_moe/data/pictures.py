@@ -7,7 +7,9 @@ a row of a data set.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BufferedReader, BytesIO
@@ -105,12 +107,41 @@ class FilePicture:
         return file
 
 
+class Spooled:
+    """Rows of a stream, their encoded images in a temporary file: they may be more than memory
+    holds. It has no name, so that it goes with the process, also when that is killed."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], column: str) -> None:
+        self.column = column
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the rows
+        weakref.finalize(self, self.file.close)
+        self.places: list[tuple[int, int] | str | None] = []
+        for row in rows:
+            encoded = row[column] or {}
+            place = encoded.get("path")
+            if encoded.get("bytes"):
+                place = (self.file.tell(), len(encoded["bytes"]))
+                self.file.write(encoded["bytes"])
+            self.places.append(place)
+        self.file.flush()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, row: int) -> dict[str, dict[str, Any]]:
+        place = self.places[row]
+        if not isinstance(place, tuple):
+            return {self.column: {"path": place}}
+        start, size = place
+        return {self.column: {"bytes": os.pread(self.file.fileno(), size, start)}}
+
+
 @dataclass(frozen=True, eq=False)
 class RowPicture:
     """An encoded image in a row of a data set."""
 
     rows: Any
-    """A `datasets.Dataset`, or a list of such rows, with images as bytes or the place of a file."""
+    """A `datasets.Dataset`, or `Spooled` rows, with images as bytes or the place of a file."""
     column: str
     row: int
 
@@ -162,7 +193,7 @@ def pictures(source: str, limit: int) -> list[Picture]:
         source: "photos", a folder with all its subfolders, an image file, "hf:NAME[:SPLIT]" or
             "hf-stream:NAME[:SPLIT]"; NAME is one of the Hub, or a local folder in a form that
             `datasets` reads; SPLIT is train where it is missing.
-        limit: rows that are taken from a stream, whose encoded images are kept in memory.
+        limit: rows that are taken from a stream, whose encoded images are kept in a temporary file.
 
     Raises:
         ConfigError: the source doesn't exist, breaks off, or has no image column.
@@ -245,7 +276,7 @@ def _rows(source: str, limit: int) -> list[Picture]:
             encoded = found.select_columns(images[:1]).cast_column(
                 images[0], datasets.Image(decode=False)
             )
-            rows = list(encoded.take(limit)) if streaming else encoded
+            rows = Spooled(encoded.take(limit), images[0]) if streaming else encoded
     except Exception as error:  # whatever the Hub, the network or a file format may raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"data.source {source!r} can't be loaded ({reason}): {REMEDY}") from None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from simvq_moe.data.codes import (
@@ -137,3 +142,118 @@ def test_sequences_have_no_domains(tmp_path: Path) -> None:
     held_out = open_codes(tmp_path / "codes")["held_out"]
     assert isinstance(held_out, CodeSequences)
     assert held_out.domains_of(np.arange(2)) is None
+
+
+Change = Callable[[dict[str, Any]], Any]
+FIRST = "train_00000.npy"
+
+
+def shard(content: dict[str, Any], **change: Any) -> None:
+    content["shards"]["train"][0] |= change
+
+
+CONTENTS: dict[str, Change] = {
+    "a file outside": lambda c: shard(c, file="../other/train_00000.npy"),
+    "an absolute file": lambda c: shard(c, file="/etc/passwd"),
+    "the folder itself": lambda c: shard(c, file=".."),
+    "a name with a null byte": lambda c: shard(c, file="a\0b"),
+    "samples in quotes": lambda c: shard(c, samples="4"),
+    "negative samples": lambda c: shard(c, samples=-4),
+    "other samples": lambda c: shard(c, samples=5),
+    "codes in quotes": lambda c: c.update(codes="7"),
+    "no codes": lambda c: c.pop("codes"),
+    "codes of nothing": lambda c: c.update(codes=0),
+    "huge codes": lambda c: c.update(codes=10**30),
+    "many levels": lambda c: c.update(levels=2**30, codes=2**30),
+    "no grid": lambda c: c.update(grid=[]),
+    "a grid of nothing": lambda c: c.update(grid=[0, 3]),
+    "a huge grid": lambda c: c.update(grid=[2**30, 2**30]),
+    "grid of another type": lambda c: c.update(grid=6),
+    "a part that is none": lambda c: c["samples"].update(test=3),
+    "a part that is missing": lambda c: c["shards"].pop("held_out"),
+    "no tokenizer": lambda c: c.update(tokenizer=None),
+    "tokenizer of another type": lambda c: c["tokenizer"].update(run=5),
+    "infinite rate": lambda c: c.update(sample_rate=float("inf")),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_manifest_that_can_not_be_true_is_named(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "codes"
+    write(folder, levels=1)
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    CONTENTS[name](content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"manifest\.json has ") as caught:
+        open_codes(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[" * 10**5, b"\xff", b"null", b'{"format": 3}', b'{"format": "\xed\xa0\x80"}'],
+)
+def test_another_file_is_no_manifest_of_codes(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    assert not is_codes(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds no manifest\.json of token shards"):
+        read_manifest(tmp_path)
+    for source in ("a\0b", "n" * 5_000):
+        assert not is_codes(source)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.full((4, 6), 7, np.uint16), "has id 7, beyond the vocabulary of 7"),
+        (np.zeros((4, 6), np.int16), "holds int16"),
+        (np.zeros((4, 6), np.float32), "holds float32"),
+        (np.array([[{}] * 6] * 4, dtype=object), "no array|object"),
+    ],
+)
+def test_a_shard_of_other_content_is_named(rows: np.ndarray, message: str, tmp_path: Path) -> None:
+    write(tmp_path / "codes", levels=1)
+    np.save(tmp_path / "codes" / FIRST, rows, allow_pickle=True)
+    with pytest.raises(ConfigError, match=rf"{FIRST} .*({message})"):
+        open_codes(tmp_path / "codes")
+
+
+def test_nothing_is_left_beside_what_is_written(tmp_path: Path) -> None:
+    write(tmp_path / "codes", levels=1)
+    names = sorted(path.name for path in (tmp_path / "codes").iterdir())
+    trains = [f"train_{i:05d}.npy" for i in range(3)]
+    assert names == ["held_out_00000.npy", "manifest.json", *trains]
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    name=st.sampled_from(["manifest.json", FIRST, "held_out_00000.npy"]),
+    share=st.floats(0, 1),
+    inserted=st.binary(max_size=9),
+    dropped=st.integers(0, 40),
+)
+def test_a_folder_with_a_damaged_file_is_read_or_refused_in_one_line(
+    name: str, share: float, inserted: bytes, dropped: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "codes"
+    if not folder.exists():
+        write(folder, levels=2)
+    content = (folder / name).read_bytes()
+    place = int(share * len(content))
+    (folder / name).write_bytes(content[:place] + inserted + content[place + dropped :])
+    problem = ""
+    try:
+        for part in open_codes(folder).values():
+            part.batch(np.arange(len(part)))
+            part.counts()
+    except ConfigError as error:
+        problem = str(error)
+    finally:
+        (folder / name).write_bytes(content)
+    assert "\n" not in problem

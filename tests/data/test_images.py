@@ -1,8 +1,10 @@
 """Crops come from real photos, and no held-out pixel is seen in training."""
 
+import itertools
 import logging
 import os
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 from simvq_moe.data.images import PHOTOS, ImageCrops, LazyCrops, check_source, image_crops
-from simvq_moe.data.pictures import FilePicture, RowPicture, files
+from simvq_moe.data.pictures import FilePicture, RowPicture, Spooled, files
 from simvq_moe.merging import ConfigError
 
 SIZE = 8
@@ -570,3 +572,20 @@ def test_a_folder_that_cannot_be_read_now_is_named(many, monkeypatch):
     monkeypatch.setattr("os.scandir", fail)
     with pytest.raises(ConfigError, match=r"deep can't be read now: Permission denied"):
         crops(many)
+
+
+def test_encoded_images_of_a_stream_are_on_disk_and_not_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    rows = ({"image": {"bytes": bytes([i]) * 10**5, "path": "x"}} for i in range(1, 100))
+    tracemalloc.start()
+    try:
+        spooled = Spooled(
+            itertools.chain(rows, [{"image": {"path": "y"}}, {"image": None}]), "image"
+        )
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
+    assert len(spooled) == 101
+    assert spooled[41]["image"] == {"bytes": bytes([42]) * 10**5}
+    assert [spooled[i]["image"] for i in (99, 100)] == [{"path": "y"}, {"path": None}]
+    assert not list(tmp_path.iterdir())  # nothing is left for a killed process to leave

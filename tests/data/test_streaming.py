@@ -287,3 +287,95 @@ def test_a_data_set_of_the_hub_has_the_documents_of_its_files_in_lanes_and_from_
     assert isinstance(again, HubCursor)
     assert again.rows == Rows(0, 0, 3)
     assert [*given, *again] == list(hub.cursor(0, 7, (0,), None))
+
+
+def broken_positions(position: dict[int, Any]) -> dict[str, Any]:
+    """Positions of lane 0 that no stream of one source can have given."""
+    lane = position[0]
+    source = lane["sources"][0]
+
+    def of(**change: Any) -> dict[str, Any]:
+        return lane | {"sources": [source | change]}
+
+    return {
+        "no lane": [],
+        "nothing in it": {},
+        "no tokens": lane | {"left": None},
+        "tokens of another type": lane | {"left": torch.zeros(3)},
+        "tokens in a table": lane | {"left": torch.zeros(3, 3, dtype=torch.int32)},
+        "negative tokens": lane | {"left": torch.full((3,), -1, dtype=torch.int32)},
+        "negative draws": lane | {"drawn": -1},
+        "draws in quotes": lane | {"drawn": "3"},
+        "huge draws": lane | {"drawn": 10**30},
+        "two sources": lane | {"sources": [source, source]},
+        "no source": lane | {"sources": []},
+        "source of another type": lane | {"sources": [3]},
+        "negative epoch": of(epoch=-1),
+        "fraction of a block": of(number=0.5),
+        "more taken than there is": of(taken=10**6),
+        "a file beyond": of(position=[99, 0]),
+        "a negative row": of(position=[0, -1]),
+        "another position": of(position={"row": 0}),
+    }
+
+
+def test_a_position_of_other_sources_is_named_and_not_read_from(source: Path, cache: Path) -> None:
+    text, _ = stream(source, cache=cache)
+    (step,) = read(text, 1, Share(1, 1, 0, 1))
+    for broken in broken_positions(step.position).values():
+        with pytest.raises(CorruptDataError, match="position"):
+            read(text, 1, Share(1, 1, 0, 1), {0: broken})
+    again = read(text, 1, Share(1, 1, 0, 1), step.position)
+    assert torch.equal(again[0].micro_batches[0][:, 0], step.micro_batches[0][:, -1])
+
+
+def test_a_copy_of_a_held_out_text_is_not_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for i in range(80):
+        (tmp_path / "texts" / f"{i}.txt").write_text(text_of(i % 40))
+    text, corpus = stream(tmp_path / "texts", cache=tmp_path / "cache", held_out_documents=999)
+    held_out = set(documents(corpus.held_out.tokens, corpus))
+    assert held_out == {text_of(i) for i in range(40) if is_held_out(text_of(i))}
+    trained = {found for lane in lane_tokens(text, 60) for found in documents(lane, corpus)}
+    assert trained == set(map(text_of, range(40))) - held_out
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"body": ["a"]}, "has no column 'text' among body"),
+        ({"text": ["a"]}, None),
+    ],
+)
+def test_a_data_set_of_the_hub_without_texts_is_named_when_it_is_opened(
+    columns: dict[str, list[str]],
+    message: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    files: list[Any] = [str(tmp_path / "a.parquet")]
+    loaded = IterableDataset.from_parquet(files, cache_dir=str(tmp_path / "scratch"))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: loaded)
+    if message is None:
+        assert [found[-1] for found in HubDataset("owner/name").cursor(0, 1, (0,), None)] == ["a"]
+        return
+    with pytest.raises(ConfigError, match=message):
+        HubDataset("owner/name")
+
+
+def test_rows_of_the_hub_without_a_string_are_defects_and_bytes_are_texts(tmp_path: Path) -> None:
+    source = tmp_path / "rows"
+    source.mkdir()
+    parquet.write_table(pa.table({"text": [3, None, 4]}), source / "a.parquet")
+    found = list(hub_dataset(source).cursor(0, 1, (0,), None))
+    assert [str(one) for one in found] == [
+        f"data.source 'owner/name' row {row} of a lane: 'text' is a int, no string"
+        for row in (0, 2)
+    ]
+    parquet.write_table(pa.table({"text": [b"good", b"", b"\xff"]}), source / "a.parquet")
+    good, bad = hub_dataset(source).cursor(0, 1, (0,), None)
+    assert good[-1] == "good"
+    assert "can't decode byte 0xff" in str(bad)
+    with pytest.raises(CorruptDataError, match=r"is none of data\.source 'owner/name'"):
+        hub_dataset(source).cursor(0, 1, (0,), {"row": 0, "shards": 3})

@@ -1,5 +1,6 @@
 """Token files hold the corpus to the byte, in windows that miss no target."""
 
+import itertools
 import json
 import logging
 import shutil
@@ -14,7 +15,8 @@ import torch
 from pyarrow import parquet
 
 from simvq_moe.data import documents, text
-from simvq_moe.data.order import held_out_by_name
+from simvq_moe.data.held_out import held_out_by_content
+from simvq_moe.data.order import place_of
 from simvq_moe.data.text import check_source, token_windows
 from simvq_moe.merging import ConfigError
 
@@ -86,8 +88,8 @@ def test_the_tokenizer_knows_training_documents_alone(tmp_path, source):
     held_out = [f for f, out in zip(*sides(source), strict=True) if out]
     changed = tmp_path / "changed"
     shutil.copytree(source, changed)
-    for name in held_out:
-        (changed / name).write_text("entirely other words " * 50)
+    for name, other in zip(held_out, others_held_out(), strict=False):
+        (changed / name).write_text(other)
     first, second = windows(source, tmp_path / "1"), windows(changed, tmp_path / "2")
     assert first.tokenizer.read_bytes() == second.tokenizer.read_bytes()
     np.testing.assert_array_equal(first.train.tokens, second.train.tokens)
@@ -95,8 +97,31 @@ def test_the_tokenizer_knows_training_documents_alone(tmp_path, source):
 
 
 def sides(source):
-    names = [file.name for file in documents.list_files(str(source))]
-    return names, held_out_by_name(names, text.HELD_OUT_SHARE)
+    files = documents.list_files(str(source))
+    keys = [documents.content_name(file.path.read_bytes().decode()) for file in files]
+    return [file.name for file in files], held_out_by_content(keys, text.HELD_OUT_SHARE)
+
+
+def others_held_out():
+    """Other texts whose content is held out."""
+    for i in itertools.count():
+        other = f"{i} entirely other words " * 50
+        if place_of(documents.content_name(other)) < text.HELD_OUT_SHARE:
+            yield other
+
+
+def test_copies_under_other_names_are_on_one_side(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(60):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(document(i % 30, 20))
+    (tmp_path / "texts" / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": document(i, 20)}) + "\n" for i in range(40))
+    )
+    corpus = windows(tmp_path / "texts", tmp_path / "cache")
+    train, held_out = texts(corpus.train, corpus), texts(corpus.held_out, corpus)
+    assert len(train) + len(held_out) == 100
+    assert held_out
+    assert not set(train) & set(held_out)
 
 
 def test_token_files_are_mapped_and_small(corpus):
