@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -103,6 +103,15 @@ def _is_of_files(position: Any, files: list[File]) -> bool:
         and len(position) == 2
         and all(map(is_count, position))
         and position[0] <= len(files)
+    )
+
+
+def _is_of_shards(position: Any) -> bool:
+    """Of what is in "shards" only `datasets` knows; it says so when it is read."""
+    return (
+        isinstance(position, Mapping)
+        and is_count(position.get("row"))
+        and isinstance(position.get("shards"), Mapping)
     )
 
 
@@ -209,13 +218,12 @@ class HubCursor:
         self.source, self.shards, self.rows = source, shards, rows
         self.row = 0
         if position is not None:
-            try:
-                self.row = position["row"]
-                self.shards.load_state_dict(position["shards"])
-            except (LookupError, TypeError, ValueError, AttributeError):
+            if not _is_of_shards(position):
                 raise CorruptDataError(
                     f"position {position!r} is none of data.source {source.name!r}"
-                ) from None
+                )
+            self.row = position["row"]
+            self.shards.load_state_dict(position["shards"])
 
     def __iter__(self) -> Iterator[Document | Defect]:
         try:

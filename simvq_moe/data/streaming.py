@@ -158,7 +158,7 @@ class Lane:
         lanes: int,
         tokenizer: Tokenizer,
         defects: Defects,
-        state: Mapping[str, Any] | None,
+        state: Any,
     ) -> None:
         self.stream, self.number, self.tokenizer = stream, number, tokenizer
         if state is not None and not _is_of_lane(state, stream):
