@@ -20,7 +20,7 @@ step() { echo "codes_to_language_model: $1" >&2; }
 step "1 of 4: the tokenizer"
 on_two_processes train --config configs/image_codes_tokenizer.yaml
 step "2 of 4: its codes"
-on_two_processes encode "$folder/tokenizer" --out "$folder/codes" --shard_samples 2048
+on_two_processes encode "$folder/tokenizer" --out "$folder/codes" --shard_samples 2048 --crops
 step "3 of 4: the language model"
 on_two_processes train --config configs/image_codes_language.yaml
 step "4 of 4: 64 new images"

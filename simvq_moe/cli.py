@@ -27,8 +27,7 @@ from simvq_moe.merging import (
     suggestion,
     with_flags,
 )
-
-FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+from simvq_moe.terminal import FAILED, USAGE_ERROR, ending, open_streams
 
 
 @dataclass(frozen=True)
@@ -189,6 +188,9 @@ class EvalArgs:
     """Image tokenizers: also the Frechet distance, by the InceptionV3 of torch-fidelity."""
     lpips: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Image tokenizers: also LPIPS, by torchvision's weights of VGG16."""
+    cache_dir: Path | None = None
+    """Text: folder of what is derived from the source, such as the run's own data.cache_dir; None:
+    .cache here, wherever the run's config says."""
 
 
 def evaluate(args: Sequence[str]) -> int:
@@ -196,8 +198,13 @@ def evaluate(args: Sequence[str]) -> int:
     options = parse_flags(EvalArgs, args, "simvq-moe eval")
     from simvq_moe.training import export
 
-    networks = {"rfid": options.rfid, "lpips": options.lpips}
-    print(json.dumps(export.evaluate_run(options.run, options.data, **networks), indent=1))
+    found = export.evaluate_run(
+        *(options.run, options.data),
+        rfid=options.rfid,
+        lpips=options.lpips,
+        cache_dir=options.cache_dir,
+    )
+    print(json.dumps(found, indent=1))
     return 0
 
 
@@ -226,17 +233,21 @@ def fold(args: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class EncodeArgs:
-    """Write a data set as token shards: the codes that a tokenizer's run gives its samples. The
-    same command again goes on; under a launcher the ranks share the shards."""
+    """Write a data set as token shards: the codes that a tokenizer's run gives its images or
+    recordings, each of them once. The same command again goes on; under a launcher the ranks share
+    the shards."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run of an image or audio tokenizer."""
     out: Path
-    """Folder of train_*.npy, held_out_*.npy and manifest.json."""
+    """Folder of train_*.npy, held_out_*.npy, items.json and manifest.json."""
     data: str | None = None
-    """Another source than the run's."""
+    """Another source than the run's, with held-out images or recordings of its own."""
+    crops: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Encode as many random crops as the run's config draws, in place of whole images and
+    recordings, which windows of the size of a crop cover once."""
     shard_samples: int = 16_384
-    """Samples of a shard."""
+    """Samples of a shard: windows or crops."""
 
 
 def encode(args: Sequence[str]) -> int:
@@ -245,7 +256,9 @@ def encode(args: Sequence[str]) -> int:
     check_range(shard_samples=(options.shard_samples, 1, COUNT))
     from simvq_moe.training import encoding
 
-    manifest = encoding.encode_run(options.run, options.data, options.out, options.shard_samples)
+    manifest = encoding.encode_run(
+        *(options.run, options.data, options.out, options.shard_samples), whole=not options.crops
+    )
     if _is_main():
         counts = " + ".join(f"{samples:,} {part}" for part, samples in manifest.samples.items())
         size = f"{manifest.context} codes of {manifest.begin}"
@@ -255,14 +268,14 @@ def encode(args: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class DecodeArgs:
-    """Write the samples of token shards as images or sound, by the tokenizer that encoded them."""
+    """Write the images or recordings of token shards, by the tokenizer that encoded them."""
 
     folder: tyro.conf.Positional[Path]
     """Folder that `encode` wrote."""
     out: Path
     """Folder of train/000000.png ... and held_out/000000.png ..., or .wav."""
     limit: int | None = None
-    """Samples of each part; None: all."""
+    """Images, recordings or crops of each part; None: all."""
 
 
 def decode(args: Sequence[str]) -> int:
@@ -361,28 +374,27 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    if argv is None:
+        open_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     # the deepspeed launcher puts the local rank first or last; the environment has it as well
     args = [arg for arg in args if not arg.startswith("--local_rank=")]
-    try:
-        if not args or args[0] in ("-h", "--help"):
-            print(_overview(), file=sys.stdout if args else sys.stderr)
-            return 0 if args else USAGE_ERROR
-        if args[0] == "--version":
-            print(simvq_moe.__version__)
-            return 0
-        if args[0] not in COMMANDS:
-            raise ConfigError(
-                f"unknown command {args[0]!r}.{suggestion(args[0], list(COMMANDS))} "
-                "simvq-moe --help lists them"
-            )
-        return COMMANDS[args[0]](args[1:])
-    except ConfigError as error:
-        if _is_main():
-            print(f"simvq-moe: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return ending(lambda: _run(args), told=_is_main())
+
+
+def _run(args: Sequence[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview(), file=sys.stdout if args else sys.stderr)
+        return 0 if args else USAGE_ERROR
+    if args[0] == "--version":
+        print(simvq_moe.__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        raise ConfigError(
+            f"unknown command {args[0]!r}.{suggestion(args[0], list(COMMANDS))} "
+            "simvq-moe --help lists them"
+        )
+    return COMMANDS[args[0]](args[1:])
 
 
 def _overview() -> str:

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 
-from simvq_moe.files import write_atomically, written_whole
+from simvq_moe.files import BrokenFileError, parse_json, read_bytes, write_atomically, written_whole
+from simvq_moe.tensor_files import read_safetensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG_LIMIT = 2**20
+"""Bytes of a config.json that are read at most."""
+NOT_MADE = (
+    *(ValueError, RuntimeError, TypeError, ArithmeticError, AssertionError, LookupError),
+    *(AttributeError, MemoryError),
+)
+"""What constructors raise for arguments that go with no module."""
 
 Self = TypeVar("Self", bound="Pretrained")
 
@@ -53,16 +63,46 @@ class Pretrained(nn.Module):
         """The module saved in a directory or in a Hugging Face repository of that name.
 
         Raises:
-            ValueError: another class was saved there.
+            ValueError: another class was saved there, or files that are broken.
         """
         local = Path(source)
         directory = local if local.is_dir() else Path(snapshot_download(str(source)))
-        module = _build(json.loads((directory / CONFIG).read_text()))
-        if not isinstance(module, cls):
-            name = type(module).__name__
+        spec = parse_json(read_bytes(directory / CONFIG, limit=CONFIG_LIMIT), directory / CONFIG)
+        weights = read_safetensors(directory / WEIGHTS)
+        with torch.device("meta"):  # described first, for its sizes may be anything
+            described = _made(spec, directory)
+        if not isinstance(described, cls):
+            name = type(described).__name__
             raise ValueError(f"{source} holds a {name}: use {name}.from_pretrained")
-        load_model(module, str(directory / WEIGHTS))
+        _check_sizes(described, weights, directory)
+        module = _made(spec, directory)
+        assert isinstance(module, cls)
+        try:
+            load_model(module, str(directory / WEIGHTS))
+        except RuntimeError as error:
+            raise BrokenFileError(directory / WEIGHTS, f"is not of {CONFIG}: {error}") from None
         return module
+
+
+def _check_sizes(module: nn.Module, weights: Mapping[str, Tensor], directory: Path) -> None:
+    """Raise `BrokenFileError` unless the weights have the sizes of the module's tensors."""
+    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    for name, tensor in weights.items():
+        if wanted.get(name) != tensor.shape:
+            there = tuple(wanted[name]) if name in wanted else "no tensor"
+            reason = f"has {name} of shape {tuple(tensor.shape)}, where {CONFIG} has {there}"
+            raise BrokenFileError(directory / WEIGHTS, reason)
+    # of tensors that share memory one is saved, so that no more can be missing than are there
+    missing = sum(shape.numel() for name, shape in wanted.items() if name not in weights)
+    if missing > sum(tensor.numel() for tensor in weights.values()):
+        raise BrokenFileError(directory / WEIGHTS, f"lacks tensors of the module in {CONFIG}")
+
+
+def _made(spec: Any, directory: Path) -> Any:
+    try:
+        return _build(spec)
+    except NOT_MADE as error:
+        raise BrokenFileError(directory / CONFIG, f"describes no module: {error}") from None
 
 
 def _spec(value: Any) -> Any:
@@ -79,8 +119,10 @@ def _build(spec: Any) -> Any:
     if not isinstance(spec, dict) or "class" not in spec:
         return spec
     known = _subclasses(Pretrained)
-    if spec["class"] not in known:
+    if not isinstance(spec["class"], str) or spec["class"] not in known:
         raise ValueError(f"{CONFIG}: class {spec['class']!r} is none of {sorted(known)}")
+    if not isinstance(spec.get("arguments"), dict):
+        raise ValueError(f"{CONFIG}: class {spec['class']!r} has no arguments")
     return known[spec["class"]](**{name: _build(v) for name, v in spec["arguments"].items()})
 
 

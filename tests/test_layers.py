@@ -22,7 +22,7 @@ MAY_IMPORT = {
     },
     "analysis": {"analysis", "config", "config_checks_values", "merging"},
 }
-FOR_ALL = {"errors", "files", "plain_yaml", "conversion", "run_files"}
+FOR_ALL = {"errors", "files", "plain_yaml", "conversion", "run_files", "tensor_files"}
 """Imported by every part."""
 EXCEPTIONS = {
     "analysis": {

@@ -6,7 +6,6 @@ lr_grid.json of the sweep. A rate that diverges is a result, and loses.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 
 from simvq_moe.analysis.measures import measure
 from simvq_moe.analysis.sweep import Plan, RateGrid, Run, replace_json, run_of, status
+from simvq_moe.files import read_json
 from simvq_moe.merging import ConfigError
 
 FOLDER = "lr_grid"
@@ -88,7 +88,7 @@ def chosen(plan: Plan) -> dict[str, dict[str, Any]]:
     if plan.spec.lr_grid is None:
         return {}
     files = {f"{run.group}/{run.arm}": _file(plan, run) for run in _one_of_each_arm(plan)}
-    return {arm: json.loads(file.read_text()) for arm, file in files.items() if file.is_file()}
+    return {arm: read_json(file, dict) for arm, file in files.items() if file.is_file()}
 
 
 def with_rates(plan: Plan) -> Plan:
@@ -118,7 +118,7 @@ def _check_same(plan: Plan, arm: str, rate: dict[str, Any], grid: RateGrid) -> N
 def _value(run: Run, outcome: str) -> float | None:
     if status(run) != "finished":
         return None
-    summary = json.loads((run.folder / "summary.json").read_text())
+    summary = read_json(run.folder / "summary.json", dict)
     if outcome not in summary:
         raise ConfigError(
             f"lr_grid.outcome {outcome!r} is not in {run.folder / 'summary.json'}: use one of "

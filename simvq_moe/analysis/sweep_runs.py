@@ -1,12 +1,14 @@
 """Doing a sweep: runs side by side on this machine, each in processes of its own.
 
 A run writes to launcher.log in its folder and is followed by what it writes there, so that it does
-not depend on the sweep that started it. One that fails is told and left, and the others go on.
+not depend on the sweep that started it. If that one was killed, its runs go on, and the same
+command follows them. One that fails is told and left, and the others go on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import heapq
 import os
 import shutil
@@ -32,6 +34,7 @@ from simvq_moe.analysis.sweep import (
     status,
     write_plan,
 )
+from simvq_moe.files import write_atomically
 from simvq_moe.merging import ConfigError, to_yaml
 from simvq_moe.training.progress import duration
 
@@ -41,6 +44,8 @@ SECONDS_TO_SAVE = 60.0
 """Grace of an interrupted run, after which it is killed."""
 USAGE_ERROR = 2
 """Exit code of a run that was refused before it began."""
+LOCK = ".lock"
+"""File of a run's folder that the process which trains there keeps locked."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Pool:
         self.folder, self.machine, self.changed = folder, machine, changed
         self.numbers = {run.name: i for i, run in enumerate(runs, start=1)}
         self.waiting = {run.name: run.group for run in runs if status(run) != "finished"}
-        self.going: dict[int, Process] = {}
+        self.going: dict[int, Followed] = {}
         self.clock = Clock()
 
     def do(self, runs: Sequence[Run]) -> None:
@@ -152,27 +157,38 @@ class Pool:
                         self._start(todo.pop(0), slot)
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 for slot, process in list(self.going.items()):
-                    self._look_at(slot, process)
+                    if self._look_at(slot, process):
+                        todo.insert(0, process.run)
         except BaseException:
-            stop([process.popen for process in self.going.values()])
-            for process in self.going.values():
+            own = [process for process in self.going.values() if isinstance(process, Process)]
+            stop([process.popen for process in own])
+            for process in own:
                 _record_end(process, "interrupted")
+            for process in self.going.values():
+                if process not in own:
+                    print(f"{process.label}  goes on, for another started it", file=sys.stderr)
             self.going.clear()
             self.changed()
             raise
 
     def _start(self, run: Run, slot: int) -> None:
-        del self.waiting[run.name]
-        file = self.folder / "configs" / f"{run.name.replace('/', '-')}.yaml"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(to_yaml(run.config))
+        self.waiting.pop(run.name, None)
         label = f"[{self.numbers[run.name]}/{len(self.numbers)}] {run.name}"
-        self.going[slot] = Process(run, label, file, self.machine, slot)
-        print(f"{label}  starting", file=sys.stderr, flush=True)
+        if is_trained(run.folder):
+            self.going[slot] = Followed(run, label)
+            print(f"{label}  goes on in another process", file=sys.stderr, flush=True)
+        else:
+            file = self.folder / "configs" / f"{run.name.replace('/', '-')}.yaml"
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, to_yaml(run.config))
+            self.going[slot] = Process(run, label, file, self.machine, slot)
+            print(f"{label}  starting", file=sys.stderr, flush=True)
         self.changed()
 
-    def _look_at(self, slot: int, process: Process) -> None:
-        code = process.popen.poll()  # before its last lines are read
+    def _look_at(self, slot: int, process: Followed) -> bool:
+        """Tell what a run has done since; whether it has ended and is to be begun, or followed,
+        again."""
+        code = process.poll()  # before its last lines are read
         if process.read() or (code is None and process.is_due()):
             process.printed = time.monotonic()
             seconds = self.clock.left(
@@ -181,40 +197,50 @@ class Pool:
             total = "" if seconds is None else f"  sweep ETA {duration(seconds)}"
             print(f"{process.label}  {process.line}{total}", file=sys.stderr, flush=True)
         if code is None:
-            return
+            return False
         del self.going[slot]
+        again = False
         if status(process.run) == "finished":
             self.clock.seen[process.run.group].append(process.seconds)
+        elif not isinstance(process, Process):
+            again = True
+        elif code == USAGE_ERROR and is_trained(process.run.folder):
+            again = True  # one that a killed sweep had just started was faster
         else:
             _record_end(process, "failed")
             told = f"see {process.log} ({process.last_words()})"
             print(f"{process.label} {status(process.run)}: {told}", file=sys.stderr, flush=True)
         self.changed()
+        return again
 
 
-class Process:
-    """One run under way, followed in its launcher.log."""
+def is_trained(folder: Path) -> bool:
+    """Whether a process trains in a run's folder, where locks can tell."""
+    try:
+        with (folder / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # nobody has, or the file system has no locks
+        return False
+    return False
 
-    def __init__(self, run: Run, label: str, config: Path, machine: Machine, slot: int) -> None:
+
+class Followed:
+    """A run under way, followed in its launcher.log; another process has started it."""
+
+    def __init__(self, run: Run, label: str) -> None:
         self.run, self.label = run, label
         self.log = run.folder / "launcher.log"
         self.began = self.printed = time.monotonic()
         self.line, self.share = "", 0.0
         self.first: tuple[float, float] | None = None
         """Seconds and share at its first line, before which it was starting."""
-        run.folder.mkdir(parents=True, exist_ok=True)
-        self.read_to = self.log.stat().st_size if self.log.is_file() else 0
-        gpus = machine.gpus_of(slot)
-        with self.log.open("a") as log:
-            self.popen = subprocess.Popen(
-                command(config, machine.ranks, gpus),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(machine, gpus),
-                # its own group, for the launcher leaves the ranks behind when it alone is killed
-                start_new_session=True,
-            )
+        self.read_to = 0
+
+    def poll(self) -> int | None:
+        """0 once it has ended, however."""
+        return None if is_trained(self.run.folder) else 0
 
     @property
     def seconds(self) -> float:
@@ -233,6 +259,8 @@ class Process:
 
     def read(self) -> bool:
         """Take up what it has written since; whether it has just told its last step."""
+        if not self.log.is_file():  # of one that was started by hand
+            return False
         with self.log.open("rb") as log:
             log.seek(self.read_to)
             new = log.read()
@@ -253,6 +281,29 @@ class Process:
         return next((line.strip() for line in reversed(lines) if line.strip()), "no word")
 
 
+class Process(Followed):
+    """A run that is started here."""
+
+    def __init__(self, run: Run, label: str, config: Path, machine: Machine, slot: int) -> None:
+        super().__init__(run, label)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self.read_to = self.log.stat().st_size if self.log.is_file() else 0
+        gpus = machine.gpus_of(slot)
+        with self.log.open("a") as log:
+            self.popen = subprocess.Popen(
+                command(config, machine.ranks, gpus),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(machine, gpus),
+                # its own group, for the launcher leaves the ranks behind when it alone is killed
+                start_new_session=True,
+            )
+
+    def poll(self) -> int | None:
+        return self.popen.poll()
+
+
 class Clock:
     """Time left of a sweep, from the runs that it has seen to the end and those under way."""
 
@@ -260,7 +311,7 @@ class Clock:
         self.seen: dict[str, list[float]] = defaultdict(list)
         """Seconds of each finished run, by group."""
 
-    def left(self, going: Sequence[Process], waiting: Sequence[str], slots: int) -> float | None:
+    def left(self, going: Sequence[Followed], waiting: Sequence[str], slots: int) -> float | None:
         """Seconds until the last run ends, each started where one ends; None: unknown.
 
         Args:

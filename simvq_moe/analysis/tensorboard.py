@@ -21,6 +21,7 @@ from simvq_moe.files import is_inside
 
 SAMPLES_KEPT = 200
 """Steps of each heat map and histogram that the slider reaches; TensorBoard's own default is 10."""
+LAST_PORT = 65_535
 SECONDS_BETWEEN_LOOKS = 5
 """For new runs, and TensorBoard's for new events."""
 
@@ -29,8 +30,10 @@ def serve(runs_dir: Path, port: int) -> int:
     """Serve until interrupted; 0 as port takes a free one.
 
     Raises:
-        ConfigError: the folder does not exist, or the port is taken.
+        ConfigError: the folder does not exist, or the port is none, or taken.
     """
+    if not 0 <= port <= LAST_PORT:
+        raise ConfigError(f"--port {port} is no port: use 1 to {LAST_PORT}, or 0 for a free one")
     if not runs_dir.is_dir():
         raise ConfigError(f"{runs_dir} does not exist: give the folder that holds the runs")
     with tempfile.TemporaryDirectory(prefix="simvq_moe_dashboard_") as links:

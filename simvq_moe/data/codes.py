@@ -106,6 +106,8 @@ class Manifest:
     """Of each part."""
     shard_samples: Size
     """Samples of a shard; the last one of a part may have fewer."""
+    whole: bool = False
+    """Whether samples are windows that cover whole images or recordings, see `code_items`."""
     shards: Mapping[str, tuple[Shard, ...]] = field(default_factory=dict)
     """Of each part, in order; empty until all are written."""
 

@@ -9,11 +9,14 @@ content, so that a changed corpus is encoded anew and an equal one never is.
 from __future__ import annotations
 
 import codecs
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -51,7 +54,7 @@ from simvq_moe.data.tokenizer import (
 )
 from simvq_moe.data.tokens import Corpus, is_token_folder, load_tokens, write_tokens
 from simvq_moe.errors import ConfigError
-from simvq_moe.files import printable
+from simvq_moe.files import printable, sync_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -69,6 +72,12 @@ BY_CONTENT = " by content"
 COLUMNS = ("key", "name", "domain", "text")
 WRITTEN_AT_ONCE = 64
 """Documents that wait in memory until they are written, each up to `LARGEST_TEXT`."""
+
+BUILDING, LOCK = "building-", ".lock"
+"""Beginning of the name of a folder that is being built in the cache, and what its builder keeps
+locked in it."""
+SECONDS_TO_BUILD = 7 * 86_400.0
+"""After which a folder without a lock is taken for left over."""
 
 log = logging.getLogger(__name__)
 
@@ -169,22 +178,51 @@ def build_once(folder: Path, fill: Callable[[Path, Path], None]) -> None:
     """
     fresh = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_over(folder.parent)
     try:
-        with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent) as aside, _quiet():
+        with (
+            tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder.parent) as aside,
+            Path(aside, LOCK).open("wb") as lock,
+            _quiet(),
+        ):
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             built = Path(aside, "built")
             built.mkdir()
             fill(built, Path(aside, "scratch"))
+            for path in built.rglob("*"):
+                if path.is_file():
+                    with path.open("rb+") as file:
+                        os.fsync(file.fileno())
+            sync_folder(built)
             try:
                 built.rename(folder)
             except OSError:
                 # another process was faster, and its folder is as good
                 if not folder.exists():
                     raise
+            sync_folder(folder.parent)
     except (ConfigError, CorruptDataError):
         if fresh:
             with suppress(OSError):
                 folder.parent.rmdir()
         raise
+
+
+def _remove_left_over(cache: Path) -> None:
+    """Remove what processes that have ended were building: a living one holds its lock."""
+    for aside in cache.glob(f"{BUILDING}*"):
+        try:
+            with Path(aside, LOCK).open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                dead = True
+        except BlockingIOError:
+            continue
+        except OSError:  # it has no lock yet, or no more, or there are none here
+            dead = False
+        with suppress(OSError):
+            if dead or time.time() - aside.stat().st_mtime > SECONDS_TO_BUILD:
+                shutil.rmtree(aside)
 
 
 def write_corpus(

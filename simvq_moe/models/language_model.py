@@ -20,6 +20,10 @@ from simvq_moe.moe.router import Routing
 INITIAL_STD = 0.02
 
 
+class NotFiniteError(ValueError):
+    """There is nothing to draw from: the model has diverged."""
+
+
 class LanguageModel(nn.Module):
     """Next-token prediction over windows of context + 1 tokens.
 
@@ -207,13 +211,19 @@ def draw(
     top_k: int,
     generator: torch.Generator | None,
 ) -> Int[Tensor, "batch 1"]:
-    """A token for each row of scores, see `LanguageModel.generate`."""
+    """A token for each row of scores, see `LanguageModel.generate`.
+
+    Raises:
+        NotFiniteError: a score is NaN, or infinite.
+    """
     if temperature == 0:
         return scores.argmax(-1, keepdim=True)
     if 0 < top_k < scores.shape[-1]:
         least = scores.topk(top_k).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)
     shares = (scores / temperature).softmax(-1)
+    if not shares.isfinite().all():
+        raise NotFiniteError("the scores of the next token are not finite")
     if generator is not None:
         shares = shares.to(generator.device)
     return shares.multinomial(1, generator=generator)

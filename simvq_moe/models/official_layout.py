@@ -34,6 +34,12 @@ from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.quantizers.interchange import simvq_from
 
 PARTS = ("encoder.", "decoder.", "quantize.")
+AXES = {
+    "encoder.conv_in.weight": 4,
+    "quantize.embedding.weight": 2,
+    "quantize.embedding_proj.weight": 2,
+}
+"""Of the tensors that sizes are read from."""
 AVERAGES = "model_ema."
 
 
@@ -87,8 +93,11 @@ def sizes_of(state: Mapping[str, Tensor]) -> Sizes:
     Raises:
         ValueError: it has another layout.
     """
-    if "encoder.conv_in.weight" not in state or "quantize.embedding.weight" not in state:
+    if not state.keys() >= AXES.keys():
         raise ValueError(f"no official layout: {', '.join(sorted(state)[:5])}, ...")
+    for name, tensor in state.items():
+        if name.startswith(PARTS):
+            _check(name, tensor)
     hidden = len(state["encoder.conv_in.weight"])
     firsts = _numbered(state, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
     blocks = _numbered(state, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")
@@ -96,8 +105,20 @@ def sizes_of(state: Mapping[str, Tensor]) -> Sizes:
         "hidden": hidden,
         "downsamplings": len(firsts) - 1,
         "residual_blocks": len(blocks),
-        "channel_multipliers": tuple(len(state[name]) // hidden for name in firsts),
+        "channel_multipliers": tuple(max(1, len(state[name]) // hidden) for name in firsts),
     }
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    """Raise `ValueError` for what can't be a weight: of no axes, empty, of integers, or a view that
+    repeats less memory than it claims."""
+    room = 0
+    if tensor.layout == torch.strided and tensor.is_floating_point():
+        room = tensor.untyped_storage().nbytes() // tensor.element_size()
+    axes = AXES.get(name, max(tensor.ndim, 1))
+    if tensor.ndim != axes or not 0 < tensor.numel() <= room:
+        kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise ValueError(f"no official layout: {name} is {kind}")
 
 
 def _numbered(weights: Mapping[str, Tensor], pattern: str) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +18,20 @@ from torch import Tensor
 from simvq_moe.config import Config, DataConfig
 from simvq_moe.data.codes import Manifest, entropy_bits, is_codes, open_codes, read_manifest
 from simvq_moe.merging import ConfigError, check_least
-from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.models.language_model import LanguageModel, NotFiniteError
 from simvq_moe.training.building import build_model
-from simvq_moe.training.decoding import Decoder, check_empty, sheet, tokenizer_run
+from simvq_moe.training.decoding import Decoder, sheet, tokenizer_run
 from simvq_moe.training.devices import this_device
 from simvq_moe.training.engine_sharding import ready
-from simvq_moe.training.loading import load_run
+from simvq_moe.training.loading import fill, load_run, weights_sha256
+from simvq_moe.training.unfinished import check_free, filling
 
 NOT_FOR_CODES = ("document_mask", "streaming", "tokenizer")
 """Options of text that mean nothing to sequences that are a sample each."""
 AT_A_TIME = 64
 """Samples that are drawn together."""
+LEAST_TEMPERATURE = 1e-4
+"""Below it scores over the temperature leave the range of float32."""
 
 
 def is_of_codes(config: Config) -> bool:
@@ -96,6 +101,17 @@ def check_same_codes(config: Config, source: str) -> None:
         )
 
 
+def check_same_vocabulary(config: Config, manifest: Manifest) -> None:
+    """Raise `ConfigError` where the codes of a run's data are no longer those that it learned."""
+    for name in ("vocabulary", "context"):
+        ours, theirs = getattr(config.data, name), getattr(manifest, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"data.{name} {ours} of the run is {theirs} in data.source {config.data.source!r}: "
+                "put the codes back that the run was trained on"
+            )
+
+
 class CodesTask:
     """Model and data of a config, and what a run measures and shows of them.
 
@@ -156,6 +172,48 @@ def token_sums(model: LanguageModel, sequences: Int64[Tensor, "batch window"]) -
     return {"nats": nats, "tokens": torch.tensor(float(len(targets)))}
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How new tokens are drawn: flags of `generate`.
+
+    Raises:
+        ConfigError: one is out of its range.
+    """
+
+    temperature: float
+    top_k: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_least(temperature=(self.temperature, 0), top_k=(self.top_k, 0))
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ConfigError(
+                f"--temperature {self.temperature} < {LEAST_TEMPERATURE}: use 0 for the best token"
+            )
+        check_seed(self.seed)
+
+    def options(self) -> dict[str, Any]:
+        """Of `LanguageModel.generate`, with a generator at the start of its numbers."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return {"temperature": self.temperature, "top_k": self.top_k, "generator": generator}
+
+    @contextmanager
+    def of_finite_scores(self, run_dir: Path) -> Iterator[None]:
+        """Name the run whose model has no scores to draw by."""
+        try:
+            yield
+        except NotFiniteError as error:
+            raise ConfigError(
+                f"{run_dir}: {error}: the run has diverged, use another checkpoint or train again"
+            ) from None
+
+
+def check_seed(seed: int) -> None:
+    """Raise `ConfigError` for a seed that torch doesn't take."""
+    if not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"--seed {seed} has more than 64 bits: use 0 to {2**63 - 1}")
+
+
 def draw_sequences(
     model: LanguageModel,
     manifest: Manifest,
@@ -185,8 +243,9 @@ def generate_samples(
     Raises:
         ConfigError: it is no run on codes, `out` is not empty, or a number is out of its range.
     """
-    check_least(samples=(samples, 1), temperature=(temperature, 0), top_k=(top_k, 0))
-    check_empty(out)
+    check_least(samples=(samples, 1))
+    drawing = Drawing(temperature, top_k, seed)
+    check_free(out)
     config, weights = load_run(run_dir)
     if not is_of_codes(config):
         raise ConfigError(
@@ -195,18 +254,16 @@ def generate_samples(
         )
     folder = Path(str(config.data.source))
     decoder = Decoder(folder, this_device())
-    model = build_model(config)
+    model = fill(build_model(config), weights)
     assert isinstance(model, LanguageModel)
-    model.load_state_dict(weights)
+    check_same_vocabulary(config, decoder.manifest)
     model.to(decoder.device)
-    random = torch.Generator().manual_seed(seed)
-    out.mkdir(parents=True, exist_ok=True)
-    for start in range(0, samples, AT_A_TIME):
-        number = min(AT_A_TIME, samples - start)
-        sequences = draw_sequences(
-            *(model, decoder.manifest, number),
-            generator=random,
-            temperature=temperature,
-            top_k=top_k,
-        )
-        decoder.write(sequences, out, start)
+    options = drawing.options()
+    made_of = {"weights": weights_sha256(weights), "codes": decoder.manifest.digest}
+    made_of |= {"samples": samples, "temperature": temperature, "top_k": top_k, "seed": seed}
+    with filling(out, "generate", made_of), drawing.of_finite_scores(run_dir):
+        # all from the first on, for each batch's random numbers follow those of the one before
+        for start in range(0, samples, AT_A_TIME):
+            number = min(AT_A_TIME, samples - start)
+            sequences = draw_sequences(model, decoder.manifest, number, **options)
+            decoder.write(sequences, out, start)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +13,17 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from simvq_moe.data.codes import Manifest, open_codes, read_manifest
-from simvq_moe.merging import ConfigError
+from simvq_moe.data.code_items import Item, read_items, window_of
+from simvq_moe.data.codes import CodeSequences, Manifest, open_codes, read_manifest
+from simvq_moe.files import written_whole
+from simvq_moe.merging import ConfigError, check_least
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.training.building import build_model
 from simvq_moe.training.devices import this_device
 from simvq_moe.training.image_measures import as_bytes
-from simvq_moe.training.loading import load_run, weights_sha256
+from simvq_moe.training.loading import fill, load_run, weights_sha256, without_networks
+from simvq_moe.training.unfinished import check_free, filling
 
 
 class Decoder:
@@ -43,9 +48,8 @@ class Decoder:
                 "encode again into a new folder"
             )
         self.batch_size = config.train.eval_batch_size
-        model = build_model(config)
+        model = fill(build_model(without_networks(config)), weights)
         assert isinstance(model, ImageTokenizer | AudioTokenizer)
-        model.load_state_dict(weights)
         self.model = model.eval().to(device)
 
     @property
@@ -65,11 +69,40 @@ class Decoder:
     def write(self, sequences: Int64[Tensor, "samples window"], folder: Path, first: int) -> None:
         """One png or 16-bit wav each, numbered from `first` on."""
         for i, sample in enumerate(self.decode(sequences), start=first):
+            self._save(self._values(sample[None])[0], folder / self.file_name(i))
+
+    def write_whole(self, sequences: CodeSequences, first: int, item: Item, file: Path) -> None:
+        """An image or a recording of its windows, the first of which is sequence `first`."""
+        window = window_of(self.manifest)
+        grid = item.grid(window)
+        sides = [n * side for n, side in zip(grid, window, strict=True)]
+        whole = np.zeros(
+            (*sides, 3) if self.is_image else sides, np.uint8 if self.is_image else np.float32
+        )
+        places = np.stack(np.unravel_index(np.arange(prod(grid)), grid), axis=1) * window
+        for start in range(0, len(places), self.batch_size):
+            some = places[start : start + self.batch_size]
+            samples = self.decode(sequences.batch(first + start + np.arange(len(some))))
+            for place, values in zip(some, self._values(samples), strict=True):
+                inside = tuple(slice(at, at + side) for at, side in zip(place, window, strict=True))
+                whole[inside] = values
+        self._save(whole[tuple(slice(size) for size in item.size)], file)
+
+    def _values(self, samples: Float[Tensor, "samples axis *axes"]) -> np.ndarray:
+        """Bytes of images, (samples, height, width, 3), or amplitudes of clips."""
+        return pixels(samples) if self.is_image else samples.clamp(-1, 1).cpu().numpy()
+
+    def _save(self, values: np.ndarray, file: Path) -> None:
+        """A file that appears whole."""
+        with written_whole(file) as aside:
             if self.is_image:
-                Image.fromarray(pixels(sample[None])[0]).save(folder / f"{i:06d}.png")
+                Image.fromarray(values).save(aside)
             else:
-                clip = sample.clamp(-1, 1).cpu().numpy()
-                soundfile.write(folder / f"{i:06d}.wav", clip, self.manifest.sample_rate)
+                soundfile.write(aside, values, self.manifest.sample_rate)
+
+    def file_name(self, number: int) -> str:
+        """Of a sample."""
+        return f"{number:06d}.{'png' if self.is_image else 'wav'}"
 
 
 def tokenizer_run(folder: Path) -> Path:
@@ -88,28 +121,59 @@ def tokenizer_run(folder: Path) -> Path:
 
 
 def decode_folder(folder: Path, out: Path, limit: int | None) -> int:
-    """Write the samples of both parts as out/train/000000.png ... or .wav; how many.
+    """Write the images or recordings of both parts, or the samples where these are crops, as
+    out/train/000000.png ... or .wav; how many.
+
+    Killed at any moment, the same call goes on with the files that are missing.
 
     Args:
-        limit: samples of each part; None: all.
+        limit: of each part; None: all.
 
     Raises:
         ConfigError: the folder can't be decoded, `out` is not empty, or the limit is below 1.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit {limit} < 1: use at least 1, or drop it for all samples")
-    check_empty(out)
+    if limit is not None:
+        check_least(limit=(limit, 1))
+    check_free(out)
     parts = open_codes(folder)
     decoder = Decoder(folder, this_device())
+    items = read_items(folder, decoder.manifest) if decoder.manifest.whole else None
+    made_of = {"codes": decoder.manifest.digest, "limit": limit}
     written = 0
-    for part, sequences in parts.items():
-        (out / part).mkdir(parents=True)
-        number = len(sequences) if limit is None else min(limit, len(sequences))
-        for start in range(0, number, decoder.batch_size):
-            indices = np.arange(start, min(start + decoder.batch_size, number))
-            decoder.write(sequences.batch(indices), out / part, start)
-        written += number
+    with filling(out, "decode", made_of):
+        for part, sequences in parts.items():
+            (out / part).mkdir(exist_ok=True)
+            if items is None:
+                written += _decode_samples(decoder, sequences, out / part, limit)
+            else:
+                written += _decode_items(decoder, sequences, items[part], out / part, limit)
     return written
+
+
+def _decode_samples(
+    decoder: Decoder, sequences: CodeSequences, out: Path, limit: int | None
+) -> int:
+    number = len(sequences) if limit is None else min(limit, len(sequences))
+    for start in range(0, number, decoder.batch_size):
+        indices = range(start, min(start + decoder.batch_size, number))
+        if not all((out / decoder.file_name(i)).is_file() for i in indices):
+            decoder.write(sequences.batch(np.array(indices)), out, start)
+    return number
+
+
+def _decode_items(
+    decoder: Decoder,
+    sequences: CodeSequences,
+    items: Sequence[Item],
+    out: Path,
+    limit: int | None,
+) -> int:
+    first, window = 0, window_of(decoder.manifest)
+    for i, item in enumerate(items[:limit]):
+        if not (out / decoder.file_name(i)).is_file():
+            decoder.write_whole(sequences, first, item, out / decoder.file_name(i))
+        first += prod(item.grid(window))
+    return len(items[:limit])
 
 
 def check_empty(out: Path) -> None:

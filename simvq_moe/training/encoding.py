@@ -1,4 +1,7 @@
-"""A data set as token shards: the codes that a tokenizer's run gives its samples.
+"""A data set as token shards: the codes that a tokenizer's run gives its images or recordings.
+
+Samples are windows of the size that the tokenizer was trained on. They cover every image and every
+recording once, or are the crops that the run was trained on.
 
 Shards are dealt out to ranks in turn and encoded in batches that do not depend on that, so that any
 number of ranks writes the same bytes. A finished shard is never encoded again.
@@ -12,12 +15,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from simvq_moe.config import Config
+from simvq_moe.data.audio import RecordingWindows, recording_windows
+from simvq_moe.data.code_items import Item, write_items
 from simvq_moe.data.codes import (
     MANIFEST,
     PARTS,
@@ -31,19 +37,28 @@ from simvq_moe.data.codes import (
     write_manifest,
     write_shard,
 )
+from simvq_moe.data.image_windows import ImageWindows, image_windows
 from simvq_moe.merging import ConfigError, check_least, first_difference
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.training.building import AnyModel, build_model
 from simvq_moe.training.devices import this_device
 from simvq_moe.training.engine import World, launched_ranks, start_distributed
-from simvq_moe.training.loading import load_run, weights_sha256
+from simvq_moe.training.loading import fill, load_run, weights_sha256, without_networks
 from simvq_moe.training.progress import SECONDS_BETWEEN_LINES, duration
 from simvq_moe.training.slurm import adopt_slurm
-from simvq_moe.training.tasks import DataSet, Task, build_task, check_source, source_of
+from simvq_moe.training.tasks import DataSet, build_task, check_source, source_of
+from simvq_moe.training.unfinished import ASIDE
 
 
-def encode_run(run_dir: Path, source: str | None, out: Path, shard_samples: int) -> Manifest:
+def encode_run(
+    run_dir: Path, source: str | None, out: Path, shard_samples: int, *, whole: bool = False
+) -> Manifest:
     """Encode both parts of a run's data, or of another source, into a folder; all ranks together.
+
+    Args:
+        source: has held-out images or recordings of its own; None: the run's data.
+        whole: whole images and recordings, in windows; else the crops that the run's config draws.
 
     Raises:
         ConfigError: it is no tokenizer's run, or the folder holds something else.
@@ -53,14 +68,15 @@ def encode_run(run_dir: Path, source: str | None, out: Path, shard_samples: int)
     config, weights = load_run(run_dir)
     if config.task == "language_model":
         raise ConfigError(f"{run_dir} is a run of task 'language_model': give a tokenizer's run")
+    config = without_networks(config)
     if source is not None:
-        config = replace(config, data=replace(config.data, source=source))
+        config = replace(config, data=replace(config.data, source=source, held_out_source=None))
     check_source(config)
     _check_folder(out)
     world = start_distributed() if launched_ranks() > 1 else World(0, 1, this_device())
-    task = world.main_first(lambda: build_task(config))
-    task.model.load_state_dict(weights)
-    encoder = Encoder(task, config.train.eval_batch_size, world.device)
+    model = fill(build_model(config), weights)
+    data = world.main_first(lambda: _whole(config) if whole else _crops(config))
+    encoder = Encoder(model, data.parts, config.train.eval_batch_size, world.device)
     reference = TokenizerReference(
         run=os.path.relpath(run_dir.resolve(), out.resolve()),
         weights_sha256=weights_sha256(weights),
@@ -69,33 +85,94 @@ def encode_run(run_dir: Path, source: str | None, out: Path, shard_samples: int)
     wanted = Manifest(
         tokenizer=reference,
         source=source_of(config),
-        data_digest=task.data_digest,
+        data_digest=data.digest,
         codes=config.quantizer.codes,
-        sample_rate=task.sample_rate,
+        sample_rate=config.data.sample_rate if config.task == "audio_tokenizer" else 0,
         samples={part: len(encoder.parts[part]) for part in PARTS},
         shard_samples=shard_samples,
+        whole=whole,
         **encoder.shapes(),
     )
-    found = _encode(encoder, wanted, out, world)
+    found = _encode(encoder, wanted, data.items, out, world)
     if world.size > 1:
         dist.destroy_process_group()
     return found
+
+
+class _Data(NamedTuple):
+    """What is encoded."""
+
+    parts: dict[str, DataSet]
+    digest: str
+    """Differs when samples differ."""
+    items: dict[str, list[Item]] | None
+    """What the samples are windows of; None: they are crops."""
+
+
+def _crops(config: Config) -> _Data:
+    task = build_task(config)
+    assert isinstance(task.train, DataSet)
+    return _Data({"train": task.train, "held_out": task.held_out}, task.data_digest, None)
+
+
+def _whole(config: Config) -> _Data:
+    data = config.data
+    if config.task == "audio_tokenizer":
+        length = round(data.audio_seconds * data.sample_rate)
+        sides = recording_windows(source_of(config), sample_rate=data.sample_rate, length=length)
+        items = [_recordings(windows) for windows in sides]
+    else:
+        sides = image_windows(
+            source_of(config),
+            size=data.image_size,
+            held_out_source=data.held_out_source,
+            shorter_side=data.shorter_side,
+        )
+        items = [_images(windows) for windows in sides]
+    for windows, part in zip(sides, PARTS, strict=True):
+        if not len(windows):
+            raise ConfigError(
+                f"data.source {source_of(config)!r} has nothing that is {part}: give more files"
+            )
+    return _Data(
+        dict(zip(PARTS, sides, strict=True)),
+        "".join(windows.digest() for windows in sides),
+        dict(zip(PARTS, items, strict=True)),
+    )
+
+
+def _images(windows: ImageWindows) -> list[Item]:
+    sizes = windows.sizes.tolist()
+    return [Item(name, tuple(size)) for name, size in zip(windows.names, sizes, strict=True)]
+
+
+def _recordings(windows: RecordingWindows) -> list[Item]:
+    totals = np.bincount(windows.recording_of, windows.lengths, len(windows.names)).astype(int)
+    return [
+        Item(name, (total,)) for name, total in zip(windows.names, totals.tolist(), strict=True)
+    ]
 
 
 class Encoder:
     """A tokenizer and the two data sets that it encodes.
 
     Args:
-        task: of a tokenizer, with its weights.
+        model: the tokenizer, with its weights.
+        parts: the data sets.
         batch_size: samples encoded at a time, from the first of a shard on.
         device: where the tokenizer runs.
     """
 
-    def __init__(self, task: Task, batch_size: int, device: torch.device) -> None:
-        assert isinstance(task.model, ImageTokenizer | AudioTokenizer)
-        assert isinstance(task.train, DataSet)
-        self.model = task.model.eval().to(device)
-        self.parts: dict[str, DataSet] = {"train": task.train, "held_out": task.held_out}
+    def __init__(
+        self,
+        model: AnyModel,
+        parts: dict[str, DataSet],
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        assert isinstance(model, ImageTokenizer | AudioTokenizer)
+        self.model = model.eval().to(device)
+        self.parts = parts
         self.batch_size, self.device = batch_size, device
 
     @torch.no_grad()
@@ -139,9 +216,17 @@ def _pieces(manifest: Manifest) -> list[_Piece]:
     ]
 
 
-def _encode(encoder: Encoder, wanted: Manifest, out: Path, world: World) -> Manifest:
+def _encode(
+    encoder: Encoder,
+    wanted: Manifest,
+    items: dict[str, list[Item]] | None,
+    out: Path,
+    world: World,
+) -> Manifest:
     """Write what is missing, then the manifest with every shard's hash."""
     before = _take_up(out, wanted, world)
+    if items is not None and world.is_main:
+        write_items(out, items)
     mine = _pieces(wanted)[world.rank :: world.size]
     sealed = {shard.file: shard for shards in before.shards.values() for shard in shards}
     finished = {piece.file: _finished(out, piece, sealed) for piece in mine}
@@ -164,6 +249,9 @@ def _encode(encoder: Encoder, wanted: Manifest, out: Path, world: World) -> Mani
     complete = replace(wanted, shards=ordered)
     if world.is_main:
         write_manifest(out, complete)
+        for path in out.iterdir():
+            if _is_left_over(path):
+                path.unlink(missing_ok=True)
     world.barrier()
     return complete
 
@@ -203,8 +291,17 @@ def _finished(out: Path, piece: _Piece, sealed: dict[str, Shard]) -> Shard | Non
 
 
 def _check_folder(out: Path) -> None:
-    if out.exists() and not is_codes(out) and (not out.is_dir() or any(out.iterdir())):
+    """Raise `ConfigError` for a folder that is none of ours; one in which nothing is left but what
+    was about to be written is."""
+    if not out.exists() or is_codes(out):
+        return
+    if not out.is_dir() or any(not _is_left_over(path) for path in out.iterdir()):
         raise ConfigError(f"--out {out} holds something else than codes: give a new folder")
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a killed process was writing this file, of which nothing is known to be whole."""
+    return path.name.startswith(ASIDE) or path.name == f"{MANIFEST}.tmp"
 
 
 class _Progress:

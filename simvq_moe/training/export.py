@@ -6,7 +6,7 @@ config without maps computes the same.
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,33 +16,49 @@ from torch import Tensor, nn
 
 from simvq_moe.config import Config, QuantizerConfig
 from simvq_moe.core.bank import Bank
-from simvq_moe.data.tokenizer import end_of_text
+from simvq_moe.data.tokenizer import encode_text, end_of_text, load_tokenizer
+from simvq_moe.files import read_bytes, write_atomically, written_whole
 from simvq_moe.merging import ConfigError, check_least, to_yaml
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.training.building import AnyModel, build_model
-from simvq_moe.training.codes_task import check_same_codes
-from simvq_moe.training.decoding import check_empty
+from simvq_moe.training.codes_task import Drawing, check_same_codes
 from simvq_moe.training.devices import this_device
 from simvq_moe.training.engine import World
 from simvq_moe.training.evaluation import evaluate
 from simvq_moe.training.image_measures import optional_measures
-from simvq_moe.training.loading import FOLDED, load_run
+from simvq_moe.training.loading import (
+    FOLDED,
+    fill,
+    load_model,
+    load_run,
+    weights_sha256,
+    with_cache,
+    without_networks,
+)
 from simvq_moe.training.tasks import TOKENIZER, build_task, check_source
+from simvq_moe.training.unfinished import check_free, filling
 
 LARGEST_DIFFERENCE = 1e-9
 """Between outputs before and after folding, in float64, relative to the largest output."""
 
 
 def evaluate_run(
-    run_dir: Path, source: str | None, *, lpips: bool = False, rfid: bool = False
+    run_dir: Path,
+    source: str | None,
+    *,
+    lpips: bool = False,
+    rfid: bool = False,
+    cache_dir: Path | None = None,
 ) -> dict[str, float]:
     """Measures of the run's model over its held-out set, or over that of another source.
 
     Args:
         lpips, rfid: of image tokenizers, also these measures, which need networks.
+        cache_dir: folder of what is derived from text; None: the usual one, below the working
+            directory. The config of a run does not say where its readers write.
     """
     config, weights = load_run(run_dir)
     if source is not None:
@@ -51,13 +67,30 @@ def evaluate_run(
     if (lpips or rfid) and config.task != "image_tokenizer":
         raise ConfigError(f"--{'lpips' if lpips else 'rfid'}: task {config.task!r} has no images")
     measures = optional_measures(config.image_tokenizer, lpips=lpips, rfid=rfid)
+    config = with_cache(without_networks(config), cache_dir)
     check_source(config)
-    tokenizer = run_dir / TOKENIZER
-    task = build_task(config, tokenizer if tokenizer.is_file() else None, measures)
-    task.model.load_state_dict(weights)
+    tokenizer = _own_tokenizer(run_dir, config)
+    task = build_task(config, tokenizer, measures)
+    fill(task.model, weights)
     device = this_device()
     task.model.to(device)
     return evaluate(task, World(0, 1, device), config.train.eval_batch_size)[0]
+
+
+def _own_tokenizer(run_dir: Path, config: Config) -> Path | None:
+    """The run's copy of its text tokenizer; None: it has none, or trained it on its source.
+
+    Raises:
+        ConfigError: the copy is gone, and the config names another file or one of the hub.
+    """
+    if (run_dir / TOKENIZER).is_file():
+        return run_dir / TOKENIZER
+    if config.data.tokenizer is not None:
+        raise ConfigError(
+            f"{run_dir} has no {TOKENIZER}, its copy of data.tokenizer {config.data.tokenizer!r}: "
+            "put it there"
+        )
+    return None
 
 
 def generate_text(
@@ -65,29 +98,29 @@ def generate_text(
 ) -> str:
     """The prompt, as the beginning of a document, and a continuation of so many tokens.
 
+    The prompt is encoded as documents are for training: a special token that it quotes is text, and
+    nothing is put before or behind it.
+
     Raises:
-        ConfigError: it is no run of a language model, or a number is out of its range.
+        ConfigError: it is no run of a language model, a number is out of its range, or the prompt
+            is no text.
     """
-    check_least(tokens=(tokens, 1), temperature=(temperature, 0), top_k=(top_k, 0))
-    config, weights = load_run(run_dir)
-    model = build_model(config)
+    check_least(tokens=(tokens, 1))
+    drawing = Drawing(temperature, top_k, seed)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"--prompt {prompt!r} is no UTF-8: give text in that encoding") from None
+    config, model = load_model(run_dir)
     if not isinstance(model, LanguageModel) or not (run_dir / TOKENIZER).is_file():
         raise ConfigError(
             f"{run_dir} is a run of task {config.task!r} without a {TOKENIZER}: give the folder of "
             "a language model's run, and --out for one on codes"
         )
-    model.load_state_dict(weights)
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(run_dir / TOKENIZER))
-    beginning = [end_of_text(tokenizer), *tokenizer.encode(prompt).ids]
-    whole = model.generate(
-        torch.tensor([beginning]),
-        tokens,
-        temperature=temperature,
-        top_k=top_k,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    tokenizer = load_tokenizer(str(run_dir / TOKENIZER), config.data.vocabulary)
+    beginning = torch.tensor([[end_of_text(tokenizer), *encode_text(tokenizer, prompt)]])
+    with drawing.of_finite_scores(run_dir):
+        whole = model.generate(beginning, tokens, **drawing.options())
     return tokenizer.decode(whole[0].tolist())
 
 
@@ -95,7 +128,7 @@ def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
     """Write model.safetensors and config.yaml of the same model without maps.
 
     Returns the largest difference between the outputs of both in float64, relative to the largest
-    output; nothing is written unless it is rounding.
+    output; nothing is written unless it is rounding. Killed at any moment, the same call goes on.
 
     Args:
         merge_norms: also merge the gains of norms, see `LanguageModel.merge_norms_`.
@@ -103,29 +136,44 @@ def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
     Raises:
         ConfigError: the run has nothing to fold, or something that can't be.
     """
-    check_empty(out)
+    check_free(out)
     config, weights = load_run(run_dir)
-    model = build_model(config).eval()
-    model.load_state_dict(weights)
+    model = fill(build_model(without_networks(config)), weights).eval()
     mapped = any(isinstance(module, Bank) and module.maps for module in model.modules())
     if not (mapped or merge_norms):
         norms = " but norms: --merge_norms" if config.task == "language_model" else ""
         raise ConfigError(f"{run_dir} has no shared map: there is nothing to fold{norms}")
     folded_config = without_maps(config)
-    folded = build_model(folded_config).double().eval()
+    folded = build_model(without_networks(folded_config)).double().eval()
     folded.load_state_dict(fold_weights(model.double()))
     if merge_norms:
         _merge_norms(folded)
     difference = _difference(model, folded, config)
-    if difference > LARGEST_DIFFERENCE:
-        raise RuntimeError(f"folding {run_dir} changes its outputs by {difference:.2g}")
-    out.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in folded.float().state_dict().items()}
-    save_file(tensors, out / FOLDED)
+    if not difference <= LARGEST_DIFFERENCE:
+        raise ConfigError(
+            f"folding {run_dir} changes its outputs by {difference:.2g} of the largest, or they "
+            "are not finite: the run has diverged, use another checkpoint or train again"
+        )
+    tokenizer = None
     if (run_dir / TOKENIZER).is_file():
-        shutil.copyfile(run_dir / TOKENIZER, out / TOKENIZER)
-    (out / "config.yaml").write_text(to_yaml(folded_config))
+        # read as a tokenizer first: a copy must not publish another file that a link leads to
+        load_tokenizer(str(run_dir / TOKENIZER), config.data.vocabulary)
+        tokenizer = read_bytes(run_dir / TOKENIZER)
+    made_of = {"weights": weights_sha256(weights), "merge_norms": merge_norms}
+    with filling(out, "fold", made_of):
+        write_model(out, folded_config, folded.float().state_dict(), tokenizer)
     return difference
+
+
+def write_model(
+    out: Path, config: Config, weights: Mapping[str, Tensor], tokenizer: bytes | None = None
+) -> None:
+    """A folder that is taken for a run: config.yaml comes last, and with it the folder is one."""
+    with written_whole(out / FOLDED) as aside:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside)
+    if tokenizer is not None:
+        write_atomically(out / TOKENIZER, tokenizer)
+    write_atomically(out / "config.yaml", to_yaml(config))
 
 
 def without_maps(config: Config) -> Config:

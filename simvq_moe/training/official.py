@@ -18,14 +18,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from simvq_moe.config import Config, DataConfig, ImageTokenizerConfig, QuantizerConfig
-from simvq_moe.merging import ConfigError, to_yaml
+from simvq_moe.errors import ConfigError
+from simvq_moe.files import BrokenFileError
 from simvq_moe.models.official_layout import image_tokenizer_from, sizes_of
-from simvq_moe.training.decoding import check_empty
-from simvq_moe.training.loading import FOLDED
+from simvq_moe.tensor_files import read_checkpoint
+from simvq_moe.training.export import write_model
+from simvq_moe.training.loading import weights_sha256
+from simvq_moe.training.unfinished import check_free, filling
 
 
 def write_run(checkpoint: Path, out: Path, data: DataConfig, *, averages: bool = True) -> Config:
@@ -40,11 +42,15 @@ def write_run(checkpoint: Path, out: Path, data: DataConfig, *, averages: bool =
     Raises:
         ConfigError: the file is not there, or has another layout, or `out` is not empty.
     """
-    check_empty(out)
+    check_free(out)
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        state = _state_dict(read_checkpoint(checkpoint))
         tokenizer = image_tokenizer_from(state, averages=averages)
-    except (OSError, KeyError, ValueError) as error:
+    except BrokenFileError as error:
+        raise ConfigError(
+            f"{checkpoint} is no checkpoint of SimVQ's authors: it {error.reason}"
+        ) from None
+    except ValueError as error:
         raise ConfigError(f"{checkpoint} is no checkpoint of SimVQ's authors: {error}") from None
     q = state["quantize.embedding.weight"]
     width = len(state["quantize.embedding_proj.weight"])
@@ -60,8 +66,21 @@ def write_run(checkpoint: Path, out: Path, data: DataConfig, *, averages: bool =
         ),
         image_tokenizer=ImageTokenizerConfig(architecture="vqgan", **sizes_of(state)),
     )
-    out.mkdir(parents=True, exist_ok=True)
     weights = tokenizer.float().state_dict()
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, out / FOLDED)
-    (out / "config.yaml").write_text(to_yaml(config))
+    with filling(out, "write_run", {"weights": weights_sha256(weights)}):
+        write_model(out, config, weights)
     return config
+
+
+def _state_dict(content: object) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name.
+
+    Raises:
+        ValueError: it has none, or something beside them.
+    """
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in state.items()
+    ):
+        raise ValueError("it holds no state_dict of tensors")
+    return state

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from simvq_moe.analysis import sweep_runs
 from simvq_moe.analysis.sweep import Run, origin_of, plan, share, status
 from simvq_moe.analysis.sweep_checks import check_runs
 from simvq_moe.analysis.sweep_runs import Clock, Machine, command
@@ -160,6 +161,59 @@ def test_time_left_counts_runs_that_wait_on_those_under_way() -> None:
     assert clock.left([], ["a"], 2) == 15
     # the third begins where the first of two ends; unseen groups are taken for the seen one
     assert clock.left([], ["a", "a", "b"], 2) == 30
+
+
+HOLDER = """
+import fcntl, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+lock = (folder / ".lock").open("w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+(folder / "launcher.log").write_text("step 2/4  50%\\n")
+print("locked", flush=True)
+time.sleep(float(sys.argv[3]))
+if sys.argv[2] == "finishes":
+    (folder / "summary.json").write_text('{"status": "finished"}')
+"""
+
+
+@pytest.mark.parametrize("end", ["finishes", "dies"])
+def test_a_run_that_another_process_trains_is_followed_and_gone_on_with_if_it_dies(
+    end: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    (first, *_) = plan([folder / "sweep.yaml"]).runs
+    first.folder.mkdir(parents=True)
+    (first.folder / "meta.json").write_text('{"status": "running"}')
+    assert not sweep_runs.is_trained(first.folder)
+    ours = [sys.executable, "-c", HOLDER, str(first.folder), "finishes", "0"]
+    started = []
+    monkeypatch.setattr(sweep_runs, "command", lambda *_: started.append(1) or ours)
+    theirs = [*ours[:4], end, "2"]
+    with subprocess.Popen(theirs, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        assert sweep_runs.is_trained(first.folder)
+        pool = sweep_runs.Pool(first.folder.parent, Machine(1, 1, 1, ()), [first], lambda: None)
+        pool.do([first])
+        assert other.wait() == 0
+    assert status(first) == "finished"
+    assert len(started) == (0 if end == "finishes" else 1)
+    said = capsys.readouterr().err
+    assert "goes on in another process" in said
+    assert "failed" not in said
+
+
+def test_records_that_a_power_cut_has_torn_are_those_of_a_run_that_is_not_done(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (run, *_) = plan([folder / "sweep.yaml"]).runs
+    run.folder.mkdir(parents=True)
+    for torn in ("", '{"status": "fin', "[]", "7"):
+        (run.folder / "summary.json").write_text(torn)
+        (run.folder / "meta.json").write_text(torn)
+        assert status(run) == "pending"
 
 
 def in_background(*args: str, cwd: Path) -> subprocess.Popen[str]:

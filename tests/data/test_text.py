@@ -1,8 +1,10 @@
 """Token files hold the corpus to the byte, in windows that miss no target."""
 
+import fcntl
 import itertools
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -331,3 +333,18 @@ def test_progress_bars_of_others_stay_as_they_were(tmp_path, source):
 def test_embedded_text_passes_the_check(source):
     check_source("python-stdlib")
     check_source(str(source))
+
+
+def test_what_a_dead_process_was_building_goes_and_what_a_living_one_builds_stays(source, tmp_path):
+    cache = tmp_path / "cache"
+    dead, living, unlocked, old = (cache / f"building-{name}" for name in "abcd")
+    for folder in (dead, living, unlocked, old):
+        (folder / "built").mkdir(parents=True)
+        (folder / "built" / "train.npy").write_bytes(b"half")
+    (dead / ".lock").touch()
+    os.utime(old, (0, 0))
+    with (living / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        windows(source, cache)
+    left = sorted(path.name for path in cache.glob("building-*"))
+    assert left == [living.name, unlocked.name]

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from simvq_moe.cli import main
 from simvq_moe.config import Config
 from simvq_moe.data.codes import MANIFEST, open_codes, read_manifest
-from simvq_moe.merging import ConfigError, merge_files, with_flags
+from simvq_moe.merging import ConfigError, merge_files, to_yaml, with_flags
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
@@ -63,7 +63,8 @@ def encoded(tmp_path_factory: pytest.TempPathFactory, world: World) -> dict[str,
 
 
 def to(folder: Path) -> list[str]:
-    return ["--out", str(folder), "--shard_samples", "24"]
+    """Crops, as many as the run trains on."""
+    return ["--out", str(folder), "--shard_samples", "24", "--crops"]
 
 
 def trained(folder: Path) -> tuple[Config, ImageTokenizer | AudioTokenizer]:
@@ -165,7 +166,7 @@ def test_encoding_again_writes_nothing_but_what_is_missing_or_damaged(
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("encode runs/run --out codes --shard_samples 5", "shard_samples was 24 and is now 5"),
+        ("encode runs/run --out codes --crops --shard_samples 5", "shard_samples was 24 and is"),
         ("encode runs/run --out runs", "--out runs holds something else than codes"),
         ("encode runs/run --out new --shard_samples 0", "--shard_samples 0 < 1"),
         ("encode runs/run --out new --data nowhere", "data.source 'nowhere' does not exist"),
@@ -206,6 +207,113 @@ def test_another_source_is_encoded_by_the_same_tokenizer(
     assert manifest.source == str(tmp_path / "images")
     assert manifest.data_digest != own.data_digest
     assert manifest.tokenizer.weights_sha256 == own.tokenizer.weights_sha256
+
+
+def test_another_source_is_encoded_alone_whatever_the_run_held_out(
+    encoded: dict[str, Path], tmp_path: Path
+) -> None:
+    run, rng = tmp_path / "run", np.random.default_rng(0)
+    shutil.copytree(encoded["image"] / "runs/run", run)
+    for name, low, high in (("held_out", 0, 2), ("new", 253, 255)):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            noise = rng.integers(low, high, size=(16, 16, 3)).astype(np.uint8)
+            Image.fromarray(noise).save(tmp_path / name / f"{i:02d}.png")
+    config = merge_files(Config, [run / "config.yaml"])
+    config = with_flags(config, ["--data.held_out_source", str(tmp_path / "held_out")], "train")
+    (run / "config.yaml").write_text(to_yaml(config))
+    for options in (["--crops"], []):
+        out = tmp_path / f"codes{len(options)}"
+        command = ["encode", str(run), "--data", str(tmp_path / "new"), "--out", str(out)]
+        assert main([*command, *options]) == 0
+        decoded = tmp_path / f"decoded{len(options)}"
+        assert main(["decode", str(out), "--out", str(decoded)]) == 0
+        images = {}
+        for part in ("train", "held_out"):
+            codes = open_codes(out)[part]
+            images[part] = codes.rows(np.arange(len(codes)))
+        # all images are as white, so that their codes are about the same
+        assert np.isin(images["held_out"], images["train"]).mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_whole_images_and_recordings_are_encoded_once_and_come_back_in_their_size(
+    kind: str, encoded: dict[str, Path], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    source = tmp_path / "source"
+    source.mkdir()
+    sizes = {}
+    for i in range(24):
+        height, width = (int(n) for n in rng.integers(5, 40, size=2))
+        if kind == "image":
+            noise = rng.integers(256, size=(height, width, 3)).astype(np.uint8)
+            Image.fromarray(noise).save(source / f"{i:02d}.png")
+            sizes[f"{i:02d}.png"] = [height, width]
+        else:
+            soundfile.write(source / f"{i:02d}.wav", rng.uniform(-0.5, 0.5, 50 * width), 8000)
+            sizes[f"{i:02d}.wav"] = [50 * width]
+    out, decoded = tmp_path / "codes", tmp_path / "decoded"
+    command = ["encode", str(encoded[kind] / "runs/run"), "--data", str(source)]
+    assert main([*command, "--out", str(out), "--shard_samples", "24"]) == 0
+    items = json.loads((out / "items.json").read_text())
+    found = {item["name"]: item["size"] for part in items.values() for item in part}
+    assert found == sizes
+    assert sum(len(part) for part in items.values()) == 24
+    manifest = read_manifest(out)
+    side = 16 if kind == "image" else 480
+    for part, listed in items.items():
+        windows = [np.prod([-(-n // side) for n in item["size"]]) for item in listed]
+        assert manifest.samples[part] == sum(windows)
+    assert main(["decode", str(out), "--out", str(decoded)]) == 0
+    config, model = trained(encoded[kind])
+    del config
+    for part, listed in items.items():
+        for i, item in enumerate(listed):
+            if kind == "image":
+                with Image.open(decoded / part / f"{i:06d}.png") as image:
+                    assert [image.height, image.width] == item["size"]
+                    first = torch.from_numpy(np.asarray(image)[:side, :side].copy())
+                with Image.open(source / item["name"]) as image:
+                    pixels = np.asarray(image)[:side, :side]
+                padding = [(0, side - n) for n in pixels.shape[:2]]
+                window = torch.from_numpy(np.pad(pixels, [*padding, (0, 0)], mode="edge"))
+                batch = (window.permute(2, 0, 1)[None].float() / 127.5) - 1
+                with torch.no_grad():
+                    expected = model.reconstruct(batch)[0][0].clamp(-1, 1).permute(1, 2, 0)
+                expected = ((expected + 1) * 127.5)[: first.shape[0], : first.shape[1]]
+                # of another batch, so that a half may be rounded the other way
+                assert_close(first.float(), expected, rtol=0, atol=0.51)
+            else:
+                clip, rate = soundfile.read(decoded / part / f"{i:06d}.wav")
+                assert (len(clip), rate) == (item["size"][0], 8000)
+
+
+def test_codes_whose_items_are_gone_or_others_are_refused(
+    encoded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "codes"
+    source.mkdir()
+    for i in range(20):
+        noise = np.random.default_rng(i).integers(256, size=(16, 20, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(source / f"{i:02d}.png")
+    command = ["encode", str(encoded["image"] / "runs/run"), "--data", str(source)]
+    assert main([*command, "--out", str(out)]) == 0
+    items = out / "items.json"
+    content = json.loads(items.read_text())
+    content["train"][0]["size"][0] = 10**9
+    for text in (json.dumps(content), "{}", "", '{"train": [], "held_out": []}'):
+        items.write_text(text)
+        capsys.readouterr()
+        assert main(["decode", str(out), "--out", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "items.json" in line
+    assert not (tmp_path / "out").exists()
+    # the same command mends them
+    assert main([*command, "--out", str(out)]) == 0
+    assert main(["decode", str(out), "--out", str(tmp_path / "out")]) == 0
+    assert main([*command, "--out", str(out), "--crops"]) == 2
+    assert "holds other codes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -318,7 +426,7 @@ def test_a_run_on_codes_is_evaluated_on_codes_of_the_same_tokenizer_alone(
     command = ["eval", str(tmp_path / "runs/run"), "--data"]
     photos.mkdir()
     Image.effect_mandelbrot((128, 64), (-2, -1, 1, 1), 60).save(photos / "a.png")
-    encode = ["encode", str(folder / "runs/run"), "--data", str(photos)]
+    encode = ["encode", str(folder / "runs/run"), "--data", str(photos), "--crops"]
     assert main([*encode, "--out", str(tmp_path / "photos_codes")]) == 0
     capsys.readouterr()
     assert main([*command, str(tmp_path / "photos_codes")]) == 0

@@ -204,7 +204,7 @@ def test_a_run_at_stage_3_is_evaluated_folded_and_continued(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = folder / "mixture_3_2"
-    assert main(["eval", str(run)]) == 0
+    assert main(["eval", str(run), "--cache_dir", str(tmp_path / "cache")]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert_close(measured["val/loss"], metrics(run)[-1]["val/loss"], rtol=1e-6, atol=0)
     assert main(["fold", str(run), "--out", str(tmp_path / "folded")]) == 0

@@ -47,7 +47,7 @@ def test_the_folded_model_loads_without_maps_and_differs_by_rounding(
     build_model(config).load_state_dict(weights)
     measured = []
     for folder in (run, tmp_path / "folded"):
-        assert main(["eval", str(folder)]) == 0
+        assert main(["eval", str(folder), "--cache_dir", str(tmp_path / "cache")]) == 0
         measured.append(json.loads(capsys.readouterr().out)["val/loss"])
     # float32 rounds the folded rows
     assert_close(measured[1], measured[0], rtol=1e-3, atol=1e-4)

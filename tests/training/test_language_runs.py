@@ -136,7 +136,7 @@ def test_folding_with_norms_leaves_ones_and_the_same_measures(
     measured = []
     for folder in (run_dir, out):
         capsys.readouterr()
-        assert main(["eval", str(folder)]) == 0
+        assert main(["eval", str(folder), "--cache_dir", str(tmp_path / "cache")]) == 0
         measured.append(json.loads(capsys.readouterr().out)["val/loss"])
     # float32 rounds the merged matrices
     assert_close(measured[1], measured[0], rtol=1e-4, atol=1e-4)
