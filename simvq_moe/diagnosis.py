@@ -22,7 +22,7 @@ from simvq_moe.training.engine import import_deepspeed
 from simvq_moe.training.tasks import EMBEDDED, check_source
 
 REQUIRED = (
-    *("torch", "deepspeed", "tokenizers", "datasets", "tensorboard", "numpy", "scipy", "omegaconf"),
+    *("torch", "deepspeed", "tokenizers", "datasets", "tensorboard", "numpy", "scipy"),
     *("tyro", "matplotlib", "jinja2", "jaxtyping", "safetensors", "huggingface_hub"),
     *("torchmetrics", "pillow", "scikit-image", "scikit-learn"),
 )
