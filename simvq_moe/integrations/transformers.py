@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from simvq_moe.core.bank import Bank, Transform
+from simvq_moe.core.choices import check_choice
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import Usage, UsageCounter, usage
 
@@ -218,6 +219,7 @@ def _check_maps(model: PreTrainedModel, transforms: dict[str, Transform]) -> Non
         )
         raise ValueError(f"this {type(model).__name__} comes with shared maps: {way_out}")
     for site, transform in transforms.items():
+        check_choice(f"{site}_map", transform, Transform)
         if transform == "separate":
             raise ValueError(f"{site}_map 'separate' is not shared: use 'linear' or 'low_rank'")
 

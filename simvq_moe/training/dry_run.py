@@ -34,8 +34,9 @@ def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, 
     counted = config
     if lacks_lpips(config):
         counted = replace(config, image_tokenizer=replace(config.image_tokenizer, lpips_weight=0.0))
-    with torch.device("meta"):
-        model = build_model(on_one_rank(counted))
+    with torch.device("meta"):  # where the weights of LPIPS can't be loaded
+        bare = replace(config.image_tokenizer, lpips_weight=0.0)
+        model = build_model(on_one_rank(replace(config, image_tokenizer=bare)))
     if config.task != "language_model":
         _check_countable(config, model)
         model = build_model(on_one_rank(counted))
