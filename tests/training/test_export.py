@@ -97,8 +97,9 @@ def test_another_source_is_read_with_the_tokenizer_of_the_run(
     run, summary = train(tmp_path, world, *FLAGS["text"], *flags, str(tmp_path / "own"))
     tokenizer = (run / "tokenizer.json").read_bytes()
     measured = []
+    cache = ("--cache_dir", str(tmp_path / "cache"))
     for name in ("own", "other"):
-        assert main(["eval", str(run), "--data", str(tmp_path / name)]) == 0
+        assert main(["eval", str(run), "--data", str(tmp_path / name), *cache]) == 0
         measured.append(json.loads(capsys.readouterr().out))
     assert_close(measured[0]["val/bits_per_byte"], summary["val/bits_per_byte"])
     assert measured[1]["val/bits_per_byte"] != measured[0]["val/bits_per_byte"]
