@@ -155,7 +155,7 @@ def _number_problems(
 ) -> Iterator[str]:
     if not one >= least:
         yield f"{key} {shown(value)} < {least:g}: use at least {least:g}"
-    if not isfinite(one) or one > most:
+    if one > most or not isfinite(one):  # in this order: isfinite takes no huge integer
         yield f"{key} {shown(value)} > {most:,}: use at most that"
 
 

@@ -388,3 +388,11 @@ def test_a_command_ends_with_its_result_or_one_line_at_length(
     kind: Callable[[Path, random.Random], None], tmp_path: Path
 ):
     number_of_inputs(SLOW)(lambda seed: kind(tmp_path / "case", random.Random(seed)))()
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400)], ids=["above", "below"])
+def test_an_integer_of_hundreds_of_digits_is_refused_in_one_line(number: int, tmp_path: Path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"seed: {number}\n")
+    with pytest.raises(ConfigError, match="seed"):
+        check(merge_files(Config, [file]))
