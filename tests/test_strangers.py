@@ -195,7 +195,7 @@ def raw(content: bytes, r: random.Random) -> bytes:
 
 def other_array(array: np.ndarray, r: random.Random) -> np.ndarray:
     makers: list[Callable[[], np.ndarray]] = [
-        lambda: array.astype(r.choice(["f8", "i1", "u8", "U3", "?", "c8"])),
+        lambda: np.ones(array.shape, r.choice(["f8", "i1", "u8", "U3", "?", "c8"])),
         lambda: array.reshape(-1)[: r.randrange(array.size + 1)],
         lambda: array[None],
         lambda: np.full(array.shape, r.choice([-1, -2, 127, 2**62, 0])),
@@ -330,9 +330,9 @@ def run_folders(folder: Path, r: random.Random) -> None:
         write_run(fresh(folder) / "runs" / name if name == "a" else folder / "runs" / name)
     if r.random() < 0.5:
         (folder / "runs/sweep.json").write_text(json.dumps(PLAN))
-    for _ in range(r.choice([1, 1, 2])):
-        files = [path for path in (folder / "runs").rglob("*") if path.is_file()]
-        change(r.choice(sorted(files)), r)
+    files = sorted(path for path in (folder / "runs").rglob("*") if path.is_file())
+    for file in r.sample(files, r.choice([1, 1, 2])):
+        change(file, r)
 
 
 def a_run_folder(folder: Path, r: random.Random) -> None:
