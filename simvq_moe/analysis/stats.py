@@ -1,15 +1,15 @@
 """Statistics over paired seeds: n runs an arm are n observations, however many tokens they saw.
 
 Seeds pair because the runs of one seed share initial weights and data order. With so few of them
-nothing is assumed about their distribution: exact permutation (sign-flip) tests, BCa bootstrap
-intervals (Efron, 1987), Holm's step-down adjustment (1979); and two one-sided t tests
-(Schuirmann, 1987) where "no difference" is to be claimed rather than not refuted.
+a test assumes nothing about their distribution: exact permutation (sign-flip) tests with Holm's
+step-down adjustment (1979). Intervals are Student's t, because a bootstrap of so few differences is
+too narrow: BCa of six covers the mean in 87 % of simulations instead of 95 %. Two one-sided t tests
+(Schuirmann, 1987) are there where "no difference" is to be claimed rather than not refuted.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +23,6 @@ LEAST_PAIRS = 6
 LEAST_PAIRS_INTERVAL = 3
 EXACT_PAIRS = 14
 """Up to here all 2^n sign flips are visited; beyond, as many random ones."""
-BOOTSTRAP_SAMPLES = 9_999
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Comparison:
     sd: float
     """Sample standard deviation of the differences (ddof 1); nan for one pair."""
     interval: tuple[float, float] | None
-    """BCa bootstrap interval of the mean at 95 %; None: n too small, or all differences equal."""
+    """Student's t interval of the mean at 95 %; None: n too small, or all differences equal."""
     p: float | None
     """Two-sided paired permutation p; None without a pair."""
     p_min: float | None
@@ -58,7 +57,7 @@ def compare(differences: Sequence[float], margin: float | None = None) -> Compar
         n=len(d),
         mean=mean,
         sd=sd,
-        interval=bca_interval(d),
+        interval=t_interval(d),
         p=permutation_p(d),
         p_min=smallest_p(len(d)),
         p_equivalent=tost(d, margin) if margin and len(d) > 1 else None,
@@ -108,22 +107,13 @@ def permutation_ps(differences: np.ndarray) -> np.ndarray:
     return np.asarray(test.pvalue)
 
 
-def bca_interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """Bias-corrected and accelerated bootstrap interval of the mean, with a fixed seed."""
+def t_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Student's t interval of the mean (1908)."""
     d = np.asarray(differences, dtype=float)
     if len(d) < LEAST_PAIRS_INTERVAL or np.ptp(d) <= 1e-12 * np.abs(d).max():
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        low, high = stats.bootstrap(
-            (d,),
-            np.mean,
-            n_resamples=BOOTSTRAP_SAMPLES,
-            confidence_level=CONFIDENCE,
-            method="BCa",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-    return (float(low), float(high)) if math.isfinite(low) and math.isfinite(high) else None
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))
+    return float(d.mean() - reach), float(d.mean() + reach)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -62,28 +62,26 @@ def test_beyond_the_exact_range_p_is_close_to_the_normal_one():
     assert p == pytest.approx(reference.ttest_1samp(d, 0)[1], abs=0.02)
 
 
-def test_bca_interval_is_scipys():
+def test_the_interval_is_scipys_of_student():
     d = np.random.default_rng(2).gamma(2, 1, 8)
-    expected = reference.bootstrap(
-        (d,), np.mean, method="BCa", n_resamples=9_999, rng=np.random.default_rng(0)
-    ).confidence_interval
-    assert stats.bca_interval(d.tolist()) == pytest.approx((expected.low, expected.high))
+    expected = reference.ttest_1samp(d, 0).confidence_interval(0.95)
+    assert stats.t_interval(d.tolist()) == pytest.approx((expected.low, expected.high))
 
 
-def test_bca_interval_covers_the_mean_about_as_often_as_it_says():
+@pytest.mark.parametrize("pairs", [3, 6, 12])
+def test_the_interval_covers_the_mean_as_often_as_it_says(pairs: int):
     rng = np.random.default_rng(3)
     covered = 0
-    for _ in range(40):
-        interval = stats.bca_interval(rng.normal(1.0, 1.0, 12).tolist())
+    for _ in range(2_000):
+        interval = stats.t_interval(rng.normal(1.0, 1.0, pairs).tolist())
         assert interval is not None
         covered += interval[0] <= 1.0 <= interval[1]
-    # 95 % nominal, somewhat less with 12 observations; 31 is 5 standard errors below 90 %
-    assert covered >= 31
+    assert covered / 2_000 == pytest.approx(0.95, abs=0.015)  # 3 standard errors
 
 
 @pytest.mark.parametrize("differences", [[], [1.0], [1.0, 2.0], [0.5, 0.5, 0.5], [0.0, 0.0, 0.0]])
 def test_no_interval_from_too_few_or_equal_differences(differences: list[float]):
-    assert stats.bca_interval(differences) is None
+    assert stats.t_interval(differences) is None
 
 
 def test_holm_on_its_textbook_case():

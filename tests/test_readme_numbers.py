@@ -1,0 +1,137 @@
+"""Numbers of the README are those of the studies' report.json, rounded once."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from simvq_moe.analysis import stats
+from tests.launching import ROOT
+
+BYTES, ENTROPY, USED = "val/bits_per_byte", "val/moe/mean/entropy", "val/codes/used"
+MEL, SI_SDR, MSE, PERPLEXITY = "val/mel_distance", "val/si_sdr", "val/mse", "val/codes/perplexity"
+EXPERTS = ("moe", "experts")
+SELVES = ("self_selecting", "self_selecting")
+IN_THE_TABLE = {
+    "expert_out": "shared map after the experts",
+    "expert_out_separate": "one map for each expert (control)",
+    "router_map": "router Q W, frozen Q, m = 64",
+    "slow_router": "router learning rate x 0.1 (control)",
+    "frozen_router": "router never trained (control)",
+    "centred": "centred router input (control)",
+    "aux": "load-balance loss 0.01",
+    "loss_free": "loss-free bias",
+}
+CODES = {
+    "vq": "VQ",
+    "ema": "EMA-VQ",
+    "vq_width_4": "VQ at width 4 (control)",
+    "fsq": "FSQ",
+    "simvq": "SimVQ",
+    "simvq_data": "SimVQ started from data",
+    "simvq_both": "SimVQ, W and rows learned",
+    "simvq_diagonal": "SimVQ, diagonal W",
+    "bias_only": "bias only, no W (control)",
+}
+POINTS = "{mean:.1f} {of} ({low:.1f} to {high:.1f}, {agree} of {n} pairs, p {p:.2f})"
+SPREAD = "{mean:+.3f} ({low:+.3f} to {high:+.3f}, {agree} of {n} pairs"
+RANGE = "({low:+.3f} to {high:+.3f}"
+SENTENCES: tuple[tuple[tuple[str, str], str, str, str, str], ...] = (
+    (("codes", "codes_512"), "simvq", "vq", USED, POINTS.replace("{of}", "points of 512")),
+    (("codes", "codes_2048"), "simvq", "vq", USED, POINTS.replace("{of}", "of 2,048")),
+    (("speech", "prompts_512"), "simvq", "vq", USED, "+" + POINTS.replace("{of}", "points")),
+    (("speech", "speech_512"), "simvq", "vq", USED, "+" + POINTS.replace("{of}", "points")),
+    (
+        ("speech", "prompts_512"),
+        "simvq",
+        "vq",
+        SI_SDR,
+        "{mean:+.1f} dB ({low:+.1f} to {high:+.1f})",
+    ),
+    (("speech", "prompts_512"), "simvq", "vq", MEL, "mel distance {mean:+.3f} " + RANGE),
+    (("speech", "speech_512"), "simvq", "vq", MEL, "mel distance {mean:+.3f} " + RANGE),
+    (
+        EXPERTS,
+        "expert_out",
+        "base",
+        ENTROPY,
+        "{mean:+.3f} with the map " + RANGE + ", higher in {agree} of",
+    ),
+    (
+        EXPERTS,
+        "expert_out",
+        "expert_out_separate",
+        ENTROPY,
+        "{mean:.3f} above one map for each " + RANGE,
+    ),
+    (SELVES, "map_learned", "learned", ENTROPY, "entropy {mean:+.3f} with the map " + RANGE),
+    (SELVES, "map_learned", "learned", BYTES, "bits per byte " + SPREAD),
+    (SELVES, "map_frozen", "frozen", ENTROPY, "{mean:+.3f} " + RANGE),
+    (SELVES, "map_slow", "slow", ENTROPY, "{mean:+.3f} " + RANGE + "), {agree} of {n} pairs both"),
+    (SELVES, "map_data", "learned", ENTROPY, "({mean:+.3f}, {low:+.3f} to {high:+.3f})"),
+    (SELVES, "slow", "learned", ENTROPY, "Slow keys alone give {mean:+.3f}"),
+    (SELVES, "frozen", "learned", ENTROPY, "frozen ones {mean:+.3f}"),
+    (SELVES, "aux", "learned", ENTROPY, "the load-balance loss {mean:+.3f}"),
+)
+
+
+@cache
+def group_of(study: str, group: str) -> dict[str, Any]:
+    report = json.loads((ROOT / "docs" / "results" / study / "report.json").read_text())
+    return next(one for one in report["groups"] if one["name"] == group)
+
+
+def values(where: tuple[str, str], arm: str, metric: str) -> np.ndarray:
+    found = next(one for one in group_of(*where)["arms"] if one["name"] == arm)
+    return np.array(found["values"][metric]) * (100 if metric == USED else 1)
+
+
+def compared(where: tuple[str, str], arm: str, other: str, metric: str) -> dict[str, float]:
+    differences = values(where, arm, metric) - values(where, other, metric)
+    found = stats.compare(differences.tolist())
+    assert found.interval is not None
+    assert found.p is not None
+    agree = int((differences * found.mean > 0).sum())
+    low, high = found.interval
+    return {
+        "mean": found.mean,
+        "low": low,
+        "high": high,
+        "agree": agree,
+        "n": found.n,
+        "p": found.p,
+    }
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return " ".join((ROOT / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize(("where", "arm", "other", "metric", "words"), SENTENCES)
+def test_differences_in_sentences_are_those_of_the_report(
+    readme: str, where: tuple[str, str], arm: str, other: str, metric: str, words: str
+) -> None:
+    expected = words.format(**compared(where, arm, other, metric))
+    assert expected in readme
+
+
+@pytest.mark.parametrize("arm", IN_THE_TABLE)
+def test_the_table_of_differences_is_that_of_the_report(readme: str, arm: str) -> None:
+    cell = "{mean:+.3f} ({low:+.3f}, {high:+.3f})"
+    cells = [cell.format(**compared(EXPERTS, arm, "base", metric)) for metric in (BYTES, ENTROPY)]
+    assert f"| {IN_THE_TABLE[arm]} | {' | '.join(cells)} |" in readme
+
+
+@pytest.mark.parametrize("arm", CODES)
+def test_the_table_of_codes_is_that_of_the_report(readme: str, arm: str) -> None:
+    cells = []
+    for group in ("codes_512", "codes_2048"):
+        for metric, digits, unit in ((MSE, 4, ""), (USED, 0, " %"), (PERPLEXITY, 0, "")):
+            mean, sd = stats.mean_sd(values(("codes", group), arm, metric).tolist())
+            cells.append(f"{mean:.{digits}f} ± {sd:.{digits}f}{unit}")
+    assert f"| {CODES[arm]} | {' | '.join(cells)} |" in readme
