@@ -14,17 +14,29 @@ prints it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from simvq_moe.analysis import stats
-from simvq_moe.analysis.arms import UNCOMPARED_KEYS, Arm, Group, Run
-from simvq_moe.analysis.measures import label
+from simvq_moe.analysis.arms import Arm, Group
+from simvq_moe.analysis.evidence import (
+    CONTRADICTED,
+    SUPPORTED,
+    UNDECIDED,
+    arm_like,
+    arms_with,
+    by_seed,
+    config_of,
+    decided_by_sign,
+    decided_within,
+    difference,
+    evidence_of,
+)
 from simvq_moe.analysis.outcomes import early, mean_of_banks, value
+from simvq_moe.analysis.predictions_second import SECOND
+from simvq_moe.analysis.registered import Registered
 from simvq_moe.analysis.results import Evidence, Prediction
 
-SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 NOT_TESTED = "not tested"
 ENTROPY, MAX_VIO = "val/moe/mean/entropy", "val/moe/mean/max_vio"
 ERROR = "val/bits_per_byte"
@@ -44,18 +56,6 @@ WITH_ROUTER_MAP = {
     "moe.balance": "none",
     "moe.centre_router_input": False,
 }
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A prediction as it was written down."""
-
-    name: str
-    statement: str
-    needs: str
-    """The arms that it takes, where there are none."""
-    check: Callable[[Group], list[Evidence]]
-    """Its docstring is the rule."""
 
 
 def check_all(groups: Sequence[Group]) -> list[Prediction]:
@@ -84,15 +84,15 @@ def _indirect(group: Group) -> list[Evidence]:
     exactly 0 in every other. Contradicted: not so in one run. Without a shared map it is 0 by its
     definition: that half checks the records."""
     found = []
-    for mapped in _with(group, {"moe.expert_out_map": "linear"}):
-        others = [_like(group, mapped, {"moe.expert_out_map": m}) for m in ("none", "separate")]
+    for mapped in arms_with(group, {"moe.expert_out_map": "linear"}):
+        others = [arm_like(group, mapped, {"moe.expert_out_map": m}) for m in ("none", "separate")]
         for arm in (mapped, *others):
             if arm is None or all(other is None for other in others):
                 continue
-            numbers = _by_seed(arm, lambda r: mean_of_banks(r, "experts.down", "indirect_movement"))
+            numbers = by_seed(arm, lambda r: mean_of_banks(r, "experts.down", "indirect_movement"))
             right = [(x > 0) if arm is mapped else (x == 0) for x in numbers.values()]
             text = f"indirect movement of idle experts, {arm.label}"
-            one = _evidence(group, text, "bank/experts.down/indirect_movement", [arm], numbers)
+            one = evidence_of(group, text, "bank/experts.down/indirect_movement", [arm], numbers)
             found.append(replace(one, p=None, verdict=SUPPORTED if all(right) else CONTRADICTED))
     return found
 
@@ -102,11 +102,11 @@ def _small_change(group: Group) -> list[Evidence]:
     Measure: change of held-out MaxVio. Supported: the mean and its 95 % interval lie within 0.1 of
     0. Contradicted: the interval lies wholly outside."""
     found = []
-    for mapped in _with(group, {"moe.expert_out_map": "linear", "moe.balance": "aux"}):
-        plain = _like(group, mapped, {"moe.expert_out_map": "none"})
+    for mapped in arms_with(group, {"moe.expert_out_map": "linear", "moe.balance": "aux"}):
+        plain = arm_like(group, mapped, {"moe.expert_out_map": "none"})
         if plain is not None:
-            one = _difference(group, mapped, plain, MAX_VIO, margin=SMALL_MAX_VIO)
-            found.append(_within(one))
+            one = difference(group, mapped, plain, MAX_VIO, margin=SMALL_MAX_VIO)
+            found.append(decided_within(one))
     return found
 
 
@@ -116,19 +116,21 @@ def _narrow_router(group: Group) -> list[Evidence]:
     the steps, and held-out bits per byte. Supported: MaxVio is lower and the error higher, each
     with p < 0.05. Contradicted: one of them is the other way with p < 0.05."""
     found = []
-    for mapped in _with(group, WITH_ROUTER_MAP):
-        config = _config(mapped)
+    for mapped in arms_with(group, WITH_ROUTER_MAP):
+        config = config_of(mapped)
         width, experts = config.get("moe.router_base_width"), config.get("moe.experts")
-        plain = _like(group, mapped, NO_ROUTER_MAP)
+        plain = arm_like(group, mapped, NO_ROUTER_MAP)
         if plain is None or not width or not experts or 4 * width > experts:
             continue
         started = [
-            _by_seed(arm, lambda r: early(r, "moe/mean/max_vio", EARLY)) for arm in (mapped, plain)
+            by_seed(arm, lambda r: early(r, "moe/mean/max_vio", EARLY)) for arm in (mapped, plain)
         ]
         text = f"early MaxVio of training, {mapped.label} minus {plain.label}"
         numbers = {s: x - started[1][s] for s, x in started[0].items() if s in started[1]}
-        found.append(_sign(_evidence(group, text, MAX_VIO, [mapped, plain], numbers), -1))
-        found.append(_sign(_difference(group, mapped, plain, ERROR), 1))
+        found.append(
+            decided_by_sign(evidence_of(group, text, MAX_VIO, [mapped, plain], numbers), -1)
+        )
+        found.append(decided_by_sign(difference(group, mapped, plain, ERROR), 1))
     return found
 
 
@@ -139,17 +141,19 @@ def _centring(group: Group) -> list[Evidence]:
     that number is below 0 (p < 0.05). Without a gain of Q W there is nothing to explain:
     undecided."""
     found = []
-    for mapped in _with(group, WITH_ROUTER_MAP):
-        plain = _like(group, mapped, NO_ROUTER_MAP)
-        centred = plain and _like(group, plain, {"moe.centre_router_input": True})
+    for mapped in arms_with(group, WITH_ROUTER_MAP):
+        plain = arm_like(group, mapped, NO_ROUTER_MAP)
+        centred = plain and arm_like(group, plain, {"moe.centre_router_input": True})
         if plain is None or centred is None:
             continue
-        gain = _sign(_difference(group, mapped, plain, ENTROPY), 1)
-        runs = [_by_seed(arm, lambda r: value(r, ENTROPY)) for arm in (mapped, plain, centred)]
+        gain = decided_by_sign(difference(group, mapped, plain, ENTROPY), 1)
+        runs = [by_seed(arm, lambda r: value(r, ENTROPY)) for arm in (mapped, plain, centred)]
         shared = [seed for seed in runs[0] if seed in runs[1] and seed in runs[2]]
         numbers = {s: runs[2][s] - runs[1][s] - (runs[0][s] - runs[1][s]) / 2 for s in shared}
         text = f"entropy gained by {centred.label}, less half of what {mapped.label} gains"
-        rest = _sign(_evidence(group, text, ENTROPY, [mapped, plain, centred], numbers), 1)
+        rest = decided_by_sign(
+            evidence_of(group, text, ENTROPY, [mapped, plain, centred], numbers), 1
+        )
         if gain.verdict != SUPPORTED:
             gain, rest = replace(gain, verdict=UNDECIDED), replace(rest, verdict=UNDECIDED)
         found += [gain, rest]
@@ -162,11 +166,11 @@ def _equivalence(group: Group) -> list[Evidence]:
     claim it within 0.005 (p < 0.05). Contradicted: its 95 % interval lies wholly outside."""
     found = []
     wanted = {"moe.expert_out_map": "linear", "moe.balance": "aux", "moe.balance_weight": 0.01}
-    for mapped in _with(group, wanted):
-        separate = _like(group, mapped, {"moe.expert_out_map": "separate"})
+    for mapped in arms_with(group, wanted):
+        separate = arm_like(group, mapped, {"moe.expert_out_map": "separate"})
         if separate is None:
             continue
-        one = _within(_difference(group, mapped, separate, ERROR, margin=SMALL_ERROR))
+        one = decided_within(difference(group, mapped, separate, ERROR, margin=SMALL_ERROR))
         if one.verdict != CONTRADICTED:
             claimed = one.n >= stats.LEAST_PAIRS and (one.p_equivalent or 0) < stats.LEVEL
             one = replace(one, verdict=SUPPORTED if claimed else UNDECIDED)
@@ -181,10 +185,12 @@ def _dead_codes(group: Group) -> list[Evidence]:
     (p < 0.05)."""
     found = []
     for simvq, vq in _simvq_and_vq(group):
-        runs = [_by_seed(arm, lambda r: value(r, "val/codes/dead")) for arm in (simvq, vq)]
+        runs = [by_seed(arm, lambda r: value(r, "val/codes/dead")) for arm in (simvq, vq)]
         numbers = {s: x - runs[1][s] / 2 for s, x in runs[0].items() if s in runs[1]}
         text = f"dead codes of {simvq.label}, less half of those of {vq.label}"
-        found.append(_sign(_evidence(group, text, "val/codes/dead", [simvq, vq], numbers), -1))
+        found.append(
+            decided_by_sign(evidence_of(group, text, "val/codes/dead", [simvq, vq], numbers), -1)
+        )
     return found
 
 
@@ -194,15 +200,15 @@ def _dead_codes_of_bias(group: Group) -> list[Evidence]:
     Otherwise undecided, for runs do not record whether the encoder's mean drifts."""
     found = []
     for simvq, vq in _simvq_and_vq(group):
-        bias = _like(group, simvq, {"quantizer.transform": "none", "quantizer.bias": True})
+        bias = arm_like(group, simvq, {"quantizer.transform": "none", "quantizer.bias": True})
         if bias is None:
             continue
-        runs = [_by_seed(arm, lambda r: value(r, "val/codes/dead")) for arm in (simvq, vq, bias)]
+        runs = [by_seed(arm, lambda r: value(r, "val/codes/dead")) for arm in (simvq, vq, bias)]
         shared = [seed for seed in runs[0] if seed in runs[1] and seed in runs[2]]
         numbers = {s: runs[1][s] - runs[2][s] - (runs[1][s] - runs[0][s]) / 2 for s in shared}
         text = f"fall of dead codes by {bias.label}, less half of the fall by {simvq.label}"
         arms = [simvq, vq, bias]
-        one = _sign(_evidence(group, text, "val/codes/dead", arms, numbers), 1)
+        one = decided_by_sign(evidence_of(group, text, "val/codes/dead", arms, numbers), 1)
         found.append(replace(one, verdict=SUPPORTED if one.verdict == SUPPORTED else UNDECIDED))
     return found
 
@@ -214,9 +220,9 @@ def _self_selecting(group: Group) -> list[Evidence]:
     wanted = {"moe.router": "self_selecting", "moe.expert_in_map": "linear"}
     wanted |= {"moe.router_init": "default", "moe.balance": "none"}
     return [
-        _sign(_difference(group, mapped, plain, ENTROPY), -1)
-        for mapped in _with(group, wanted)
-        if (plain := _like(group, mapped, {"moe.expert_in_map": "none"})) is not None
+        decided_by_sign(difference(group, mapped, plain, ENTROPY), -1)
+        for mapped in arms_with(group, wanted)
+        if (plain := arm_like(group, mapped, {"moe.expert_in_map": "none"})) is not None
     ]
 
 
@@ -228,13 +234,13 @@ def _pulled_to_data(group: Group) -> list[Evidence]:
     wanted |= {"moe.router_init": "data", "moe.balance": "none"}
     plain_keys = {"moe.expert_in_map": "none", "moe.router_init": "default"}
     return [
-        _sign(_difference(group, mapped, plain, ENTROPY), 1)
-        for mapped in _with(group, wanted)
-        if (plain := _like(group, mapped, plain_keys)) is not None
+        decided_by_sign(difference(group, mapped, plain, ENTROPY), 1)
+        for mapped in arms_with(group, wanted)
+        if (plain := arm_like(group, mapped, plain_keys)) is not None
     ]
 
 
-REGISTERED = (
+FIRST = (
     Registered(
         "P1",
         "A shared map after the experts moves idle experts; without a map, or with one for each "
@@ -295,90 +301,14 @@ REGISTERED = (
 )
 
 
+REGISTERED = (*FIRST, *SECOND)
+"""Of both studies, in the order in which they were written down."""
+
+
 def _simvq_and_vq(group: Group) -> Iterator[tuple[Arm, Arm]]:
     wanted = {"quantizer.kind": "simvq", "quantizer.transform": "linear"}
     wanted |= {"quantizer.train_base": False, "quantizer.bias": False, "quantizer.init": "default"}
-    for simvq in _with(group, wanted):
-        vq = _like(group, simvq, {"quantizer.kind": "vq"})
+    for simvq in arms_with(group, wanted):
+        vq = arm_like(group, simvq, {"quantizer.kind": "vq"})
         if vq is not None:
             yield simvq, vq
-
-
-def _with(group: Group, wanted: Mapping[str, Any]) -> list[Arm]:
-    """Arms whose config has all of these."""
-    return [
-        a for a in group.arms if wanted.items() <= {k: _config(a).get(k) for k in wanted}.items()
-    ]
-
-
-def _like(group: Group, arm: Arm, changes: Mapping[str, Any]) -> Arm | None:
-    """The arm of the group that has these changes of another arm's config, and no other.
-
-    A learning rate that a grid has chosen for each arm is no change.
-    """
-    tuned = {"optimizer.lr": None} if group.tuned else {}
-    wanted = _config(arm) | dict(changes) | tuned
-    return next((a for a in group.arms if _config(a) | tuned == wanted), None)
-
-
-def _config(arm: Arm) -> dict[str, Any]:
-    config = next((run.config for run in arm.runs if run.config), {})
-    return {key: v for key, v in config.items() if key not in UNCOMPARED_KEYS}
-
-
-def _by_seed(arm: Arm, number: Callable[[Run], float | None]) -> dict[int, float]:
-    return {run.seed: x for run in arm.runs if (x := number(run)) is not None}
-
-
-def _difference(
-    group: Group, arm: Arm, other: Arm, metric: str, margin: float | None = None
-) -> Evidence:
-    """An arm minus another, over the seeds that both finished."""
-    runs = [_by_seed(one, lambda r: value(r, metric)) for one in (arm, other)]
-    numbers = {s: x - runs[1][s] for s, x in runs[0].items() if s in runs[1]}
-    text = f"{label(metric)}, {arm.label} minus {other.label}"
-    return _evidence(group, text, metric, [arm, other], numbers, margin)
-
-
-def _evidence(
-    group: Group,
-    text: str,
-    metric: str,
-    arms: Sequence[Arm],
-    numbers: Mapping[int, float],
-    margin: float | None = None,
-) -> Evidence:
-    found = stats.compare(list(numbers.values()), margin)
-    return Evidence(
-        group=group.name,
-        text=text,
-        metric=metric,
-        arms=[arm.name for arm in arms],
-        seeds=list(numbers),
-        values=list(numbers.values()),
-        n=found.n,
-        mean=found.mean,
-        interval=found.interval,
-        p=found.p,
-        margin=margin,
-        p_equivalent=found.p_equivalent,
-        verdict=UNDECIDED,
-    )
-
-
-def _sign(one: Evidence, sign: int) -> Evidence:
-    """Supported or contradicted by the sign of the mean, if p allows it."""
-    if one.n < stats.LEAST_PAIRS or one.p is None or one.p >= stats.LEVEL:
-        return one
-    return replace(one, verdict=SUPPORTED if sign * one.mean > 0 else CONTRADICTED)
-
-
-def _within(one: Evidence) -> Evidence:
-    """Supported or contradicted by where the interval lies; equal values have none but the mean."""
-    if one.n < stats.LEAST_PAIRS or one.margin is None:
-        return one
-    low, high = one.interval or (one.mean, one.mean)
-    if -one.margin < low and high < one.margin:
-        return replace(one, verdict=SUPPORTED)
-    outside = low > one.margin or high < -one.margin
-    return replace(one, verdict=CONTRADICTED if outside else UNDECIDED)

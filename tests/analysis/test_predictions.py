@@ -20,12 +20,17 @@ PLAIN: dict[str, Any] = {
     "moe.train_router_base": True,
     "moe.router_base_width": None,
     "moe.centre_router_input": False,
+    "moe.whiten_router_input": "none",
+    "moe.whitening_exponent": 1.0,
     "moe.expert_out_map": "none",
     "moe.expert_in_map": "none",
     "moe.router_init": "default",
     "moe.balance": "none",
     "moe.balance_weight": 0.01,
+    "moe.bias_update_rate": 0.001,
     "quantizer.kind": "vq",
+    "quantizer.codes": 512,
+    "quantizer.restart": 0.0,
     "quantizer.transform": "linear",
     "quantizer.train_base": False,
     "quantizer.bias": False,
@@ -37,6 +42,12 @@ OUT, SEPARATE = {"moe.expert_out_map": "linear"}, {"moe.expert_out_map": "separa
 ROUTER = {"moe.router_map": "linear", "moe.train_router_base": False}
 NARROW = ROUTER | {"moe.router_base_width": 8}
 CENTRED = {"moe.centre_router_input": True}
+WHITE, DIAGONAL = ({"moe.whiten_router_input": kind} for kind in ("full", "diagonal"))
+HALF = WHITE | {"moe.whitening_exponent": 0.5}
+STRONG = AUX | {"moe.balance_weight": 0.03}
+FREE = {"moe.balance": "loss_free"}
+RESTARTED = {"quantizer.kind": "ema", "quantizer.restart": 0.1}
+MANY = {"quantizer.codes": 8192}
 SELF = {"moe.router": "self_selecting"}
 SELF_MAP = SELF | {"moe.expert_in_map": "linear"}
 SELF_DATA = SELF_MAP | {"moe.router_init": "data"}
@@ -44,6 +55,7 @@ SIMVQ = {"quantizer.kind": "simvq"}
 BIAS = SIMVQ | {"quantizer.transform": "none", "quantizer.bias": True}
 ENTROPY, MAX_VIO = "val/moe/mean/entropy", "val/moe/mean/max_vio"
 ERROR, DEAD = "val/bits_per_byte", "val/codes/dead"
+USED, MSE = "val/codes/used", "val/mse"
 EARLY, MOVED = "early", "moved"
 
 
@@ -72,7 +84,10 @@ def arm(
                 seed=seed,
                 status="finished",
                 config=PLAIN | changes | {"seed": seed, "name": f"{name}/{seed}", "arm": name},
-                meta={"banks": ["blocks.0.moe.experts.down", "blocks.0.moe.router.bank"]},
+                meta={
+                    "banks": ["blocks.0.moe.experts.down", "blocks.0.moe.router.bank"],
+                    "layers": [{"kind": "experts", "slots": 64, "top_k": 4}] * 2,
+                },
                 metrics=tuple(lines),
                 final=final,
             )
@@ -89,7 +104,83 @@ def of(metric: str, value: float) -> dict[str, float]:
     return {metric: value}
 
 
+def layered(entropies: list[float], ranks: list[float]) -> dict[str, float]:
+    """Entropy and effective rank of the logits of each layer."""
+    named = {f"val/moe/{i:02d}/entropy": x for i, x in enumerate(entropies)}
+    return named | {f"val/moe/{i:02d}/logits_rank": x for i, x in enumerate(ranks)}
+
+
+def whitened(entropy: float) -> list[tuple[str, dict[str, Any], dict[str, float]]]:
+    return [("a", CENTRED, of(ENTROPY, 0.8)), ("b", WHITE, of(ENTROPY, entropy))]
+
+
+def errors(white: float, strong: float) -> list[tuple[str, dict[str, Any], dict[str, float]]]:
+    """Of the plain router 2.00, and of the better of two balancers `strong`."""
+    return [
+        ("a", {}, of(ERROR, 2.0)),
+        ("b", WHITE, of(ERROR, white)),
+        ("c", FREE, of(ERROR, 1.99)),
+        ("d", STRONG, of(ERROR, strong)),
+    ]
+
+
+def exponents(half: float, one: float) -> list[tuple[str, dict[str, Any], dict[str, float]]]:
+    above = WHITE | {"moe.whitening_exponent": 2.0}
+    return [
+        ("a", WHITE | {"moe.whitening_exponent": 0.0}, of(ENTROPY, 0.8)),
+        ("b", HALF, of(ENTROPY, half)),
+        ("c", WHITE, of(ENTROPY, one)),
+        ("d", above, of(ENTROPY, 0.1)),
+    ]
+
+
 CASES = [
+    ("P8", "supported", whitened(0.95)),
+    ("P8", "undecided", whitened(0.9)),
+    ("P8", "contradicted", whitened(0.85)),
+    ("P9", "supported", errors(1.95, 1.955)),
+    ("P9", "contradicted", errors(1.95, 1.93)),
+    ("P9", "contradicted", errors(2.05, 2.06)),
+    ("P9", "undecided", errors(1.95, 1.945)),
+    ("P10", "supported", exponents(0.85, 0.9)),
+    ("P10", "contradicted", exponents(0.85, 0.82)),
+    ("P11", "supported", [*whitened(0.95), ("c", DIAGONAL, of(ENTROPY, 0.85))]),
+    ("P11", "contradicted", [*whitened(0.95), ("c", DIAGONAL, of(ENTROPY, 0.94))]),
+    ("P11", "undecided", [*whitened(0.95), ("c", DIAGONAL, of(ENTROPY, 0.9))]),
+    (
+        "P12",
+        "supported",
+        [
+            ("a", {}, layered([0.7, 0.75], [10.0, 12.0])),
+            ("b", WHITE, layered([0.95, 0.97], [36.0, 39.0])),
+        ],
+    ),
+    (
+        "P12",
+        "contradicted",
+        [
+            ("a", {}, layered([0.7, 0.75], [39.0, 36.0])),
+            ("b", WHITE, layered([0.95, 0.97], [12.0, 10.0])),
+        ],
+    ),
+    ("P15, use", "supported", [("a", SIMVQ, of(USED, 0.6)), ("b", RESTARTED, of(USED, 0.9))]),
+    ("P15, use", "contradicted", [("a", SIMVQ, of(USED, 0.6)), ("b", RESTARTED, of(USED, 0.5))]),
+    (
+        "P15, error",
+        "supported",
+        [
+            ("a", SIMVQ | MANY | {"quantizer.init": "data"}, of(MSE, 0.1)),
+            ("b", RESTARTED | MANY, of(MSE, 0.2)),
+        ],
+    ),
+    (
+        "P15, error",
+        "contradicted",
+        [
+            ("a", SIMVQ | MANY | {"quantizer.init": "data"}, of(MSE, 0.2)),
+            ("b", RESTARTED | MANY, of(MSE, 0.1)),
+        ],
+    ),
     (
         "P1",
         "supported",
@@ -198,7 +289,13 @@ def test_five_pairs_decide_nothing(name: str, arms: list[Any]):
     assert found.verdict == "undecided"
 
 
-@pytest.mark.parametrize(("name", "arms"), {n: arms for n, _, arms in CASES if n != "P1"}.items())
+SOME_ARMS = ("P1", "P9", "P10")
+"""Predictions that any two of their arms can test."""
+
+
+@pytest.mark.parametrize(
+    ("name", "arms"), {n: arms for n, _, arms in CASES if n not in SOME_ARMS}.items()
+)
 def test_without_one_of_its_arms_a_prediction_is_not_tested(name: str, arms: list[Any]):
     for left_out in range(len(arms)):
         kept = [arm(a, changes, n) for i, (a, changes, n) in enumerate(arms) if i != left_out]
@@ -214,6 +311,21 @@ def test_indirect_movement_needs_a_map_and_either_control():
     assert checked("P1", plain, separate).verdict == "not tested"
     assert checked("P1", plain, mapped).verdict == "supported"
     assert checked("P1", separate, mapped).verdict == "supported"
+
+
+def test_whitening_is_held_against_the_plain_router_and_the_best_balancer():
+    plain, white, free, strong = (arm(*one) for one in errors(1.95, 1.955))
+    assert checked("P9", plain, white).verdict == "not tested"
+    assert checked("P9", white, free).verdict == "not tested"
+    found = checked("P9", plain, white, free, strong)
+    assert [one.arms for one in found.evidence] == [["b", "d"], ["b", "a"]]
+
+
+def test_the_trend_goes_over_neighbouring_exponents_up_to_1():
+    arms = [arm(*one) for one in exponents(0.85, 0.9)]
+    found = checked("P10", *arms)
+    assert [one.arms for one in found.evidence] == [["b", "a"], ["c", "b"]]
+    assert checked("P10", arms[0], arms[3]).verdict == "not tested"
 
 
 def test_noise_decides_nothing():
