@@ -246,8 +246,24 @@ class MoEConfig:
     self_selecting (expert_in_map)."""
     self_selecting_rank: int = 8
     """self_selecting: rows of an expert's key, whose activation's norm is its score."""
+    router_bias: bool = False
+    """One learned number an expert in the logits of routers that score by products."""
     centre_router_input: bool = False
     """Take a running mean over tokens off the router's input; momentum 0.99 a step."""
+    whiten_router_input: Literal["none", "full", "diagonal", "low_rank"] = "none"
+    """Routers that score by products see (x - m) C^(-1/2) with the running mean and covariance of
+    their input: one map shared by all rows, set by data. diagonal: of the channels' variances;
+    low_rank: of the largest principal directions."""
+    whitening_exponent: float = 1.0
+    """p of C^(-p/2): 1 whitens, 0 centres alone, -1 is the opposite map."""
+    whitening_decay: float = 0.99
+    """Weight of the past in the running moments, a step."""
+    whitening_floor: float = 0.01
+    """Least eigenvalue that counts, as a share of the mean one."""
+    whitening_every: int = 10
+    """Steps between two updates of moments and map, after as many first steps with one each."""
+    whitening_rank: int = 32
+    """low_rank: number of principal directions."""
     expert_out_map: Literal["none", "diagonal", "linear", "low_rank", "separate"] = "none"
     """Map W after the gated sum of experts: y = (sum g_i E_i(x)) W; separate: one for each."""
     train_expert_out_base: bool = True

@@ -13,7 +13,12 @@ from simvq_moe.config import (
     MoEConfig,
     TrainConfig,
 )
-from simvq_moe.config_checks_moe import baseline_problems, router_problems, with_gates
+from simvq_moe.config_checks_moe import (
+    baseline_problems,
+    router_problems,
+    whitening_problems,
+    with_gates,
+)
 from simvq_moe.config_checks_tokenizers import (
     audio_problems,
     image_problems,
@@ -60,6 +65,7 @@ def _problems(config: Config) -> Iterator[str]:
     if moe.dispatch == "deepspeed_capacity":
         yield from baseline_problems(moe)
     yield from router_problems(moe)
+    yield from whitening_problems(moe, config.language_model.width)
     if moe.experts % moe.expert_parallel:
         yield (
             f"moe.experts {moe.experts} does not divide by moe.expert_parallel "

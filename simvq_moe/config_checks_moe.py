@@ -52,6 +52,7 @@ def baseline_problems(moe: MoEConfig) -> Iterator[str]:
 
 
 OF_ROWS = ("topk", "noisy_topk", "cosine", "distance", "expert_choice")
+OF_PRODUCTS = ("topk", "noisy_topk", "hyper", "expert_choice")
 SCORING = (*OF_ROWS, "hyper", "self_selecting")
 OF_ROUTERS = {
     "router_map": OF_ROWS,
@@ -62,12 +63,38 @@ OF_ROUTERS = {
     "router_commitment_weight": ("distance",),
     "router_init": ("distance", "self_selecting"),
     "self_selecting_rank": ("self_selecting",),
+    "router_bias": OF_PRODUCTS,
     "centre_router_input": SCORING,
+    "whiten_router_input": OF_PRODUCTS,
     "z_loss_weight": SCORING,
     "balance": tuple(kind for kind in SCORING if kind != "expert_choice"),
     "capacity_factor": (*(kind for kind in SCORING if kind != "expert_choice"), "hash"),
 }
 """Routers that have the option; for others only its default is accepted."""
+
+
+def whitening_problems(moe: MoEConfig, width: int) -> Iterator[str]:
+    """Options of the whitening that mean nothing without it, or are out of their range."""
+    kind = moe.whiten_router_input
+    for name in ("exponent", "decay", "floor", "every", "rank"):
+        option = f"whitening_{name}"
+        value, default = getattr(moe, option), getattr(MoEConfig(), option)
+        if value != default and (kind == "none" or (name == "rank" and kind != "low_rank")):
+            kinds = "'low_rank'" if name == "rank" else "'full', 'diagonal' or 'low_rank'"
+            yield (
+                f"moe.{option} {value} with moe.whiten_router_input {kind!r}: drop it, or use "
+                f"{kinds}"
+            )
+    if kind != "none" and moe.centre_router_input:
+        yield (
+            f"moe.centre_router_input with moe.whiten_router_input {kind!r}, which centres as "
+            "well: drop it"
+        )
+    if kind == "low_rank" and not moe.whitening_rank < width:
+        yield (
+            f"moe.whitening_rank {moe.whitening_rank} >= language_model.width {width}: lower it, "
+            "or use moe.whiten_router_input 'full'"
+        )
 
 
 def router_problems(moe: MoEConfig) -> Iterator[str]:

@@ -38,6 +38,11 @@ ROUTER_MEASURES = (
     "domain_information",
     "token_information",
     "output_similarity",
+    "input_rank",
+    "input_condition",
+    "input_mean_share",
+    "logits_rank",
+    "row_exponent",
 )
 """What routers do with the probe's tokens."""
 
@@ -105,6 +110,11 @@ MEASURES: dict[str, Measure] = {
     "co_activation_null": Measure("co-activation by chance", 1, "share"),
     "domain_information": Measure("bits that an expert tells about the domain", 3),
     "token_information": Measure("bits that an expert tells about the token", 3),
+    "input_rank": Measure("effective rank of the router's input", 1),
+    "input_condition": Measure("condition number of the router's input", 0, log=True),
+    "input_mean_share": Measure("share of the mean in the router's input", 1, "share"),
+    "logits_rank": Measure("effective rank of the logits", 1),
+    "row_exponent": Measure("exponent of the router's rows along its input", 2),
     "output_similarity": Measure("cosine of two experts' outputs", 3),
     "output_similarity_before_map": Measure("cosine of two experts' outputs before the map", 3),
 }

@@ -59,14 +59,23 @@ class StepState(FollowsSteps):
 
     waits = True
     pending: Tensor
+    due = True
+    """Whether the sums of the current step are wanted, the same on all ranks."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.hold("pending", partial(torch.zeros, size, dtype=torch.float64))
 
+    @property
+    def collects(self) -> bool:
+        return super().collects and self.due
+
     def apply_sums(self, sums: Float[Tensor, " size"]) -> None:
         """Change the state by the sums of all ranks."""
         raise NotImplementedError
+
+    def advance(self) -> None:
+        """The step is done, whether its sums were wanted or not."""
 
     def drop_step(self) -> None:
         self.pending.zero_()
@@ -91,14 +100,17 @@ def after_step(model: nn.Module) -> None:
     """
     waiting = [module for module in followers(model) if module.waits]
     states = [module for module in waiting if isinstance(module, StepState)]
-    if states:
-        sums = torch.cat([state.pending for state in states])
+    due = [state for state in states if state.due]
+    if due:
+        sums = torch.cat([state.pending for state in due])
         if dist.is_initialized():
             dist.all_reduce(sums)
-        parts = sums.split([len(state.pending) for state in states])
-        for state, part in zip(states, parts, strict=True):
+        parts = sums.split([len(state.pending) for state in due])
+        for state, part in zip(due, parts, strict=True):
             state.apply_sums(part)
             state.drop_step()
+    for state in states:
+        state.advance()
     for module in waiting:
         if not isinstance(module, StepState):
             module.end_step()

@@ -6,12 +6,15 @@ name, and maps start as the identity, so that step 0 gives the plain model's log
 plain checkpoint. Per block, with rows mapped as in `Bank`:
 
     logits = x (Q W_r)^T        E_i(x W_in^T)        y = shared(x) + (sum_i g_i E_i) W_out
+
+A router's input may be whitened as well, see `Whitening`. These routers have no biases, so moments
+are about 0, where the map folds into the rows alone.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,13 +22,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from simvq_moe.core.after_step import after_step
 from simvq_moe.core.bank import Bank, Transform
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import Usage, UsageCounter, usage
+from simvq_moe.core.whitening import Whitening, WhiteningKind, build_whitening
 
 try:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerCallback
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
     from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -86,7 +91,12 @@ class BlockMaps(nn.Module):
     """
 
     def __init__(
-        self, block: nn.Module, top_k: int, transforms: dict[str, Transform], rank: int
+        self,
+        block: nn.Module,
+        top_k: int,
+        transforms: dict[str, Transform],
+        rank: int,
+        whitening: dict[str, Any] | None,
     ) -> None:
         super().__init__()
         experts, width = block.get_parameter(WEIGHTS["router"]).shape
@@ -103,21 +113,30 @@ class BlockMaps(nn.Module):
         self.router = shared_map("router")
         self.expert_in = shared_map("expert_in")
         self.expert_out = shared_map("expert_out")
+        self.whitening: Whitening | None = None
+        if whitening is not None:
+            self.whitening = build_whitening(width=width, centred=False, **whitening)
+            self.whitening.to(block.get_parameter(WEIGHTS["router"]).device)
         self.counter = UsageCounter(experts, kind="experts", top_k=top_k)
         self.counter.to(block.get_parameter(WEIGHTS["router"]).device)
         self.frozen: list[str] = []
         """Sites whose weight was learned before and is not beside its map."""
         gate, networks = block.get_submodule("gate"), block.get_submodule("experts")
         self.hooks = [networks.register_forward_pre_hook(self._before_experts)]
-        if self.router is not None:
+        if self.router is not None or self.whitening is not None:
             self.hooks.append(gate.register_forward_pre_hook(self._before_router))
         if self.expert_out is not None:
             self.hooks.append(networks.register_forward_hook(self._after_experts))
 
     def _before_router(self, gate: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         del gate
-        assert self.router is not None
-        return (self.router(args[0]), *args[1:])
+        x = args[0]
+        if self.whitening is not None:
+            flat = x.reshape(-1, x.shape[-1])
+            self.whitening.collect(flat.detach())
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x = self.whitening.turn(flat.to(wide)).to(x.dtype).view(x.shape)
+        return (x if self.router is None else self.router(x), *args[1:])
 
     def _before_experts(self, experts: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Count here: what routers return differs between versions, what experts get does not."""
@@ -145,6 +164,10 @@ class BlockMaps(nn.Module):
             shared_map = getattr(self, site)
             if shared_map is not None:
                 shared_map.fold_into(block.get_parameter(name))
+        if self.whitening is not None:
+            rows = block.get_parameter(WEIGHTS["router"])
+            with torch.no_grad():
+                rows.copy_(self.whitening.fold(rows.double())[0])
         for site in self.frozen:
             block.get_parameter(WEIGHTS[site]).requires_grad_(True)
         for hook in self.hooks:
@@ -161,6 +184,12 @@ def add_shared_maps(
     router_map: Transform = "none",
     train_router_base: bool = True,
     map_rank: int = 8,
+    whiten_router_input: Literal["none"] | WhiteningKind = "none",
+    whitening_exponent: float = 1.0,
+    whitening_decay: float = 0.99,
+    whitening_floor: float = 0.01,
+    whitening_every: int = 10,
+    whitening_rank: int = 32,
 ) -> None:
     """Add maps and usage meters to every MoE block of a model, in place; before the optimizer.
 
@@ -180,6 +209,10 @@ def add_shared_maps(
         train_expert_out_base, train_expert_in_base, train_router_base: learn the model's own
             `down_proj`, `gate_up_proj` or router rows beside a map.
         map_rank: rank of maps of kind "low_rank".
+        whiten_router_input, whitening_exponent, whitening_decay, whitening_floor, whitening_every,
+            whitening_rank: as of `MoE`, but about 0 instead of the mean, because these routers have
+            no biases to fold a mean into. Call `after_step(model)` after each optimizer step, or
+            give transformers' Trainer an `AfterStep`.
 
     Raises:
         ValueError: the architecture is unknown; the model has maps; a map is "separate";
@@ -193,7 +226,18 @@ def add_shared_maps(
         "router_map": router_map,
         "train_router_base": train_router_base,
         "map_rank": map_rank,
+        "whiten_router_input": whiten_router_input,
+        "whitening_exponent": whitening_exponent,
+        "whitening_decay": whitening_decay,
+        "whitening_floor": whitening_floor,
+        "whitening_every": whitening_every,
+        "whitening_rank": whitening_rank,
     }
+    whitening: dict[str, Any] | None = None
+    if whiten_router_input != "none":
+        names = ("exponent", "decay", "floor", "every", "rank")
+        whitening = {"kind": whiten_router_input}
+        whitening |= {name: settings[f"whitening_{name}"] for name in names}
     blocks = moe_blocks(model)
     transforms = {site: settings[f"{site}_map"] for site in WEIGHTS}
     _check_maps(model, transforms)
@@ -202,11 +246,18 @@ def add_shared_maps(
     model.shared_maps = nn.ModuleList()
     with torch.random.fork_rng(devices=[]):  # numbers drawn later are those of the plain model
         for block in blocks.values():
-            maps = BlockMaps(block, top_k, transforms, map_rank)
+            maps = BlockMaps(block, top_k, transforms, map_rank, whitening)
             maps.freeze(block, frozen)
             model.shared_maps.append(maps)
     model.shared_maps.train(model.training)
     model.config.shared_maps = settings
+
+
+class AfterStep(TrainerCallback):
+    """For transformers' Trainer: whitening follows every optimizer step."""
+
+    def on_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        after_step(model)
 
 
 def _check_maps(model: PreTrainedModel, transforms: dict[str, Transform]) -> None:

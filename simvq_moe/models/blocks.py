@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.streams import own_stream
+from simvq_moe.core.whitening import Whitening
 from simvq_moe.models.attention import Attention, Documents
 from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
 from simvq_moe.moe.layer import MoE, build_moe
@@ -89,6 +90,10 @@ class MoEBlock(Block):
         if not isinstance(router, TopKRouter) or type(router).score not in scores:
             raise ValueError(
                 f"{type(router).__name__} has no rows that a gain on its input can be merged into"
+            )
+        if isinstance(router.centre, Whitening):
+            raise ValueError(
+                "a router still whitens its input: fold it first, then merge the norms"
             )
         if router.centre is not None:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from simvq_moe.core.whitening import Whitening
 from simvq_moe.moe.router import Gates, Router
 
 LARGEST_HIDDEN = 256
@@ -24,13 +25,20 @@ class HyperRouter(Router):
     Args:
         width: channels of a token, and of e.
         experts, top_k, gates: see `Router`.
+        expert_bias: add one learned number an expert to the logits, from 0.
     """
 
     A: Tensor
     B: Tensor
 
     def __init__(
-        self, width: int, experts: int, top_k: int, *, gates: Gates = "topk_softmax"
+        self,
+        width: int,
+        experts: int,
+        top_k: int,
+        *,
+        gates: Gates = "topk_softmax",
+        expert_bias: bool = False,
     ) -> None:
         super().__init__(experts, top_k, gates=gates)
         hidden = min(width, LARGEST_HIDDEN)
@@ -38,6 +46,7 @@ class HyperRouter(Router):
         # buffers, so that no optimizer and no change of the parameters' precision touches them
         self.register_buffer("A", torch.empty(width, hidden))
         self.register_buffer("B", torch.empty(hidden, experts * width))
+        self.bias = nn.Parameter(torch.zeros(experts)) if expert_bias else None
         self.reset(width**-0.5)
 
     def rows(self, dtype: torch.dtype | None = None) -> Float[Tensor, "experts width"]:
@@ -50,7 +59,11 @@ class HyperRouter(Router):
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
     ) -> Float[Tensor, "tokens experts"]:
         del token_ids
-        return x @ self.rows(x.dtype).T
+        scores = x @ self.turn(self.rows(x.dtype)).T
+        return scores if self.bias is None else scores + self.bias.to(x.dtype)
+
+    def rows_of_products(self) -> Float[Tensor, "experts width"] | None:
+        return self.turn(self.rows())
 
     @torch.no_grad()
     def reset(self, std: float) -> None:
@@ -58,7 +71,14 @@ class HyperRouter(Router):
         self.embedding.normal_()
         self.A.normal_(std=(2 / width) ** 0.5)
         self.B.normal_(std=std * hidden**-0.5)
+        if self.bias is not None:
+            self.bias.zero_()
 
     @torch.no_grad()
     def fold_(self) -> None:
-        pass
+        if isinstance(self.centre, Whitening):
+            _, bias = self.centre.fold(self.rows())
+            rows, _ = self.centre.fold(self.B.view(-1, len(self.embedding)))
+            self.B.copy_(rows.view_as(self.B))
+            self.bias = nn.Parameter(bias + (0 if self.bias is None else self.bias))
+            self.centre = None

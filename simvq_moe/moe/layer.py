@@ -19,6 +19,7 @@ from simvq_moe.core.choices import check_choice
 from simvq_moe.core.ids import as_ids
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import UsageCounter
+from simvq_moe.core.whitening import Whitening, WhiteningKind
 from simvq_moe.hub import Pretrained
 from simvq_moe.moe.dispatch import dispatch, within_capacity
 from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
@@ -36,6 +37,7 @@ WITHOUT_MAPS: dict[str, Any] = {
     "router_base_width": None,
     "train_router_base": True,
     "router_init": "default",
+    "whiten_router_input": "none",
     "expert_out_map": "none",
     "train_expert_out_base": True,
     "expert_out_bias": False,
@@ -64,8 +66,14 @@ class MoE(Pretrained):
             `start_from_data`.
         self_selecting_rank: rows of an expert's key, see `SelfSelectingRouter`.
         vocabulary: number of vocabulary ids, for router "hash".
+        router_bias: add one learned number an expert to the logits of a router that scores by
+            products.
         centre_router_input: take a running mean off the router's input, see `RunningMean`; call
             `after_step` after each optimizer step.
+        whiten_router_input: "full", "diagonal" or "low_rank": what a router that scores by products
+            sees is whitened, see `Whitening`; call `after_step` here too.
+        whitening_exponent, whitening_decay, whitening_floor, whitening_every: see `Whitening`.
+        whitening_rank: directions of "low_rank".
         balance: "loss_free" or "quantile": biases of the choice, see `selection_bias`; call
             `after_step` here too. "aux" is a loss of the model, see `balance`.
         bias_update_rate: step of the biases of "loss_free".
@@ -101,7 +109,14 @@ class MoE(Pretrained):
         router_init: RouterInit = "default",
         self_selecting_rank: int = 8,
         vocabulary: int | None = None,
+        router_bias: bool = False,
         centre_router_input: bool = False,
+        whiten_router_input: Literal["none"] | WhiteningKind = "none",
+        whitening_exponent: float = 1.0,
+        whitening_decay: float = 0.99,
+        whitening_floor: float = 0.01,
+        whitening_every: int = 10,
+        whitening_rank: int = 32,
         balance: Balance = "none",
         bias_update_rate: float = 0.001,
         expert_out_map: Transform = "none",
@@ -138,7 +153,14 @@ class MoE(Pretrained):
                 router_init=router_init,
                 self_selecting_rank=self_selecting_rank,
                 vocabulary=vocabulary,
+                router_bias=router_bias,
                 centre_router_input=centre_router_input,
+                whiten_router_input=whiten_router_input,
+                whitening_exponent=whitening_exponent,
+                whitening_decay=whitening_decay,
+                whitening_floor=whitening_floor,
+                whitening_every=whitening_every,
+                whitening_rank=whitening_rank,
                 balance=balance,
                 bias_update_rate=bias_update_rate,
             )
@@ -249,6 +271,8 @@ class MoE(Pretrained):
         folded.arguments = self.arguments | WITHOUT_MAPS
         if self.experts.out_bias is not None:
             folded.arguments["expert_bias"] = True
+        if isinstance(self.router.centre, Whitening):
+            folded.arguments["router_bias"] = True
         return folded
 
 

@@ -50,6 +50,9 @@ class CosineRouter(TopKRouter):
         temperature = START_TEMPERATURE * self.log_temperature.to(x.dtype).exp()
         return x @ rows.T / temperature
 
+    def rows_of_products(self) -> Float[Tensor, "experts width"] | None:
+        return None
+
     @torch.no_grad()
     def reset(self, std: float) -> None:
         super().reset(std)
@@ -80,6 +83,9 @@ class DistanceRouter(TopKRouter):
         products = self.bank.score(x) - x @ centre[:, None]
         distance = x.square().sum(-1, keepdim=True) - 2 * products + rows.square().sum(-1)
         return -distance / x.shape[-1] ** 0.5
+
+    def rows_of_products(self) -> Float[Tensor, "experts width"] | None:
+        return None
 
     def own_losses(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from simvq_moe.core.bank import Bank, Transform
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.ids import as_ids
+from simvq_moe.core.whitening import Whitening
 from simvq_moe.moe.after_step import RunningMean
 from simvq_moe.moe.selection_bias import SelectionBias
 
@@ -77,8 +78,9 @@ class Router(nn.Module):
         check_choice("gates", gates, Gates)
         self.num_experts, self.top_k = experts, top_k
         self.gates: Gates = gates
-        self.centre: RunningMean | None = None
-        """Of the layer's input; it is taken off what is scored."""
+        self.centre: RunningMean | Whitening | None = None
+        """Of the layer's input; its mean is taken off what is scored, and a map of it `turn`s the
+        rows that score."""
         self.selection: SelectionBias | None = None
         """Biases of the choice; None: the best logits are chosen."""
         self.starting = False
@@ -124,6 +126,15 @@ class Router(nn.Module):
             return 0.0
         mean = self.centre.mean.to(dtype)
         return mean if self.keys is None else self.keys.pull(mean)
+
+    def turn(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+        """Rows under the whitening of the input, if there is one."""
+        return self.centre.turn(rows) if isinstance(self.centre, Whitening) else rows
+
+    def rows_of_products(self) -> Float[Tensor, "experts width"] | None:
+        """The rows whose products with the input are the logits, up to biases; None: there are no
+        such rows."""
+        return None
 
     def start(self, x: Float[Tensor, "tokens width"]) -> None:
         """Set the map from the inputs of all ranks, where a router has one that can be."""
@@ -183,6 +194,7 @@ class TopKRouter(Router):
         experts, top_k, gates: see `Router`.
         transform, base_width, train_base, bias, rank: of the bank of rows R = Q W; rows start from
             N(0, 1/base_width).
+        expert_bias: add one learned number an expert to the logits, from 0.
     """
 
     def __init__(
@@ -197,6 +209,7 @@ class TopKRouter(Router):
         train_base: bool = True,
         bias: bool = False,
         rank: int = 8,
+        expert_bias: bool = False,
     ) -> None:
         super().__init__(experts, top_k, gates=gates)
         base_width = base_width or width
@@ -208,22 +221,38 @@ class TopKRouter(Router):
             bias=bias,
             rank=rank,
         )
+        self.bias = nn.Parameter(torch.zeros(experts)) if expert_bias else None
 
     def score(
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
     ) -> Float[Tensor, "tokens experts"]:
         del token_ids
-        return self.bank.score(x)
+        if isinstance(self.centre, Whitening):
+            scores = x @ self.turn(self.bank.rows(x.dtype)).T
+        else:
+            scores = self.bank.score(x)
+        return scores if self.bias is None else scores + self.bias.to(x.dtype)
+
+    def rows_of_products(self) -> Float[Tensor, "experts width"] | None:
+        return self.turn(self.bank.rows())
 
     @torch.no_grad()
     def reset(self, std: float) -> None:
         # rows of the same length whatever the width of the base
         base_width = self.bank.base.shape[-1]
         self.bank.base.normal_(std=std * (self.bank.width / base_width) ** 0.5)
+        if self.bias is not None:
+            self.bias.zero_()
 
     @torch.no_grad()
     def fold_(self) -> None:
-        self.bank = self.bank.fold()
+        if isinstance(self.centre, Whitening):
+            rows, bias = self.centre.fold(self.bank.rows())
+            self.bank = Bank(rows, transform="none")
+            self.bias = nn.Parameter(bias + (0 if self.bias is None else self.bias))
+            self.centre = None
+        else:
+            self.bank = self.bank.fold()
 
 
 class NoisyTopKRouter(TopKRouter):
@@ -232,12 +261,13 @@ class NoisyTopKRouter(TopKRouter):
     N starts at 0, as in the paper's appendix A, which is noise of width ln 2.
 
     Args:
-        width, experts, top_k, options: see `TopKRouter`.
+        width, experts, top_k, options: see `TopKRouter`; with expert_bias N has one as well.
     """
 
     def __init__(self, width: int, experts: int, top_k: int, **options: Any) -> None:
         super().__init__(width, experts, top_k, **options)
         self.noise = nn.Parameter(torch.zeros(experts, width))
+        self.noise_bias = None if self.bias is None else nn.Parameter(torch.zeros(experts))
 
     def score(
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
@@ -245,12 +275,27 @@ class NoisyTopKRouter(TopKRouter):
         logits = super().score(x, token_ids)
         if not self.training:
             return logits
-        return logits + torch.randn_like(logits) * F.softplus(x @ self.noise.to(x.dtype).T)
+        widths = x @ self.turn(self.noise.to(x.dtype)).T
+        if self.noise_bias is not None:
+            widths = widths + self.noise_bias.to(x.dtype)
+        return logits + torch.randn_like(logits) * F.softplus(widths)
 
     @torch.no_grad()
     def reset(self, std: float) -> None:
         super().reset(std)
         self.noise.zero_()
+        if self.noise_bias is not None:
+            self.noise_bias.zero_()
+
+    @torch.no_grad()
+    def fold_(self) -> None:
+        if isinstance(self.centre, Whitening):
+            rows, bias = self.centre.fold(self.noise)
+            self.noise.copy_(rows)
+            self.noise_bias = nn.Parameter(
+                bias + (0 if self.noise_bias is None else self.noise_bias)
+            )
+        super().fold_()
 
 
 def count(ids: Integer[Tensor, "*choices"], experts: int) -> Int[Tensor, " experts"]:

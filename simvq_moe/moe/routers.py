@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from simvq_moe.core.bank import Transform
 from simvq_moe.core.choices import check_choice
+from simvq_moe.core.whitening import WhiteningKind, build_whitening
 from simvq_moe.moe.after_step import RunningMean
 from simvq_moe.moe.choice import ExpertChoiceRouter, HashRouter
 from simvq_moe.moe.hyper import HyperRouter
@@ -39,6 +40,8 @@ OF_ROWS: dict[RouterKind, type[TopKRouter]] = {
     "expert_choice": ExpertChoiceRouter,
 }
 """Kinds that compare tokens with one row of a bank for each expert."""
+OF_PRODUCTS: tuple[RouterKind, ...] = ("topk", "noisy_topk", "hyper", "expert_choice")
+"""Kinds whose logits are products of tokens and rows, and may have a bias: what whitening maps."""
 
 LEARN_BY_GATES = ("topk", "noisy_topk", "cosine", "hyper")
 """Kinds that are learned through the gates alone: distances have losses of their own, experts
@@ -80,15 +83,22 @@ def build_router(
     router_init: RouterInit = "default",
     self_selecting_rank: int = 8,
     vocabulary: int | None = None,
+    router_bias: bool = False,
     centre_router_input: bool = False,
+    whiten_router_input: Literal["none"] | WhiteningKind = "none",
+    whitening_exponent: float = 1.0,
+    whitening_decay: float = 0.99,
+    whitening_floor: float = 0.01,
+    whitening_every: int = 10,
+    whitening_rank: int = 32,
     balance: Balance = "none",
     bias_update_rate: float = 0.001,
 ) -> Router:
     """The router of a layer; options are those of `MoE`, and of other kinds are not looked at.
 
     Raises:
-        ValueError: an option is no choice, or a kind knows no balance by biases, or no input to be
-            centred.
+        ValueError: an option is no choice, or a kind knows no balance by biases, no input to be
+            centred, or no products of the input with rows to be whitened.
     """
     for name, value, choices in (
         ("router", kind, RouterKind),
@@ -100,12 +110,24 @@ def build_router(
     ):
         check_choice(name, value, choices)
     router: Router
+    of_products = kind in OF_PRODUCTS
+    if not of_products and (router_bias or whiten_router_input != "none"):
+        option = "router_bias" if router_bias else f"whiten_router_input {whiten_router_input!r}"
+        raise ValueError(
+            f"{option} with router {kind!r}, whose logits are no products with rows: drop it, or "
+            f"use router {' or '.join(OF_PRODUCTS)}"
+        )
+    if centre_router_input and whiten_router_input != "none":
+        raise ValueError(
+            f"centre_router_input with whiten_router_input {whiten_router_input!r}, which centres "
+            "as well: drop centre_router_input"
+        )
     if kind == "self_selecting":
         keys: dict[str, Any] = {"transform": expert_in_map, "map_rank": map_rank}
         keys |= {"rank": self_selecting_rank, "train_base": train_router_base}
         router = SelfSelectingRouter(width, experts, top_k, gates=gates, **keys)
     elif kind == "hyper":
-        router = HyperRouter(width, experts, top_k, gates=gates)
+        router = HyperRouter(width, experts, top_k, gates=gates, expert_bias=router_bias)
     elif kind == "hash":
         router = HashRouter(vocabulary, experts, top_k, gates=gates)
     else:
@@ -115,11 +137,23 @@ def build_router(
             rows["projection"] = router_projection
         if kind == "distance":
             rows["bias"] = router_init == "data"
+        if of_products:
+            rows["expert_bias"] = router_bias
         router = OF_ROWS[kind](width, experts, top_k, gates=gates, **rows)
     if centre_router_input:
         if kind == "hash":
             raise ValueError("router 'hash' sees no input: drop centre_router_input")
         router.centre = RunningMean(width)
+    if whiten_router_input != "none":
+        router.centre = build_whitening(
+            whiten_router_input,
+            width,
+            exponent=whitening_exponent,
+            decay=whitening_decay,
+            floor=whitening_floor,
+            every=whitening_every,
+            rank=whitening_rank,
+        )
     if balance in ("loss_free", "quantile"):
         if kind in ("expert_choice", "hash"):
             raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simvq_moe.config import Config
 from simvq_moe.core.bank import Bank
+from simvq_moe.core.whitening import FullWhitening, LowRankWhitening, Whitening
 from simvq_moe.models.attention import Attention
 from simvq_moe.models.blocks import MoEBlock
 from simvq_moe.models.language_model import LanguageModel
@@ -38,6 +39,13 @@ class Product(NamedTuple):
     multiply_adds: float
     learned: bool = True
     """Whether both factors have a gradient."""
+    backward: bool = True
+    """Whether one has."""
+
+    @property
+    def flops(self) -> float:
+        """Forward and backward, a multiply-add as two."""
+        return 2.0 * self.multiply_adds * (1 + self.backward + (self.backward and self.learned))
 
 
 def peak_memory(device: torch.device) -> int:
@@ -98,7 +106,7 @@ def flops_per_token(model: LanguageModel, batch_tokens: int) -> int:
     products = [] if model.head is not None else [Product(model.embedding.weight.numel())]
     for layer in model.modules():
         products += _of_layer(layer, model.context, parts, batch_tokens)
-    return round(sum(p.multiply_adds * (6 if p.learned else 4) for p in products))
+    return round(sum(product.flops for product in products))
 
 
 def _of_experts(model: nn.Module) -> dict[int, Parts]:
@@ -149,14 +157,36 @@ def _of_layer(
         yield from _of_router(layer, batch_tokens)
 
 
+def _of_whitening(whitening: Whitening, batch_tokens: int) -> Iterator[Product]:
+    """The moments of the steps that count."""
+    vectors = (1 + 1 / batch_tokens) / whitening.every
+    if isinstance(whitening, FullWhitening):
+        yield Product(whitening.width**2 * vectors, backward=False)
+    if isinstance(whitening, LowRankWhitening):
+        yield Product(2 * whitening.axes.numel() * vectors, backward=False)
+
+
+def _turned(router: Router, batch_tokens: int, *, learned: bool = True) -> Iterator[Product]:
+    """Rows under the whitening, once a forward pass."""
+    rows = router.num_experts / batch_tokens
+    if isinstance(router.centre, FullWhitening):
+        yield Product(rows * router.centre.width**2, learned=False, backward=learned)
+    if isinstance(router.centre, LowRankWhitening):
+        yield Product(rows * 2 * router.centre.axes.numel(), learned=False, backward=learned)
+
+
 def _of_router(router: Router, batch_tokens: int) -> Iterator[Product]:
+    if isinstance(router.centre, Whitening):
+        yield from _of_whitening(router.centre, batch_tokens)
     if isinstance(router, HyperRouter):
         yield Product(router.num_experts * len(router.embedding))
         yield Product((router.A.numel() + router.B.numel()) / batch_tokens, learned=False)
+        yield from _turned(router, batch_tokens)
     if isinstance(router, CosineRouter):
         yield Product(router.projection.numel())
     if isinstance(router, NoisyTopKRouter):
         yield Product(router.noise.numel())
+        yield from _turned(router, batch_tokens)
     bank = router.bank if isinstance(router, TopKRouter) else router.keys
     if bank is None:
         return
@@ -164,6 +194,12 @@ def _of_router(router: Router, batch_tokens: int) -> Iterator[Product]:
     if isinstance(router, CosineRouter):
         yield Product(_rows(bank) * bank.width, learned or bool(bank.maps))
         yield from _map(bank, _rows(bank) / batch_tokens, learned)
+        return
+    if isinstance(router.centre, Whitening):
+        moves = learned or bool(bank.maps)
+        yield Product(_rows(bank) * bank.width, moves)
+        yield from _map(bank, _rows(bank) / batch_tokens, learned)
+        yield from _turned(router, batch_tokens, learned=moves)
         return
     yield Product(bank.base.numel(), learned)
     yield from _map(bank, 1.0)

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from simvq_moe.config import Config, QuantizerConfig
+from simvq_moe.config import Config, MoEConfig, QuantizerConfig
 from simvq_moe.core.bank import Bank
+from simvq_moe.core.whitening import Whitening
 from simvq_moe.data.tokenizer import encode_text, end_of_text, load_tokenizer
 from simvq_moe.files import read_bytes, write_atomically, written_whole
 from simvq_moe.merging import ConfigError, check_least, to_yaml
@@ -139,7 +140,10 @@ def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
     check_free(out)
     config, weights = load_run(run_dir)
     model = fill(build_model(without_networks(config)), weights).eval()
-    mapped = any(isinstance(module, Bank) and module.maps for module in model.modules())
+    mapped = any(
+        (isinstance(module, Bank) and module.maps) or isinstance(module, Whitening)
+        for module in model.modules()
+    )
     if not (mapped or merge_norms):
         norms = " but norms: --merge_norms" if config.task == "language_model" else ""
         raise ConfigError(f"{run_dir} has no shared map: there is nothing to fold{norms}")
@@ -193,23 +197,25 @@ def without_maps(config: Config) -> Config:
         q = replace(QuantizerConfig(kind="vq"), **kept)
     moe = replace(moe, router_map="none", expert_out_map="none", expert_in_map="none")
     moe = replace(moe, router_base_width=None, train_router_base=True, router_init="default")
+    if moe.whiten_router_input != "none":
+        options = ("exponent", "decay", "floor", "every", "rank")
+        defaults = {
+            f"whitening_{name}": getattr(MoEConfig(), f"whitening_{name}") for name in options
+        }
+        moe = replace(moe, whiten_router_input="none", router_bias=True, **defaults)
     return replace(config, quantizer=q, moe=moe)
 
 
 def fold_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model with every bank folded."""
+    """The state dict of a model with every bank, and every whitening, folded."""
     weights = dict(model.state_dict())
+    layers = [name for name, module in model.named_modules() if isinstance(module, MoE)]
     for name, module in model.named_modules():
-        if isinstance(module, Bank):
+        in_layer = any(name.startswith(f"{layer}.") for layer in layers)  # which folds as a whole
+        if isinstance(module, Bank | MoE) and not in_layer:
             for key in [key for key in weights if key.startswith(f"{name}.")]:
                 del weights[key]
             weights |= {f"{name}.{k}": v for k, v in module.fold().state_dict().items()}
-    for name, module in model.named_modules():
-        if isinstance(module, MoE) and module.experts.gate is not None:
-            # these rows have no map of their own: that of the keys comes before them
-            assert module.router.keys is not None
-            key = f"{name}.experts.up.base"
-            weights[key] = module.router.keys.map(module.experts.up.base)
     return {name: tensor for name, tensor in weights.items() if not name.endswith("initialized")}
 
 

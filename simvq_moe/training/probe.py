@@ -7,6 +7,7 @@ probe.npz, from which saturation against any later routing can be computed again
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,11 +118,12 @@ class Probe:
             return {}
         self.model.eval()
         inputs, routings = self._route()
-        outputs = []
-        for layer, x in zip(self.layers, inputs, strict=True):
+        outputs, geometries = [], []
+        for layer, x, routing in zip(self.layers, inputs, routings, strict=True):
             assert isinstance(layer, nn.Module)
             with gathered(layer):
                 outputs.append(_similarities(layer, x))
+                geometries.append(_geometry(layer, x, routing) if self.world.is_main else {})
         if not self.world.is_main:
             return {}
         self.evaluations = [e for e in self.evaluations if e.step < step]
@@ -129,13 +131,16 @@ class Probe:
         layers = [
             self._measure(routing, None if before is None else torch.from_numpy(before[i]))
             | similar
-            for i, (routing, similar) in enumerate(zip(routings, outputs, strict=True))
+            | directions
+            for i, (routing, similar, directions) in enumerate(
+                zip(routings, outputs, geometries, strict=True)
+            )
         ]
         self._keep(step, routings)
         metrics = {
             f"val/moe/{i:02d}/{m}": v for i, one in enumerate(layers) for m, v in one.items()
         }
-        for m in layers[0]:
+        for m in (m for m in layers[0] if all(m in one for one in layers)):
             metrics[f"val/moe/mean/{m}"] = float(np.mean([one[m] for one in layers]))
         return metrics | self.chance
 
@@ -338,6 +343,17 @@ def _similarities(layer: Mixture, x: Float[Tensor, "tokens width"]) -> dict[str,
         "output_similarity": of.output_similarity(layer.experts.down.map(outputs)),
         "output_similarity_before_map": of.output_similarity(outputs),
     }
+
+
+def _geometry(
+    layer: Mixture, x: Float[Tensor, "tokens width"], routing: Routing
+) -> dict[str, float]:
+    """Directions of the router's input and logits, and how its rows lie along them, if it has."""
+    found = of.geometry(x, routing.logits)
+    if isinstance(layer, MoE) and (rows := layer.router.rows_of_products()) is not None:
+        found["row_exponent"] = of.row_exponent(x, rows)
+    # a table of experts has no logits that vary
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def expert_outputs(

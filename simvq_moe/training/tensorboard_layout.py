@@ -10,6 +10,7 @@ MARGIN_MEASURES = ("used", "perplexity", "entropy", "gini", "max_vio")
 PROBE_MEASURES = (
     *("fluctuation", "router_entropy", "confidence", "boundary_margin", "importance_cv2"),
     *("co_activation", "domain_information", "token_information", "output_similarity"),
+    *("input_rank", "input_condition", "input_mean_share", "logits_rank", "row_exponent"),
 )
 """Router measures on the probe that have a chart."""
 ERRORS = (

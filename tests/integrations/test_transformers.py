@@ -25,12 +25,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
+    Trainer,
+    TrainingArguments,
 )
 
 from simvq_moe import MoE, usage
+from simvq_moe.core.after_step import after_step
 from simvq_moe.core.usage import counters, counting
 from simvq_moe.integrations.transformers import (
     WEIGHTS,
+    AfterStep,
     add_shared_maps,
     fold,
     load_shared_maps,
@@ -120,6 +124,7 @@ def train(model: nn.Module, steps: int = 3) -> None:
         optimizer.zero_grad()
         model(ids, labels=ids).loss.backward()
         optimizer.step()
+        after_step(model)
 
 
 def chosen(name: str, model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
@@ -200,6 +205,65 @@ def test_fold_gives_a_plain_checkpoint_with_the_same_logits(
     assert not any(report.values())
     assert type(loaded) is type(model)
     assert torch.equal(logits(loaded, tokens()), folded)
+
+
+@architectures
+@pytest.mark.parametrize("kind", ["full", "diagonal", "low_rank"])
+def test_a_whitened_router_trains_and_folds_into_its_rows(
+    name: str, kind: Any, tmp_path: Path
+) -> None:
+    model = plain(name, torch.float64)
+    names, settings, start = (
+        list(model.state_dict()),
+        model.config.to_dict(),
+        logits(model, tokens()),
+    )
+    options: dict[str, Any] = {"whiten_router_input": kind, "whitening_rank": 3}
+    add_shared_maps(model, router_map="linear", **options)
+    assert torch.equal(logits(model, tokens()), start)
+    train(model)
+    model.eval()
+    mapped = logits(model, tokens())
+    model.save_pretrained(tmp_path / "mapped")
+    loaded, _ = load(tmp_path / "mapped", dtype=torch.float64, experts_implementation="eager")
+    load_shared_maps(loaded, tmp_path / "mapped")
+    assert torch.equal(logits(loaded, tokens()), mapped)
+    fold(model)
+    # DeepSeek-V3 computes the router's logits in float32, whatever the model's dtype
+    tolerance = 1e-5 if name == "deepseek_v3" else 1e-9
+    assert_close(logits(model, tokens()), mapped, rtol=tolerance, atol=tolerance)
+    assert list(model.state_dict()) == names
+    assert model.config.to_dict() == settings
+
+
+def test_whitening_makes_what_a_router_sees_uncorrelated() -> None:
+    model = plain("mixtral")
+    add_shared_maps(model, expert_out_map="none", whiten_router_input="full", whitening_floor=1e-6)
+    model(tokens())
+    after_step(model)
+    seen: list[Tensor] = []
+    gate = next(iter(moe_blocks(model).values())).get_submodule("gate")
+    gate.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    logits(model, tokens())
+    x = seen[0].reshape(-1, WIDTH).double()
+    second = x.T @ x / len(x)
+    # sums of 60 tokens in float32
+    expected = torch.eye(WIDTH).double() * second.diagonal().mean()
+    assert_close(second, expected, rtol=0, atol=1e-3 * float(expected.max()))
+
+
+def test_transformers_trainer_lets_whitening_follow_its_steps(tmp_path: Path) -> None:
+    model = plain("mixtral")
+    add_shared_maps(model, expert_out_map="none", whiten_router_input="full")
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens()]
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=3, gradient_accumulation_steps=2, report_to=[], use_cpu=True
+    )
+    Trainer(model, settings, train_dataset=rows, callbacks=[AfterStep()]).train()  # pyright: ignore[reportArgumentType]
+    steps = [
+        int(buffer) for name, buffer in model.named_buffers() if name.endswith("whitening.steps")
+    ]
+    assert steps == [3, 3, 3]
 
 
 def test_maps_on_deepseek_experts_alone_fold_to_float64_precision() -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simvq_moe import MoE
+from simvq_moe.core.whitening import Whitening
 from simvq_moe.moe.choice import ExpertChoiceRouter, HashRouter
 from simvq_moe.moe.hyper import HyperRouter
 from simvq_moe.moe.prototype import CosineRouter, DistanceRouter
@@ -35,7 +36,8 @@ def score(moe: MoE, x: Tensor, noise: Tensor) -> Tensor:
     if isinstance(router, HyperRouter):
         hidden = F.relu(router.embedding @ router.A)
         rows = [hidden @ part for part in router.B.split(moe.width, dim=1)]
-        return torch.stack([row @ x for row in rows])
+        logits = torch.stack([row @ x for row in rows])
+        return logits if router.bias is None else logits + router.bias
     assert isinstance(router, TopKRouter)
     rows = router.bank.rows()
     if isinstance(router, CosineRouter):
@@ -45,8 +47,12 @@ def score(moe: MoE, x: Tensor, noise: Tensor) -> Tensor:
     if isinstance(router, DistanceRouter):
         return torch.stack([-(x - row).square().sum() / len(x) ** 0.5 for row in rows])
     logits = torch.stack([row @ x for row in rows])
+    if router.bias is not None:
+        logits = logits + router.bias
     if isinstance(router, NoisyTopKRouter) and moe.training:
-        widths = torch.stack([(1 + (row @ x).exp()).log() for row in router.noise])
+        biases = torch.zeros(len(noise)) if router.noise_bias is None else router.noise_bias
+        pairs = zip(router.noise, biases, strict=True)
+        widths = torch.stack([(1 + (row @ x + bias).exp()).log() for row, bias in pairs])
         return logits + noise * widths
     return logits
 
@@ -102,7 +108,10 @@ def run(
     moe: MoE, x: Tensor, token_ids: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, list[list[int]], dict[str, Tensor]]:
     """Outputs, logits, choices and the router's own losses for tokens (tokens, width)."""
-    seen = x if moe.router.centre is None else x - moe.router.centre.mean
+    centre = moe.router.centre
+    seen = x if centre is None else x - centre.mean
+    if isinstance(centre, Whitening):  # the input is mapped, not the rows
+        seen = torch.stack([centre.turn(torch.eye(moe.width).double()) @ token for token in seen])
     logits = torch.stack([score(moe, *pair) for pair in zip(seen, noise, strict=True)])
     chosen = choices(moe, logits.detach(), token_ids)
     outputs = []

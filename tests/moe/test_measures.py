@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from simvq_moe.moe.measures import (
     co_activation,
     confidence,
     fluctuation,
+    geometry,
     importance_cv2,
     information,
     label_counts,
     output_similarity,
     partner_share,
     router_entropy,
+    row_exponent,
     saturation,
     specialization,
     uniform_routing,
@@ -266,3 +269,32 @@ def test_uniform_routing_chooses_different_experts_evenly_and_scores_as_chance_d
     # four standard errors of a share of 20,000 tokens
     assert_close(saturation(ids, other), TOP_K / EXPERTS, rtol=0, atol=0.01)
     assert_close(fluctuation(ids, other), 1 - 1 / EXPERTS, rtol=0, atol=0.01)
+
+
+def test_geometry_is_that_of_eigenvalues_in_numpy() -> None:
+    generator = torch.Generator().manual_seed(7)
+    scales = torch.tensor([4.0, 2, 1, 1, 0.5])
+    x = torch.randn(300, 5, generator=generator) * scales + 1
+    logits = torch.randn(300, 3, generator=generator)
+    found = geometry(x, logits)
+    X = x.double().numpy()
+    variances = np.linalg.eigvalsh(np.cov(X.T, bias=True))
+    shares = variances / variances.sum()
+    assert_close(found["input_rank"], float(np.exp(-(shares * np.log(shares)).sum())))
+    assert_close(found["input_condition"], float(variances[-1] / variances[0]))
+    mean = X.mean(0)
+    assert_close(found["input_mean_share"], float(mean @ mean / (X**2).sum(1).mean()))
+    # what all experts have in common moves no choice
+    assert_close(geometry(x, logits + x[:, :1])["logits_rank"], found["logits_rank"])
+    assert 1.9 < found["logits_rank"] <= 2
+
+
+def test_rows_that_grow_with_a_power_of_the_variance_have_it_for_exponent() -> None:
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(5_000, 6, dtype=torch.float64, generator=generator)
+    x = x * torch.tensor([8.0, 4, 2, 1, 0.5, 0.25])
+    variances, axes = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0)) / len(x))
+    for p in (-0.5, 0.0, 0.3):
+        rows = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=generator)).Q
+        assert_close(row_exponent(x, rows * variances**p @ axes.T), p, rtol=0, atol=1e-9)
+    assert math.isnan(row_exponent(torch.ones(3, 6), torch.ones(2, 6)))

@@ -15,6 +15,7 @@ from simvq_moe.config_checks_moe import with_gates
 from simvq_moe.merging import ConfigError, with_flags
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
+from simvq_moe.moe.after_step import after_step
 from simvq_moe.training import checkpoint
 from simvq_moe.training.building import build_model
 from simvq_moe.training.engine import World, parameter_groups
@@ -33,6 +34,11 @@ ARMS = {
     "expert_choice": "--moe.router expert_choice --moe.gates softmax_topk",
     "frozen": "--moe.train_router_base False",
     "centred": "--moe.centre_router_input True",
+    "whitened": "--moe.whiten_router_input full --moe.balance loss_free --train.accumulation 2",
+    "whitened by low rank": (
+        "--moe.whiten_router_input low_rank --moe.whitening_rank 4 --moe.router noisy_topk "
+        "--moe.router_map linear --moe.router_base_width 3 --train.dtype bf16"
+    ),
     "aux": "--moe.balance aux --moe.z_loss_weight 0.001",
     "loss_free": "--moe.balance loss_free --moe.gates sigmoid",
     "quantile": "--moe.balance quantile --train.accumulation 2 --train.dtype bf16",
@@ -86,7 +92,10 @@ def test_training_moves_biases_and_means_once_a_step(corpus: Path, world: World)
         assert 0.001 <= float(biases.abs().max()) <= 0.0021
 
 
-@pytest.mark.parametrize("arm", ["selves, data", "distance, data", "cosine, Q W"])
+@pytest.mark.parametrize(
+    "arm",
+    ["selves, data", "distance, data", "cosine, Q W", "whitened", "whitened by low rank"],
+)
 def test_a_model_with_folded_weights_computes_the_same(arm: str) -> None:
     made = config(ARMS[arm])
     model, folded = build_model(made).double(), build_model(without_maps(made)).double()
@@ -95,6 +104,8 @@ def test_a_model_with_folded_weights_computes_the_same(arm: str) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p += 0.3 * torch.randn_like(p)
+        model.logits(torch.randint(300, (4, 20)))
+        after_step(model)
     folded.load_state_dict(fold_weights(model))
     tokens = torch.randint(300, (2, 20))
     assert_close(folded.eval().logits(tokens)[0], model.eval().logits(tokens)[0])
@@ -105,6 +116,21 @@ def test_a_model_with_folded_weights_computes_the_same(arm: str) -> None:
     [
         ("--moe.router hash --moe.router_map linear", "router_map linear means nothing to"),
         ("--moe.router hyper --moe.train_router_base False", "train_router_base False means"),
+        (
+            "--moe.router distance --moe.whiten_router_input full",
+            "moe.whiten_router_input full means",
+        ),
+        ("--moe.router cosine --moe.router_bias True", "moe.router_bias True means nothing to"),
+        ("--moe.whitening_every 2", "moe.whitening_every 2 with moe.whiten_router_input 'none'"),
+        (
+            "--moe.whiten_router_input full --moe.whitening_rank 2",
+            "moe.whitening_rank 2 with moe.whiten_router_input 'full': drop it, or use 'low_rank'",
+        ),
+        ("--moe.whiten_router_input low_rank", "moe.whitening_rank 32 >= language_model.width 16"),
+        ("--moe.whiten_router_input full --moe.centre_router_input True", "centres as well"),
+        ("--moe.whiten_router_input full --moe.whitening_decay 1", "moe.whitening_decay 1"),
+        ("--moe.whiten_router_input full --moe.whitening_floor 0", "moe.whitening_floor 0"),
+        ("--moe.whiten_router_input full --moe.whitening_exponent nan", "whitening_exponent nan"),
         ("--moe.router_projection 4", "moe.router_projection 4 means nothing to moe.router 'topk'"),
         ("--moe.self_selecting_rank 4", "drop it, or use router self_selecting"),
         ("--moe.router_codebook_weight 2", "drop it, or use router distance"),

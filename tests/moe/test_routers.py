@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from simvq_moe import MoE
+from simvq_moe.core.whitening import Whitening
 from simvq_moe.moe.after_step import RunningMean, after_step
 from simvq_moe.moe.balance import load_balance_loss, z_loss
 from simvq_moe.moe.choice import HashRouter
@@ -28,6 +29,7 @@ WIDTH, HIDDEN, EXPERTS, TOP_K, VOCABULARY, TOKENS = 8, 6, 5, 2, 23, 7
 NARROW = {"router_map": "linear", "router_base_width": 3, "train_router_base": False}
 SELVES = {"router": "self_selecting", "self_selecting_rank": 3}
 CHOICE = {"router": "expert_choice", "gates": "softmax_topk"}
+LOW_RANK = {"whiten_router_input": "low_rank", "whitening_rank": 3}
 CASES: dict[str, dict[str, Any]] = {
     "topk": {},
     "topk, frozen": {"train_router_base": False},
@@ -62,7 +64,16 @@ CASES: dict[str, dict[str, Any]] = {
         "gates": "softmax_topk",
     },
     "selves, quantile": {**SELVES, "balance": "quantile"},
+    "topk, bias": {"router_bias": True},
+    "topk, whitened": {"whiten_router_input": "full", "router_bias": True},
+    "topk, Q W, whitened": {**NARROW, "whiten_router_input": "diagonal", "gates": "sigmoid"},
+    "topk, low rank, loss free": {**LOW_RANK, "balance": "loss_free"},
+    "noisy, whitened": {"router": "noisy_topk", "whiten_router_input": "full"},
+    "noisy, bias, whitened": {"router": "noisy_topk", "router_bias": True, **LOW_RANK},
+    "hyper, whitened": {"router": "hyper", "whiten_router_input": "full"},
+    "hyper, bias, whitened": {"router": "hyper", "router_bias": True, **LOW_RANK},
     "expert choice": CHOICE,
+    "expert choice, whitened": {**CHOICE, "whiten_router_input": "full"},
     "expert choice, Q W": {**CHOICE, **NARROW, "centre_router_input": True},
     "hash": {"router": "hash"},
     "hash, capacity": {"router": "hash", "capacity_factor": 3.0},
@@ -81,7 +92,11 @@ def layer(**options: Any) -> MoE:
     with torch.no_grad():
         for p in moe.parameters():
             p += 0.3 * torch.randn_like(p)
-        if moe.router.centre is not None:
+        if isinstance(moe.router.centre, Whitening):
+            scales = torch.linspace(0.5, 2, WIDTH, dtype=torch.float64)
+            moe.router.centre.collect(torch.randn(50, WIDTH, dtype=torch.float64) * scales + 0.3)
+            after_step(moe.router.centre)
+        elif moe.router.centre is not None:
             moe.router.centre.mean.normal_()
         if moe.router.selection is not None:
             moe.router.selection.bias.normal_(std=0.2)
@@ -285,6 +300,9 @@ def test_a_checkpoint_holds_biases_and_means_and_nothing_that_waits() -> None:
 STEPPED = (
     {"balance": "loss_free", "bias_update_rate": 0.05, "centre_router_input": True},
     {"balance": "quantile", **SELVES, "expert_in_map": "linear", "centre_router_input": True},
+    {"whiten_router_input": "full", "balance": "loss_free"},
+    {"whiten_router_input": "diagonal", "whitening_every": 2},
+    LOW_RANK,
 )
 
 
@@ -357,6 +375,10 @@ def test_keys_start_along_the_directions_in_which_inputs_vary(kind: Any) -> None
         ({"router": "hash", "balance": "quantile"}, "whose choice knows no bias: use 'none'"),
         ({**CHOICE, "balance": "loss_free"}, "whose choice knows no bias: use 'none'"),
         ({"router": "hash", "centre_router_input": True}, "sees no input"),
+        ({"router": "distance", "whiten_router_input": "full"}, "are no products with rows"),
+        ({**SELVES, "router_bias": True}, "are no products with rows"),
+        ({"whiten_router_input": "full", "centre_router_input": True}, "which centres as well"),
+        ({"whiten_router_input": "low_rank", "whitening_rank": WIDTH}, "rank 8 of a low-rank"),
         ({**SELVES, "expert_in_map": "separate"}, "its keys are separate already"),
         ({"balance": "quantile", "top_k": EXPERTS}, "leaves nothing to choose"),
     ],

@@ -21,6 +21,7 @@ SMALL = (
     *("--language_model.width", "16", "--language_model.layers", "2", "--moe.experts", "6"),
     *("--moe.top_k", "2", "--moe.hidden", "4", "--train.batch_size", "3"),
 )
+LOW_RANK = "--moe.whiten_router_input low_rank --moe.whitening_rank 3 --moe.whitening_every 1"
 ARMS = {
     "plain": "",
     "dense": "--language_model.moe_every 0",
@@ -32,6 +33,10 @@ ARMS = {
     "frozen": "--moe.train_expert_out_base False --moe.train_expert_in_base False",
     "separate, frozen": "--moe.expert_out_map separate --moe.train_expert_out_base False",
     "noisy": "--moe.router noisy_topk",
+    "whitened": "--moe.whiten_router_input full --moe.whitening_every 1 --moe.router_map linear",
+    "whitened, frozen": f"{LOW_RANK} --moe.train_router_base False",
+    "whitened, hyper": "--moe.router hyper --moe.whiten_router_input diagonal",
+    "whitened, noisy": f"{LOW_RANK} --moe.router noisy_topk",
     "cosine": "--moe.router cosine --moe.router_map linear --moe.router_base_width 5",
     "cosine, frozen": "--moe.router cosine --moe.router_map linear --moe.train_router_base False",
     "distance": "--moe.router distance --moe.router_map linear",

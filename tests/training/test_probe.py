@@ -40,6 +40,7 @@ EXPERTS, LAYERS, CONTEXT = 6, 2, 8
 MEASURES = {
     *("router_entropy", "confidence", "boundary_margin", "importance_cv2", "co_activation"),
     *("token_information", "domain_information", "output_similarity"),
+    *("input_rank", "input_condition", "input_mean_share", "logits_rank", "row_exponent"),
 }
 
 
@@ -321,7 +322,7 @@ def test_one_expert_has_no_boundary_and_no_pair(folder: Path, tmp_path: Path, wo
     task = build_task(config(folder, experts=1, top_k=1))
     probe = probe_of(task, tmp_path, world)
     left = {m for m in MEASURES if f"val/moe/mean/{m}" not in probe.measure(1)}
-    assert left == {"boundary_margin", "output_similarity"}
+    assert left == {"boundary_margin", "output_similarity", "logits_rank"}
     assert {name.rsplit("/", 1)[1] for name in probe.pictures()} == {"domains"}
 
 
