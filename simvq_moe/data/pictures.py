@@ -273,7 +273,7 @@ def _rows(source: str, limit: int) -> list[Picture]:
         rows: Any = []
         if images:
             # encoded, so that opening a row decodes no pixels
-            encoded = found.select_columns(images[:1]).cast_column(
+            encoded: Any = found.select_columns(images[:1]).cast_column(
                 images[0], datasets.Image(decode=False)
             )
             rows = Spooled(encoded.take(limit), images[0]) if streaming else encoded

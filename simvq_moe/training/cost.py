@@ -204,6 +204,7 @@ def _of_router(router: Router, batch_tokens: int) -> Iterator[Product]:
     yield Product(bank.base.numel(), learned)
     yield from _map(bank, 1.0)
     if isinstance(router, DistanceRouter):  # the lengths of all rows, and the chosen ones
+        yield Product(bank.width, learned=False)  # with the place from which they are measured
         yield from _map(bank, _rows(bank) / batch_tokens + router.top_k, learned)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +11,17 @@ import torch
 from simvq_moe import SimVQ
 from simvq_moe.core.precision import LEVELS, full_precision
 
+BACKENDS: Any = torch.backends
+"""Some of its switches have no types."""
 SWITCHES = {
     "nothing": lambda: None,
     "old, high": lambda: torch.set_float32_matmul_precision("high"),
     "old, medium": lambda: torch.set_float32_matmul_precision("medium"),
-    "old, of CUDA": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
-    "new, for all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
-    "new, of CUDA": lambda: setattr(torch.backends.cudnn, "fp32_precision", "tf32"),
-    "new, of its products": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
-    "new, of oneDNN's products": lambda: setattr(
-        torch.backends.mkldnn.matmul, "fp32_precision", "bf16"
-    ),
+    "old, of CUDA": lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
+    "new, for all": lambda: setattr(BACKENDS, "fp32_precision", "tf32"),
+    "new, of CUDA": lambda: setattr(BACKENDS.cudnn, "fp32_precision", "tf32"),
+    "new, of its products": lambda: setattr(BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
+    "new, of oneDNN's products": lambda: setattr(BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),
 }
 
 
@@ -45,10 +46,10 @@ def state() -> dict[object, str]:
     except RuntimeError:
         found["old"] = "not the new one's"
     found |= {level: torch._C._get_fp32_precision_getter(*level) for level in LEVELS}
-    outer = torch.backends.fp32_precision
-    torch.backends.fp32_precision = "none"
+    outer = BACKENDS.fp32_precision
+    BACKENDS.fp32_precision = "none"
     found |= {("alone", level): torch._C._get_fp32_precision_getter(*level) for level in LEVELS}
-    torch.backends.fp32_precision = outer
+    BACKENDS.fp32_precision = outer
     return found
 
 
@@ -58,7 +59,7 @@ def test_products_are_float32_inside_and_switches_are_as_they_were_after(name: s
     before = state()
     with full_precision():
         assert torch.get_float32_matmul_precision() == "highest"
-        for operation in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        for operation in (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul):
             assert operation.fp32_precision == "ieee"
     assert state() == before
 

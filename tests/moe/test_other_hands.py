@@ -146,8 +146,9 @@ def test_words_that_are_no_choice_are_refused_with_the_choices() -> None:
             *("router", "gates", "router_map", "router_init", "balance", "expert"),
             *("expert_in_map", "expert_out_map"),
         ):
+            unknown: dict[str, Any] = {name: "mine"}
             with pytest.raises(ValueError, match=rf"{name} 'mine': choose one of '\w+', '\w+'"):
-                MoE(WIDTH, 6, EXPERTS, 2, **{name: "mine"})
+                MoE(WIDTH, 6, EXPERTS, 2, **unknown)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
 
@@ -157,7 +158,11 @@ def test_a_router_that_one_constant_gate_would_teach_nothing_warns(gates: Any) -
     with pytest.warns(UserWarning, match=rf"top_k 1 with gates '{gates}': the one gate is always"):
         MoE(WIDTH, 6, EXPERTS, 1, gates=gates)
     # none of these is learned through the gate
-    for options in ({"router": "distance"}, {"router": "hash", "vocabulary": 9}):
+    others: tuple[dict[str, Any], ...] = (
+        {"router": "distance"},
+        {"router": "hash", "vocabulary": 9},
+    )
+    for options in others:
         MoE(WIDTH, 6, EXPERTS, 1, gates=gates, **options)
     MoE(WIDTH, 6, EXPERTS, 1)
     MoE(WIDTH, 6, 1, 1, gates=gates)

@@ -386,16 +386,18 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices() -> None:
     for name, build in wrong.items():
         with pytest.raises(ValueError, match=rf"{name} 'mine': choose one of '\w+', '\w+'"):
             build(**{name: "mine"})
+    word: Any = "mine"
     for build in (EMAVQ, SimVQ, CosineVQ, IBQ):
         with pytest.raises(ValueError, match=r"init 'mine': choose one of"):
-            build(8, 4, init="mine")
+            build(8, 4, init=word)
     with pytest.raises(ValueError, match=r"init 'mine': choose one of"):
-        GroupVQ(8, 4, groups=2, init="mine")
-    for gradient in ("mine", "diveq"):
+        GroupVQ(8, 4, groups=2, init=word)
+    gradients: tuple[Any, ...] = ("mine", "diveq")
+    for gradient in gradients:
         with pytest.raises(ValueError, match=rf"gradient '{gradient}': choose one of"):
             ResidualQuantizer([VQ(8, 4)], gradient=gradient)
     with pytest.raises(ValueError, match=r"layout 'mine': choose one of 'official'"):
-        state_for(SimVQ(8, 4), "mine")
+        state_for(SimVQ(8, 4), word)
 
 
 def test_one_code_is_no_codebook() -> None:

@@ -111,8 +111,8 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("kind", list(BY_CLASS))
 def test_a_quantizer_by_config_is_that_of_its_class(kind: str) -> None:
-    config: Any = QuantizerConfig(kind=kind, codes=16, width=4, **EXTRA.get(kind, {}))
-    made, own = build_quantizer(config), BY_CLASS[kind]
+    options: dict[str, Any] = {"kind": kind, "codes": 16, "width": 4, **EXTRA.get(kind, {})}
+    made, own = build_quantizer(QuantizerConfig(**options)), BY_CLASS[kind]
     assert isinstance(made, Quantizer)
     assert type(made) is type(own)
     assert used_weights(made) == used_weights(own)
@@ -124,9 +124,8 @@ def test_a_quantizer_by_config_is_that_of_its_class(kind: str) -> None:
 @pytest.mark.parametrize("option", list(WEIGHTS))
 @pytest.mark.parametrize("kind", list(BY_CLASS))
 def test_a_weight_reaches_its_kind_and_others_refuse_it_by_name(kind: str, option: str) -> None:
-    quantizer: Any = QuantizerConfig(
-        kind=kind, codes=16, width=4, **EXTRA.get(kind, {}), **{option: 0.7}
-    )
+    options: dict[str, Any] = {"kind": kind, "codes": 16, "width": 4, option: 0.7}
+    quantizer = QuantizerConfig(**options, **EXTRA.get(kind, {}))
     if kind not in WEIGHTS[option]:
         with pytest.raises(ConfigError, match=rf"quantizer\.{option} 0\.7 means nothing to"):
             check(Config(quantizer=quantizer))
