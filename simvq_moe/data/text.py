@@ -70,8 +70,8 @@ BY_CONTENT = " by content"
 """Says the same of sources with files of text, whose names decided their sides before."""
 
 COLUMNS = ("key", "name", "domain", "text")
-WRITTEN_AT_ONCE = 64
-"""Documents that wait in memory until they are written, each up to `LARGEST_TEXT`."""
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1024, 2**24
+"""Documents that wait in memory until they are written, or one more than so long together."""
 
 BUILDING, LOCK = "building-", ".lock"
 """Beginning of the name of a folder that is being built in the cache, and what its builder keeps
@@ -281,26 +281,30 @@ def _digest(file: File) -> str | None:
 
 
 def _read(files: list[File], scratch: Path, on_corrupt: OnCorrupt) -> Dataset:
-    """Every document, with its domain, its content's key and its file's name."""
-    from datasets import Dataset, Features, Value
-    from datasets.exceptions import DatasetGenerationError
+    """Every document, with its domain, its content's key and its file's name.
 
-    try:
-        return Dataset.from_generator(
-            _documents,
-            features=Features({name: Value("string") for name in COLUMNS}),
-            cache_dir=str(scratch),
-            writer_batch_size=WRITTEN_AT_ONCE,
-            # a list would be cut into parts
-            gen_kwargs={"files": tuple(files), "on_corrupt": on_corrupt},
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, CorruptDataError):
-            raise error.__cause__ from None
-        raise
+    Through a file, because they may not fit into memory; `Dataset.from_generator` would need a file
+    system with locks.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    schema = pa.schema([(name, pa.string()) for name in COLUMNS])
+    scratch.mkdir()
+    path = scratch / "documents.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        rows, length = [], 0
+        for document in _documents(files, on_corrupt):
+            rows.append(document)
+            length += len(document["text"])
+            if length > CHARACTERS_AT_ONCE or len(rows) == ROWS_AT_ONCE:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+                rows, length = [], 0
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+    return Dataset.from_file(str(path))
 
 
-def _documents(files: tuple[File, ...], on_corrupt: OnCorrupt) -> Iterator[dict[str, str]]:
+def _documents(files: list[File], on_corrupt: OnCorrupt) -> Iterator[dict[str, str]]:
     defects, any_text = Defects(on_corrupt), False
     for file in files:
         domain = domain_of(file.name, rows=file.has_rows)

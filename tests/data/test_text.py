@@ -1,5 +1,6 @@
 """Token files hold the corpus to the byte, in windows that miss no target."""
 
+import errno
 import fcntl
 import itertools
 import json
@@ -348,3 +349,19 @@ def test_what_a_dead_process_was_building_goes_and_what_a_living_one_builds_stay
         windows(source, cache)
     left = sorted(path.name for path in cache.glob("building-*"))
     assert left == [living.name, unlocked.name]
+
+
+def test_a_file_system_without_locks_holds_a_cache(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / "texts").mkdir()
+    for i in range(30):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"document {i} alpha beta gamma")
+    found: Any = token_windows(
+        str(tmp_path / "texts"), vocabulary=257, context=8, cache_dir=str(tmp_path / "cache")
+    )
+    assert found.decode(np.asarray(found.train.tokens)).count("alpha") > 20
