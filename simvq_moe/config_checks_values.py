@@ -58,7 +58,7 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "image_tokenizer.hidden": (1, 2**14),
     "image_tokenizer.downsamplings": (0, 14),
     "image_tokenizer.residual_blocks": (0, 100),
-    "image_tokenizer.channel_multipliers": (1, 2**10),
+    "image_tokenizer.channel_multipliers": (0, 2**10),
     "image_tokenizer.mse_weight": (0, FACTOR),
     "image_tokenizer.l1_weight": (0, FACTOR),
     "image_tokenizer.ssim_weight": (0, FACTOR),

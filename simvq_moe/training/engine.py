@@ -133,7 +133,9 @@ def start_distributed(timeout_s: float = 0.0) -> World:
         keep_freed_memory()
     share_cores(os.environ)
     backend = "nccl" if cuda else "gloo"
-    if "RANK" not in os.environ and not dist.is_initialized():
+    # a process that another has started may inherit its rank, but nobody to meet
+    nobody = launched_ranks() == 1 and "MASTER_ADDR" not in os.environ
+    if ("RANK" not in os.environ or nobody) and not dist.is_initialized():
         # in this process' memory: there is nobody to meet, and so no file that would be left behind
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:

@@ -145,7 +145,8 @@ class RunLog:
         with written_whole(self.run_dir / USAGE) as aside:
             np.savez_compressed(aside, **arrays)
         # what a checkpoint's run goes on from is as safe as the checkpoint
-        os.fsync(self.metrics.fileno())
+        if not self.metrics.closed:
+            os.fsync(self.metrics.fileno())
 
     def write_spectra(self, spectra: Mapping[str, np.ndarray]) -> None:
         """spectra.npz: the maps' singular values at the last evaluation, by number of the bank."""

@@ -350,7 +350,12 @@ def _geometry(
 ) -> dict[str, float]:
     """Directions of the router's input and logits, and how its rows lie along them, if it has."""
     found = of.geometry(x, routing.logits)
-    if isinstance(layer, MoE) and (rows := layer.router.rows_of_products()) is not None:
+    baseline: Any = layer
+    if isinstance(layer, MoE):
+        rows = layer.router.rows_of_products()
+    else:
+        rows = baseline.inner.deepspeed_moe.gate.wg.weight
+    if rows is not None:
         found["row_exponent"] = of.row_exponent(x, rows)
     # a table of experts has no logits that vary
     return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -56,8 +56,9 @@ def filling(out: Path, command: str, made_of: Mapping[str, Any]) -> Iterator[Non
     yield
     for left_over in out.rglob(f"{ASIDE}*"):
         left_over.unlink(missing_ok=True)
-    (out / MARK).unlink(missing_ok=True)
     sync_folder(out)
+    # the last touch: whoever finds no mark finds all files
+    (out / MARK).unlink(missing_ok=True)
 
 
 def _content(folder: Path) -> list[Path]:
