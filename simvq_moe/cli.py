@@ -379,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     # the deepspeed launcher puts the local rank first or last; the environment has it as well
     args = [arg for arg in args if not arg.startswith("--local_rank=")]
-    return ending(lambda: _run(args), told=_is_main())
+    return ending(lambda: _run(args), told=_is_main)
 
 
 def _run(args: Sequence[str]) -> int:

@@ -42,11 +42,12 @@ def open_streams() -> None:
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False))
 
 
-def ending(work: Callable[[], int], *, told: bool = True) -> int:
+def ending(work: Callable[[], int], *, told: Callable[[], bool] = lambda: True) -> int:
     """Do the work and flush what it has printed; the exit code.
 
     Args:
-        told: whether this process tells of errors, as one of several ranks does.
+        told: whether this process tells of errors, as one of several ranks does; asked when there
+            is one, because work learns its rank.
     """
     for stream in _streams():
         if isinstance(stream, io.TextIOWrapper):
@@ -59,7 +60,7 @@ def ending(work: Callable[[], int], *, told: bool = True) -> int:
         return FAILED
     except ConfigError as error:
         code = USAGE_ERROR
-        _tell(str(error), told)
+        _tell(str(error), told())
     except KeyboardInterrupt:
         code = INTERRUPTED
     except OSError as error:
@@ -69,7 +70,7 @@ def ending(work: Callable[[], int], *, told: bool = True) -> int:
         if error.filename is None and error.errno not in DISKS:
             raise
         code = USAGE_ERROR if error.errno in PLACES else FAILED
-        _tell(_reason(error), told)
+        _tell(_reason(error), told())
     return code if _has_all() else (code or FAILED)
 
 

@@ -68,7 +68,7 @@ def test_failures_of_the_system_are_one_line_and_its_exit_code(
 ) -> None:
     assert ending(raising(error)) == code
     assert capsys.readouterr().err == f"simvq-moe: {line}\n"
-    assert ending(raising(error), told=False) == code
+    assert ending(raising(error), told=lambda: False) == code
     assert capsys.readouterr().err == ""
 
 
