@@ -7,16 +7,13 @@ from dataclasses import asdict, replace
 
 from simvq_moe.config import Config, MoEConfig
 from simvq_moe.moe.router import default_gates
+from simvq_moe.moe.routers import LEARN_BY_GATES, OF_PRODUCTS
 
 OF_DEEPSPEED = {
     *("experts", "top_k", "hidden", "expert", "capacity_factor", "gates", "dispatch", "balance"),
     *("balance_weight", "z_loss_weight"),
 }
 """Options that DeepSpeed's own layer has as well."""
-
-
-LEARNS_BY_GATES = ("topk", "noisy_topk", "cosine", "hyper")
-"""Routers that the loss reaches through gates alone."""
 
 
 def with_gates(config: Config) -> Config:
@@ -52,7 +49,6 @@ def baseline_problems(moe: MoEConfig) -> Iterator[str]:
 
 
 OF_ROWS = ("topk", "noisy_topk", "cosine", "distance", "expert_choice")
-OF_PRODUCTS = ("topk", "noisy_topk", "hyper", "expert_choice")
 SCORING = (*OF_ROWS, "hyper", "self_selecting")
 OF_ROUTERS = {
     "router_map": OF_ROWS,
@@ -112,7 +108,7 @@ def router_problems(moe: MoEConfig) -> Iterator[str]:
             "over all experts: set 'softmax_topk'"
         )
     frozen = not moe.train_router_base and moe.router_map == "none"
-    learns = moe.router in LEARNS_BY_GATES and not frozen
+    learns = moe.router in LEARN_BY_GATES and not frozen
     if learns and moe.experts > moe.top_k == 1 and moe.gates in ("topk_softmax", "sigmoid"):
         yield (
             f"moe.gates {moe.gates!r} with moe.top_k 1: the one gate is the constant 1, so the "
