@@ -17,9 +17,8 @@ from typing import Annotated
 import tyro
 
 import simvq_moe
-from simvq_moe.config import Config
-from simvq_moe.config_checks_values import COUNT, FACTOR, SEED
-from simvq_moe.merging import (
+from simvq_moe.config.checks_values import COUNT, FACTOR, SEED
+from simvq_moe.config.loading import (
     ConfigError,
     check_range,
     merge_files,
@@ -27,6 +26,7 @@ from simvq_moe.merging import (
     suggestion,
     with_flags,
 )
+from simvq_moe.config.schema import Config
 from simvq_moe.terminal import FAILED, USAGE_ERROR, ending, open_streams
 
 
@@ -83,8 +83,9 @@ class SweepArgs:
 def sweep(args: Sequence[str]) -> int:
     """Run arms x paired seeds, resume broken ones, end with the report."""
     options = parse_flags(SweepArgs, args, "simvq-moe sweep")
-    from simvq_moe.analysis import report, sweep_checks, sweep_grid, sweep_runs
-    from simvq_moe.analysis import sweep as sweeps
+    from simvq_moe.reports import report
+    from simvq_moe.sweeps import checks, execute, rate_grid
+    from simvq_moe.sweeps import plan as sweeps
     from simvq_moe.training.run import check_launch
 
     if not options.config:
@@ -92,13 +93,13 @@ def sweep(args: Sequence[str]) -> int:
     check_range(count=(options.count, 1, COUNT))
     if not 0 <= options.index < options.count:
         raise ConfigError(f"--index {options.index} must be 0 to --count {options.count} less 1")
-    machine = sweep_runs.this_machine(options.ranks, options.parallel)
+    machine = execute.this_machine(options.ranks, options.parallel)
     arms = [arm.strip() for arm in options.arms.split(",")] if options.arms else []
     plan = sweeps.plan(options.config, arms)
-    runs = (*sweep_grid.grid_runs(plan), *sweep_grid.with_rates(plan).runs)
+    runs = (*rate_grid.grid_runs(plan), *rate_grid.with_rates(plan).runs)
     origin = sweeps.origin_of(options.config)
-    sweep_checks.check_runs(runs, origin, check_launch, options.ranks)
-    own = sweep_runs.execute(plan, machine, options.index, options.count)
+    checks.check_runs(runs, origin, check_launch, options.ranks)
+    own = execute.execute(plan, machine, options.index, options.count)
     complete = all(sweeps.status(run) == "finished" for run in own)
     if any(sweeps.status(run) in ("pending", "running") for run in plan.runs):
         print(
@@ -131,7 +132,7 @@ def report(args: Sequence[str]) -> int:
     options = parse_flags(ReportArgs, args, "simvq-moe report")
     if not options.paths:
         raise ConfigError("report needs runs: simvq-moe report RUN_OR_FOLDER ... --out FOLDER")
-    from simvq_moe.analysis import report as reports
+    from simvq_moe.reports import report as reports
 
     found = reports.report(options.paths, options.out, options.baseline)
     print(found.table)
@@ -153,7 +154,7 @@ def dashboard(args: Sequence[str]) -> int:
     """Watch usage live in TensorBoard on 127.0.0.1."""
     options = parse_flags(DashboardArgs, args, "simvq-moe dashboard")
     check_range(port=(options.port, 0, 65_535))
-    from simvq_moe.analysis import tensorboard
+    from simvq_moe.reports import dashboard as tensorboard
 
     return tensorboard.serve(options.runs_dir, options.port)
 
@@ -171,7 +172,7 @@ class WatchArgs:
 def watch(args: Sequence[str]) -> int:
     """Watch runs live in the terminal."""
     options = parse_flags(WatchArgs, args, "simvq-moe watch")
-    from simvq_moe.analysis import watch as watching
+    from simvq_moe.reports import watch as watching
 
     return watching.watch(options.runs_dir, once=options.once)
 
@@ -196,7 +197,7 @@ class EvalArgs:
 def evaluate(args: Sequence[str]) -> int:
     """Evaluate a run over its whole held-out set, or another source's: JSON."""
     options = parse_flags(EvalArgs, args, "simvq-moe eval")
-    from simvq_moe.training import export
+    from simvq_moe.inference import fold as export
 
     found = export.evaluate_run(
         *(options.run, options.data),
@@ -224,7 +225,7 @@ class FoldArgs:
 def fold(args: Sequence[str]) -> int:
     """Merge a run's shared maps into its weights: model.safetensors."""
     options = parse_flags(FoldArgs, args, "simvq-moe fold")
-    from simvq_moe.training import export
+    from simvq_moe.inference import fold as export
 
     difference = export.fold_run(options.run, options.out, merge_norms=options.merge_norms)
     print(f"{options.out}: folded, outputs differ by {difference:.1g} in float64", file=sys.stderr)
@@ -254,7 +255,7 @@ def encode(args: Sequence[str]) -> int:
     """Encode a run's images or audio, or another source's, into token shards."""
     options = parse_flags(EncodeArgs, args, "simvq-moe encode")
     check_range(shard_samples=(options.shard_samples, 1, COUNT))
-    from simvq_moe.training import encoding
+    from simvq_moe.inference import encode as encoding
 
     manifest = encoding.encode_run(
         *(options.run, options.data, options.out, options.shard_samples), whole=not options.crops
@@ -282,7 +283,7 @@ def decode(args: Sequence[str]) -> int:
     """Decode token shards to png or wav files."""
     options = parse_flags(DecodeArgs, args, "simvq-moe decode")
     check_range(limit=(options.limit, 1, COUNT))
-    from simvq_moe.training import decoding
+    from simvq_moe.inference import decode as decoding
 
     written = decoding.decode_folder(options.folder, options.out, options.limit)
     print(f"{options.out}: {written:,} samples", file=sys.stderr)
@@ -322,13 +323,14 @@ def generate(args: Sequence[str]) -> int:
         top_k=(options.top_k, 0, COUNT),
         seed=(options.seed, 0, SEED),
     )
-    from simvq_moe.training import codes_task, export
+    from simvq_moe.inference import fold as export
+    from simvq_moe.tasks import codes
 
     of_drawing = {"top_k": options.top_k, "seed": options.seed}
     given = options.temperature
     if options.out is not None:
         of_drawing["temperature"] = 1.0 if given is None else given
-        codes_task.generate_samples(options.run, options.out, options.samples, **of_drawing)
+        codes.generate_samples(options.run, options.out, options.samples, **of_drawing)
         print(f"{options.out}: {options.samples:,} samples", file=sys.stderr)
         return 0
     of_drawing["temperature"] = 0.8 if given is None else given

@@ -15,11 +15,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from simvq_moe.analysis.sweep_runs import launcher
-from simvq_moe.config import Config
-from simvq_moe.merging import ConfigError, with_overrides
-from simvq_moe.training.engine import import_deepspeed
-from simvq_moe.training.tasks import EMBEDDED, check_source
+from simvq_moe.config.loading import ConfigError, with_overrides
+from simvq_moe.config.schema import Config
+from simvq_moe.engine.build import import_deepspeed
+from simvq_moe.sweeps.execute import launcher
+from simvq_moe.tasks.build import EMBEDDED, check_source
 
 REQUIRED = (
     *("torch", "deepspeed", "tokenizers", "datasets", "tensorboard", "numpy", "scipy"),

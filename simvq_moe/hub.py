@@ -17,8 +17,14 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from simvq_moe.files import BrokenFileError, parse_json, read_bytes, write_atomically, written_whole
-from simvq_moe.tensor_files import read_safetensors
+from simvq_moe.files.regular import (
+    BrokenFileError,
+    parse_json,
+    read_bytes,
+    write_atomically,
+    written_whole,
+)
+from simvq_moe.files.tensors import read_safetensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CONFIG_LIMIT = 2**20

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from simvq_moe.errors import ConfigError
-from simvq_moe.files import printable
+from simvq_moe.files.regular import printable
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 PLACES = {

@@ -9,8 +9,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from simvq_moe.cli import main
+from simvq_moe.engine.build import import_deepspeed
 from simvq_moe.training import run
-from simvq_moe.training.engine import import_deepspeed
 
 assert run
 import_deepspeed()

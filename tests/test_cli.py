@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from simvq_moe.cli import main
-from simvq_moe.config import Config
-from simvq_moe.merging import to_yaml
+from simvq_moe.config.loading import to_yaml
+from simvq_moe.config.schema import Config
 
 SWEEP = """
 name: s

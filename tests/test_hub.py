@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from simvq_moe import FSQ, VQ, SimVQ
-from simvq_moe.files import BrokenFileError
+from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.hub import CONFIG, WEIGHTS, Pretrained
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from simvq_moe.analysis.sweep import Plan, plan
-from simvq_moe.config import Config
-from simvq_moe.config_checks import check
-from simvq_moe.merging import merge_files
-from simvq_moe.training.encoding import encode_run
-from simvq_moe.training.engine import World
+from simvq_moe.config.checks import check
+from simvq_moe.config.loading import merge_files
+from simvq_moe.config.schema import Config
+from simvq_moe.engine.build import World
+from simvq_moe.inference.encode import encode_run
+from simvq_moe.sweeps.plan import Plan, plan
 from tests.launching import ROOT
 from tests.short_training import train_two_steps
 

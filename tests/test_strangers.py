@@ -29,11 +29,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from simvq_moe import cli
-from simvq_moe.analysis import sweep
 from simvq_moe.analysis.comparison import compute
-from simvq_moe.analysis.runs import find
-from simvq_moe.config import Config
-from simvq_moe.config_checks import check
+from simvq_moe.analysis.run_folders import find
+from simvq_moe.config.checks import check
+from simvq_moe.config.loading import merge_files
+from simvq_moe.config.schema import Config
 from simvq_moe.data.codes import (
     PARTS,
     Manifest,
@@ -44,7 +44,7 @@ from simvq_moe.data.codes import (
     write_shard,
 )
 from simvq_moe.errors import ConfigError
-from simvq_moe.merging import merge_files
+from simvq_moe.sweeps import plan
 
 SECONDS = 20
 """Of a core; a command that waits has six times as long, because others may share the machine."""
@@ -322,7 +322,7 @@ def a_sweep_file(folder: Path, r: random.Random) -> None:
     file.write_bytes(as_yaml(SWEEP))
     (folder / "config.yaml").write_bytes(as_yaml(CONFIG))
     change(file, r)
-    holds(folder, lambda: sweep.plan([file]))
+    holds(folder, lambda: plan.plan([file]))
 
 
 def run_folders(folder: Path, r: random.Random) -> None:

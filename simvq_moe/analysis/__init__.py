@@ -1,1 +1,1 @@
-"""Reading finished and unfinished runs: statistics over paired seeds, and the report."""
+"""Statistics and verdicts from run folders alone; starts no run and draws nothing."""

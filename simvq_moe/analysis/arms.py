@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from simvq_moe.analysis.measures import ALL_BANKS
+from simvq_moe.records.catalogue import ALL_BANKS
 
 UNCOMPARED_KEYS = ("seed", "name", "arm", "runs_dir")
 """Config keys that tell runs apart without changing what an arm is."""

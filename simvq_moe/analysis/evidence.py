@@ -11,9 +11,9 @@ from typing import Any
 
 from simvq_moe.analysis import stats
 from simvq_moe.analysis.arms import UNCOMPARED_KEYS, Arm, Group, Run
-from simvq_moe.analysis.measures import label
 from simvq_moe.analysis.outcomes import value
 from simvq_moe.analysis.results import Evidence
+from simvq_moe.records.catalogue import label
 
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from simvq_moe.analysis.arms import Run
-from simvq_moe.analysis.measures import USAGE_MEASURES
 from simvq_moe.analysis.results import PREFIX
 from simvq_moe.core.usage import usage
+from simvq_moe.records.catalogue import USAGE_MEASURES
 
 MOST_TOKENS = 2**53
 

@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from simvq_moe.analysis import stats
-from simvq_moe.analysis.measures import difference, label, measure, percent, probability, unit
 from simvq_moe.analysis.results import ArmResult, Paired
 from simvq_moe.analysis.stats import LEVEL
+from simvq_moe.records.catalogue import difference, label, measure, percent, probability, unit
 
 NOTHING = "No pair of finished runs yet: there is nothing to compare."
 

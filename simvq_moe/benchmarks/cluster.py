@@ -26,15 +26,15 @@ from torch import nn
 from simvq_moe.benchmarks.ranks import on_ranks
 from simvq_moe.benchmarks.timing import wall_seconds
 from simvq_moe.benchmarks.train import SIDE, check_shape, shape_of, trainer_of
-from simvq_moe.config import Config
-from simvq_moe.merging import ConfigError, to_yaml
+from simvq_moe.config.loading import ConfigError, to_yaml
+from simvq_moe.config.schema import Config
+from simvq_moe.costs.cluster import Cluster, Prediction, predict
+from simvq_moe.costs.rank import ADAM_BYTES, Plan
+from simvq_moe.engine.build import World
+from simvq_moe.engine.devices import device_peak
+from simvq_moe.engine.step_phases import PHASES
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.training.building import build_model
-from simvq_moe.training.cluster import Cluster, Prediction, predict
-from simvq_moe.training.devices import device_peak
-from simvq_moe.training.engine import World
-from simvq_moe.training.per_rank import ADAM_BYTES, Plan
-from simvq_moe.training.phases import PHASES
+from simvq_moe.tasks.models import build_model
 
 SMALL = 256
 """Numbers in an all-reduce that is all latency."""

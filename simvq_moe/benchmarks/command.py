@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from simvq_moe.config import Config
-from simvq_moe.config_checks_values import COUNT
-from simvq_moe.merging import ConfigError, check_range, merge_files, parse_flags
+from simvq_moe.config.checks_values import COUNT
+from simvq_moe.config.loading import ConfigError, check_range, merge_files, parse_flags
+from simvq_moe.config.schema import Config
 
 SUBJECTS = ("quantizer", "moe", "train", "cluster")
 
@@ -158,7 +158,7 @@ def _bench_moe(options: BenchMoEArgs) -> tuple[list[Any], str]:
 
 def _bench_train(options: BenchTrainArgs) -> tuple[list[Any], str]:
     from simvq_moe.benchmarks import train as benches
-    from simvq_moe.training.engine import start_distributed
+    from simvq_moe.engine.build import start_distributed
 
     numbers = {name: getattr(options, name) for name in ("steps", "rounds", "ranks")}
     check_range(**{name: (value, 1, COUNT) for name, value in numbers.items()})

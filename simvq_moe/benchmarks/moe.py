@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.benchmarks.timing import Step, best_of_rounds, installed
-from simvq_moe.merging import ConfigError
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.moe import MoE
 from simvq_moe.moe.experts import ExpertKind, FeedForward
 
@@ -218,7 +218,7 @@ def _like(layer: MoE, other: MoE) -> MoE:
 
 @torch.no_grad()
 def _deepspeed(layer: MoE, capacity_factor: float) -> nn.Module:
-    from simvq_moe.training.engine import import_deepspeed
+    from simvq_moe.engine.build import import_deepspeed
 
     import_deepspeed()
     from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE

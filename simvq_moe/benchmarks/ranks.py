@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
-from simvq_moe.analysis.sweep_runs import free_port
-from simvq_moe.merging import ConfigError
-from simvq_moe.training.engine import start_distributed
+from simvq_moe.config.loading import ConfigError
+from simvq_moe.engine.build import start_distributed
+from simvq_moe.sweeps.execute import free_port
 
 
 def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:

@@ -29,15 +29,21 @@ from torch.multiprocessing.spawn import start_processes
 
 from simvq_moe.benchmarks.ranks import on_ranks
 from simvq_moe.benchmarks.timing import best_of_rounds, installed, seconds
-from simvq_moe.config import Config, LanguageModelConfig, MoEConfig, OptimizerConfig, TrainConfig
-from simvq_moe.config_checks import check
+from simvq_moe.config.checks import check
+from simvq_moe.config.loading import ConfigError
+from simvq_moe.config.schema import (
+    Config,
+    LanguageModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from simvq_moe.data.streaming import TextStream
-from simvq_moe.merging import ConfigError
+from simvq_moe.engine.build import World
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.training.building import build_model
-from simvq_moe.training.engine import World
+from simvq_moe.tasks.build import DataSet
+from simvq_moe.tasks.models import build_model
 from simvq_moe.training.loop import Trainer
-from simvq_moe.training.tasks import DataSet
 
 OURS, BARE, TRANSFORMERS = "simvq-moe train", "bare PyTorch loop", "transformers Trainer, Mixtral"
 PRODUCTS = "the step's matrix products alone"

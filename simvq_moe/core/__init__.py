@@ -1,1 +1,3 @@
-"""The shared core: banks of rows under one map, nearest-code search, gradients, usage."""
+"""Banks of rows under a map, the nearest code, gradients, usage counts, moments and collectives; no
+config, no DeepSpeed, no file.
+"""

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from simvq_moe.core.after_step import StepState
+from simvq_moe.core.step_state import StepState
 from simvq_moe.core.streams import own_stream
 
 WhiteningKind = Literal["full", "diagonal", "low_rank"]

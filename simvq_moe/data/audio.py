@@ -34,11 +34,11 @@ from simvq_moe.data.audio_sets import (
     named,
 )
 from simvq_moe.data.held_out import file_key, held_out_by_content
+from simvq_moe.data.media.recordings import RATES, Part, check_readable, header, resample
+from simvq_moe.data.media.speakers import voices
 from simvq_moe.data.order import place_of
-from simvq_moe.data.recordings import RATES, Part, check_readable, header, resample
-from simvq_moe.data.speakers import voices
 from simvq_moe.errors import ConfigError
-from simvq_moe.files import BrokenFileError, printable
+from simvq_moe.files.regular import BrokenFileError, printable
 
 __all__ = [
     "AudioClips",

@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float32, Int16, Int64
 from torch import Tensor
 
+from simvq_moe.data.media.recordings import FULL_SCALE, Part, frames_there, piece
 from simvq_moe.data.order import Indices
-from simvq_moe.data.recordings import FULL_SCALE, Part, frames_there, piece
 from simvq_moe.errors import ConfigError
-from simvq_moe.files import printable
+from simvq_moe.files.regular import printable
 
 NAMED = 5
 """Recordings that a warning names; the rest are counted."""

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 
 from simvq_moe.data.codes import PARTS, Manifest
-from simvq_moe.files import BrokenFileError, read_json, write_atomically
+from simvq_moe.files.regular import BrokenFileError, read_json, write_atomically
 
 ITEMS = "items.json"
 

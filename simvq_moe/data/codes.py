@@ -28,7 +28,7 @@ from simvq_moe.data.hashing import file_sha256
 from simvq_moe.data.ids import check_ids
 from simvq_moe.data.order import Indices
 from simvq_moe.errors import ConfigError
-from simvq_moe.files import (
+from simvq_moe.files.regular import (
     BrokenFileError,
     Layout,
     MissingFileError,

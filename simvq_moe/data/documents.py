@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from simvq_moe.data.held_out import content_key
 from simvq_moe.errors import ConfigError
-from simvq_moe.files import printable
+from simvq_moe.files.regular import printable
 
 PROSE = frozenset([".txt", ".md", ".rst", ".tex", ".html"])
 CODE = frozenset(

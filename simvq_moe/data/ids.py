@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt
 
-from simvq_moe.files import BrokenFileError
+from simvq_moe.files.regular import BrokenFileError
 
 BLOCK = 2**20
 """Ids that are looked at together."""

@@ -27,11 +27,11 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from simvq_moe.data.held_out import held_out_by_content
+from simvq_moe.data.media.pictures import PHOTOS, REMEDY, Picture, files, hub_name, pictures
+from simvq_moe.data.media.pixels import MOST_PIXELS, Cut, Header, PixelBudget, header, rgb
 from simvq_moe.data.order import Indices
-from simvq_moe.data.pictures import PHOTOS, REMEDY, Picture, files, hub_name, pictures
-from simvq_moe.data.pixels import MOST_PIXELS, Cut, Header, PixelBudget, header, rgb
 from simvq_moe.errors import ConfigError
-from simvq_moe.files import printable
+from simvq_moe.files.regular import printable
 
 __all__ = ["PHOTOS", "ImageCrops", "LazyCrops", "check_source", "image_crops"]
 

@@ -31,7 +31,7 @@ from simvq_moe.data.documents import (
 )
 from simvq_moe.data.domains import domain_of
 from simvq_moe.errors import ConfigError
-from simvq_moe.files import printable
+from simvq_moe.files.regular import printable
 
 BY_CONTENT = "files of text by content"
 """Ends what a digest is made of, because the names of such files decided their sides before."""

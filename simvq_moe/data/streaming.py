@@ -27,7 +27,7 @@ from simvq_moe.data.text import build_once, check_vocabulary, digest_of_tokenize
 from simvq_moe.data.tokenizer import BYTES, load_tokenizer, open_tokenizer, train_tokenizer
 from simvq_moe.data.tokens import Corpus, encode, load_tokens
 from simvq_moe.errors import ConfigError
-from simvq_moe.files import BrokenFileError
+from simvq_moe.files.regular import BrokenFileError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

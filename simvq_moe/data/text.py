@@ -54,7 +54,7 @@ from simvq_moe.data.tokenizer import (
 )
 from simvq_moe.data.tokens import Corpus, is_token_folder, load_tokens, write_tokens
 from simvq_moe.errors import ConfigError
-from simvq_moe.files import printable, sync_folder
+from simvq_moe.files.regular import printable, sync_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset

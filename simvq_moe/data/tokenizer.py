@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from simvq_moe.errors import ConfigError
-from simvq_moe.files import (
+from simvq_moe.files.regular import (
     BrokenFileError,
     parse_json,
     read_bytes,

@@ -22,9 +22,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from simvq_moe.core.after_step import after_step
 from simvq_moe.core.bank import Bank, Transform
 from simvq_moe.core.choices import check_choice
+from simvq_moe.core.step_state import after_step
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import Usage, UsageCounter, usage
 from simvq_moe.core.whitening import Whitening, WhiteningKind, build_whitening

@@ -17,7 +17,7 @@ from simvq_moe.core.whitening import Whitening
 from simvq_moe.models.attention import Attention, Documents
 from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
 from simvq_moe.moe.layer import MoE, build_moe
-from simvq_moe.moe.router import NoisyTopKRouter, Routing, TopKRouter
+from simvq_moe.moe.routers.base import NoisyTopKRouter, Routing, TopKRouter
 
 
 class Block(nn.Module):

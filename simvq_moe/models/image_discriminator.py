@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from simvq_moe.core.choices import check_choice
+from simvq_moe.core.collectives import total
 from simvq_moe.models.image_vqgan import group_norm
-from simvq_moe.quantizers.ranks import total
 
 SLOPE = 0.2
 """Of the leaky ReLU."""

@@ -15,7 +15,7 @@ from simvq_moe.core.streams import own_stream
 from simvq_moe.models.attention import documents_of
 from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock, compiled_in_training, merge_gain
 from simvq_moe.moe.balance import mean_losses
-from simvq_moe.moe.router import Routing
+from simvq_moe.moe.routers.base import Routing
 
 INITIAL_STD = 0.02
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.moe.router import Routing
+from simvq_moe.moe.routers.base import Routing
 
 
 def load_balance_loss(

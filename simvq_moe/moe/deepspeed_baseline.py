@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import UsageCounter
 from simvq_moe.moe.experts import ExpertKind, FeedForward
-from simvq_moe.moe.router import Routing
+from simvq_moe.moe.routers.base import Routing
 
 
 class DeepSpeedCapacityMoE(nn.Module):

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simvq_moe.moe.router import NOBODY, count
+from simvq_moe.moe.routers.base import NOBODY, count
 
 
 def dispatch(

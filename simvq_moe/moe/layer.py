@@ -23,8 +23,8 @@ from simvq_moe.core.whitening import Whitening, WhiteningKind
 from simvq_moe.hub import Pretrained
 from simvq_moe.moe.dispatch import dispatch, within_capacity
 from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
-from simvq_moe.moe.router import Gates, Router, Routing, default_gates
-from simvq_moe.moe.routers import Balance, RouterInit, RouterKind, build_router
+from simvq_moe.moe.routers.base import Gates, Router, Routing, default_gates
+from simvq_moe.moe.routers.build import Balance, RouterInit, RouterKind, build_router
 
 if TYPE_CHECKING:
     from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.moe.after_step import StepState
+from simvq_moe.moe.running_mean import StepState
 
 SMALLEST, LARGEST, BINS = 1e-7, 4.0, 1000
 """Magnitudes of margins that are told apart, and bins of both signs together."""

@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
-from simvq_moe.core.after_step import FollowsSteps
 from simvq_moe.core.bank import wide
 from simvq_moe.core.choices import check_choice
+from simvq_moe.core.collectives import share_of_tokens, total
 from simvq_moe.core.gradient import ESTIMATORS, Gradient
 from simvq_moe.core.ids import as_ids
 from simvq_moe.core.nearest import nearest, nearest_few
 from simvq_moe.core.state import Stateful
+from simvq_moe.core.step_state import FollowsSteps
 from simvq_moe.core.usage import UsageCounter
 from simvq_moe.hub import Pretrained
-from simvq_moe.quantizers.ranks import share_of_tokens, total
 
 PADDING = -1
 """Id of a masked token; it decodes to zeros."""

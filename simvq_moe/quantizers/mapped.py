@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simvq_moe.core.bank import Bank, wide
 from simvq_moe.core.choices import check_choice
+from simvq_moe.core.collectives import copy_from_rank_0, mean_assignment_entropy
 from simvq_moe.core.nearest import nearest, numbered
 from simvq_moe.quantizers.base import (
     Quantized,
@@ -20,7 +21,6 @@ from simvq_moe.quantizers.base import (
     mean_squared_error,
     random_codebook,
 )
-from simvq_moe.quantizers.ranks import copy_from_rank_0, mean_assignment_entropy
 from simvq_moe.quantizers.simvq import MapInit, moments
 from simvq_moe.quantizers.vq import VQ, Init
 

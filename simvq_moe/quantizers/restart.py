@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from simvq_moe.quantizers.ranks import sample
+from simvq_moe.core.collectives import sample
 
 
 def check_restart(restart: float) -> None:

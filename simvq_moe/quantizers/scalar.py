@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from simvq_moe.core.collectives import mean_assignment_entropy
 from simvq_moe.core.gradient import straight_through
 from simvq_moe.core.nearest import numbered
 from simvq_moe.quantizers.base import (
@@ -28,7 +29,6 @@ from simvq_moe.quantizers.base import (
     mean_squared_error,
     refuse_behind_others,
 )
-from simvq_moe.quantizers.ranks import mean_assignment_entropy
 from simvq_moe.quantizers.vq import to_sphere
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from simvq_moe.core.bank import Bank, Transform
 from simvq_moe.core.choices import check_choice
+from simvq_moe.core.collectives import copy_from_rank_0, total
 from simvq_moe.core.nearest import nearest
 from simvq_moe.quantizers.base import Quantizer, random_codebook
-from simvq_moe.quantizers.ranks import copy_from_rank_0, total
 from simvq_moe.quantizers.vq import VQ
 
 MapInit = Literal["identity", "data"]

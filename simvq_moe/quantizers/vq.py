@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simvq_moe.core.bank import Bank, wide
 from simvq_moe.core.choices import check_choice
+from simvq_moe.core.collectives import copy_from_rank_0, sample, total
 from simvq_moe.core.nearest import nearest
 from simvq_moe.quantizers.base import (
     AnyQuantizer,
@@ -22,7 +23,6 @@ from simvq_moe.quantizers.base import (
     random_codebook,
     refuse_behind_others,
 )
-from simvq_moe.quantizers.ranks import copy_from_rank_0, sample, total
 from simvq_moe.quantizers.restart import check_restart, restart_codes
 
 Init = Literal["random", "kmeans"]

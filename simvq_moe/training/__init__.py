@@ -1,1 +1,1 @@
-"""Training: one loop over a DeepSpeed engine, for any number of ranks."""
+"""The loop of a run, from its start to its last step; calls of DeepSpeed are the engine's."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from simvq_moe.core.usage import UsageCounter, counting
-from simvq_moe.training.engine import World
-from simvq_moe.training.measures import layers_of, usage_metrics
-from simvq_moe.training.tasks import Task
+from simvq_moe.engine.build import World
+from simvq_moe.records.usage_metrics import layers_of, usage_metrics
+from simvq_moe.tasks.build import Task
 
 
 @torch.no_grad()

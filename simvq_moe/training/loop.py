@@ -18,25 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simvq_moe.config import Config
-from simvq_moe.core.after_step import after_step, drop_step, follow_steps, followers
+from simvq_moe.config.loading import ConfigError, to_yaml
+from simvq_moe.config.schema import Config
 from simvq_moe.core.nearest import NotFiniteError
+from simvq_moe.core.step_state import after_step, drop_step, follow_steps, followers
 from simvq_moe.core.usage import counters
+from simvq_moe.costs.flops import cost_of, peak_memory
 from simvq_moe.data.documents import CorruptDataError
 from simvq_moe.data.order import BatchOrder, Share, StepBatches
 from simvq_moe.data.prefetch import Prefetched
 from simvq_moe.data.streaming import TextStream
-from simvq_moe.files import write_atomically
-from simvq_moe.merging import ConfigError, to_yaml
-from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.training import checkpoint
-from simvq_moe.training.banks import Banks
-from simvq_moe.training.cost import cost_of, peak_memory
-from simvq_moe.training.devices import device_peak
-from simvq_moe.training.engine import World, make_engine
-from simvq_moe.training.engine_sharding import ready
-from simvq_moe.training.evaluation import evaluate, take_counts
-from simvq_moe.training.faults import (
+from simvq_moe.engine.agreement import (
     Agreement,
     Interrupted,
     TrainingFailed,
@@ -46,15 +38,23 @@ from simvq_moe.training.faults import (
     together,
     writing,
 )
-from simvq_moe.training.logs import RunLog
-from simvq_moe.training.measures import layers_of, usage_metrics
-from simvq_moe.training.phases import Phase, Phases, profiled
+from simvq_moe.engine.build import World, make_engine
+from simvq_moe.engine.devices import device_peak
+from simvq_moe.engine.sharding import ready
+from simvq_moe.engine.step_phases import Phase, Phases, profiled
+from simvq_moe.files.regular import write_atomically
+from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.records.bank_metrics import Banks
+from simvq_moe.records.progress import Progress
+from simvq_moe.records.run_log import RunLog
+from simvq_moe.records.step_averages import Window, of_this_rank
+from simvq_moe.records.usage_metrics import layers_of, usage_metrics
+from simvq_moe.runs import checkpoint
+from simvq_moe.tasks.build import TOKENIZER, Task, build_task, source_of
+from simvq_moe.tasks.samples import make_samples
+from simvq_moe.training.evaluation import evaluate, take_counts
 from simvq_moe.training.probe import Probe
-from simvq_moe.training.progress import Progress
-from simvq_moe.training.samples import make_samples
-from simvq_moe.training.tasks import TOKENIZER, Task, build_task, source_of
 from simvq_moe.training.watchdog import Watchdog
-from simvq_moe.training.window import Window, of_this_rank
 
 logger = logging.getLogger(__name__)
 

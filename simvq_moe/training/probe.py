@@ -20,18 +20,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.config import TrainConfig
+from simvq_moe.config.schema import TrainConfig
 from simvq_moe.data.codes import CodeSequences
 from simvq_moe.data.tokens import TokenWindows
-from simvq_moe.files import BrokenFileError, Layout, read_arrays, written_whole
+from simvq_moe.engine.build import World
+from simvq_moe.engine.sharding import gathered
+from simvq_moe.files.regular import BrokenFileError, Layout, read_arrays, written_whole
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
-from simvq_moe.moe import measures as of
-from simvq_moe.moe.router import NOBODY, Routing
-from simvq_moe.training.engine import World
-from simvq_moe.training.engine_sharding import gathered
-from simvq_moe.training.tasks import Task
-from simvq_moe.training.tensorboard import CELL, heat_map
+from simvq_moe.moe import routing_measures as of
+from simvq_moe.moe.routers.base import NOBODY, Routing
+from simvq_moe.records.tensorboard import CELL, heat_map
+from simvq_moe.tasks.build import Task
 
 logger = logging.getLogger(__name__)
 

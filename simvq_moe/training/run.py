@@ -18,33 +18,34 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from simvq_moe.config import Config, without_other_tasks
-from simvq_moe.config_checks import check, check_ranks
-from simvq_moe.config_checks_moe import with_gates
+from simvq_moe.config.checks import check, check_ranks
+from simvq_moe.config.checks_moe import with_gates
+from simvq_moe.config.loading import mapping_to_yaml, to_yaml
+from simvq_moe.config.schema import Config, without_other_tasks
+from simvq_moe.costs.cluster import fitting_gpus, read_cluster
+from simvq_moe.costs.estimate import estimate
 from simvq_moe.data.streaming import TextStream
-from simvq_moe.errors import ConfigError
-from simvq_moe.files import BrokenFileError, read_json, write_atomically
-from simvq_moe.merging import mapping_to_yaml, to_yaml
-from simvq_moe.training import checkpoint
-from simvq_moe.training.cluster import fitting_gpus, read_cluster
-from simvq_moe.training.codes_task import fit_to_codes
-from simvq_moe.training.dry_run import estimate
-from simvq_moe.training.engine import (
-    World,
-    import_deepspeed,
-    launched_rank,
-    launched_ranks,
-    start_distributed,
-)
-from simvq_moe.training.engine_settings import check_device, engine_settings
-from simvq_moe.training.faults import (
+from simvq_moe.engine.agreement import (
     Interrupted,
     TrainingFailed,
     WriteFailed,
     is_lost_rank,
     writing,
 )
-from simvq_moe.training.folder import (
+from simvq_moe.engine.build import (
+    World,
+    import_deepspeed,
+    launched_rank,
+    launched_ranks,
+    start_distributed,
+)
+from simvq_moe.engine.settings import check_device, engine_settings
+from simvq_moe.engine.slurm import adopt_slurm
+from simvq_moe.errors import ConfigError
+from simvq_moe.files.regular import BrokenFileError, read_json, write_atomically
+from simvq_moe.records.run_log import write_json
+from simvq_moe.runs import checkpoint
+from simvq_moe.runs.folder import (
     CONFIG,
     META,
     NOISE,
@@ -55,12 +56,11 @@ from simvq_moe.training.folder import (
     claimed,
     has_summary,
 )
-from simvq_moe.training.image_measures import check_networks
-from simvq_moe.training.logs import write_json
+from simvq_moe.runs.provenance import provenance
+from simvq_moe.tasks.build import check_source
+from simvq_moe.tasks.codes import fit_to_codes
+from simvq_moe.tasks.image_measures import check_networks
 from simvq_moe.training.loop import Trainer
-from simvq_moe.training.provenance import provenance
-from simvq_moe.training.slurm import adopt_slurm
-from simvq_moe.training.tasks import check_source
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 130
 """Exit codes; 2 is a `ConfigError`."""

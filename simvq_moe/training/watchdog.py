@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from simvq_moe.files import BrokenFileError, read_json
-from simvq_moe.training.engine import World
-from simvq_moe.training.faults import writing
-from simvq_moe.training.logs import write_json
-from simvq_moe.training.phases import Phase
+from simvq_moe.engine.agreement import writing
+from simvq_moe.engine.build import World
+from simvq_moe.engine.step_phases import Phase
+from simvq_moe.files.regular import BrokenFileError, read_json
+from simvq_moe.records.run_log import write_json
 
 Patient = Literal["evaluation", "records", "checkpoint"]
 """Phases between steps, that may take as long as they do, on one rank or all."""

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import write_small_run
 from rich.console import Console
 
 from simvq_moe import cli
-from simvq_moe.analysis.report import report
-from simvq_moe.analysis.runs import find, find_groups, read_run
-from simvq_moe.analysis.tensorboard import link_runs
-from simvq_moe.analysis.watch import watch
+from simvq_moe.analysis.run_folders import find, find_groups, read_run
 from simvq_moe.errors import ConfigError
+from simvq_moe.reports.dashboard import link_runs
+from simvq_moe.reports.report import report
+from simvq_moe.reports.watch import watch
+from tests.reports.hostile import write_small_run
 
 DEEP = "[" * 100_000
 HUGE = "1" + "0" * 400

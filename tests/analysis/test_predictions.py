@@ -11,7 +11,7 @@ import pytest
 
 from simvq_moe.analysis.predictions import REGISTERED, check_all
 from simvq_moe.analysis.results import Prediction
-from simvq_moe.analysis.runs import Arm, Group, Run
+from simvq_moe.analysis.run_folders import Arm, Group, Run
 
 PLAIN: dict[str, Any] = {
     "moe.router": "topk",

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import FakeArm, write_sweep
 
 from simvq_moe.analysis.comparison import compute
-from simvq_moe.analysis.runs import find_groups
+from simvq_moe.analysis.run_folders import find_groups
+from tests.reports.synthetic import FakeArm, write_sweep
 
 VQ, BETTER = FakeArm("vq", "VQ", 3.0e-3, 0.3), FakeArm("better", "better", 2.0e-3, 0.3)
 PRIMARY = {"better": "val/mse"}

@@ -18,10 +18,10 @@ from simvq_moe.benchmarks.train import (
     mixtral_of,
     train_table,
 )
-from simvq_moe.config import Config, DataConfig
-from simvq_moe.merging import ConfigError
-from simvq_moe.training.building import build_model
-from simvq_moe.training.engine import World
+from simvq_moe.config.loading import ConfigError
+from simvq_moe.config.schema import Config, DataConfig
+from simvq_moe.engine.build import World
+from simvq_moe.tasks.models import build_model
 from tests.launching import ROOT
 
 TINY = config_of(width=16, heads=2, layers=1, experts=4, top_k=2, hidden=8)

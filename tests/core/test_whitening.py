@@ -19,7 +19,7 @@ from simvq_moe.core.whitening import (
     Whitening,
     build_whitening,
 )
-from simvq_moe.moe.after_step import after_step
+from simvq_moe.moe.running_mean import after_step
 
 WIDTH = 6
 

@@ -15,6 +15,7 @@ import torch
 from numpy.testing import assert_allclose
 
 import simvq_moe.data.audio as audio
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.audio import (
     AudioClips,
     LazyClips,
@@ -23,7 +24,6 @@ from simvq_moe.data.audio import (
     recording_windows,
     resample,
 )
-from simvq_moe.merging import ConfigError
 
 RATE = 1_000
 LENGTH = 50

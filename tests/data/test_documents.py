@@ -18,6 +18,7 @@ import pytest
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.data import documents
 from simvq_moe.data.documents import (
     CorruptDataError,
@@ -32,7 +33,6 @@ from simvq_moe.data.documents import (
 )
 from simvq_moe.data.text import check_source, token_windows
 from simvq_moe.data.tokens import TokenWindows
-from simvq_moe.merging import ConfigError
 
 TEXTS = [f"document {i} " + "word " * (i % 7) * 20 for i in range(60)]
 

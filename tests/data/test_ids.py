@@ -9,7 +9,7 @@ import pytest
 
 from simvq_moe.data import ids
 from simvq_moe.data.ids import check_ids
-from simvq_moe.files import BrokenFileError
+from simvq_moe.files.regular import BrokenFileError
 
 
 @pytest.mark.parametrize("place", [(0, 0), (4, 1), (9, 2)])

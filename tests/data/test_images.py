@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.images import PHOTOS, ImageCrops, LazyCrops, check_source, image_crops
-from simvq_moe.data.pictures import FilePicture, RowPicture, Spooled, files
-from simvq_moe.merging import ConfigError
+from simvq_moe.data.media.pictures import FilePicture, RowPicture, Spooled, files
 
 SIZE = 8
 
@@ -521,7 +521,7 @@ def test_names_that_are_not_utf8_are_usable_and_shown_escaped(tmp_path, caplog):
 
 
 def test_images_of_too_many_pixels_are_skipped_by_name(many, caplog, monkeypatch):
-    monkeypatch.setattr("simvq_moe.data.pixels.MOST_PIXELS", 1_000)
+    monkeypatch.setattr("simvq_moe.data.media.pixels.MOST_PIXELS", 1_000)
     monkeypatch.setattr("simvq_moe.data.images.MOST_PIXELS", 1_000)
     column_image().save(many / "large.png")
     with caplog.at_level(logging.WARNING):

@@ -17,11 +17,11 @@ import pytest
 import torch
 from pyarrow import parquet
 
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.data import documents, text
 from simvq_moe.data.held_out import held_out_by_content
 from simvq_moe.data.order import place_of
 from simvq_moe.data.text import check_source, token_windows
-from simvq_moe.merging import ConfigError
 
 WORDS = ["shared", "map", "code", "expert", "idle", "naïve", "漢字", "🙂", "<|endoftext|>\t\r\n"]
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.text import token_windows
 from simvq_moe.data.tokenizer import (
     bytes_of_token,
@@ -23,7 +24,6 @@ from simvq_moe.data.tokenizer import (
     train_tokenizer,
 )
 from simvq_moe.data.tokens import Corpus, TokenWindows
-from simvq_moe.merging import ConfigError
 
 TEXT = "    def naïve(漢字):\n\treturn '🙂'  # twice\n"
 

@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from simvq_moe import MoE, usage
-from simvq_moe.core.after_step import after_step
+from simvq_moe.core.step_state import after_step
 from simvq_moe.core.usage import counters, counting
+from simvq_moe.engine.build import World
 from simvq_moe.integrations.transformers import (
     WEIGHTS,
     AfterStep,
@@ -41,7 +42,6 @@ from simvq_moe.integrations.transformers import (
     moe_blocks,
     usage_by_layer,
 )
-from simvq_moe.training.engine import World
 
 VOCABULARY, WIDTH, EXPERTS, TOP_K = 40, 16, 8, 2
 SHAPE: dict[str, Any] = {

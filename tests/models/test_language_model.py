@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from simvq_moe.core.usage import counters
 from simvq_moe.models.blocks import DenseBlock, MoEBlock
 from simvq_moe.models.language_model import LanguageModel, draw
-from simvq_moe.moe.after_step import StepState
+from simvq_moe.moe.running_mean import StepState
 
 OF_THE_MODEL = ("layers", "moe_every", "tied_head", "activation_checkpointing")
 

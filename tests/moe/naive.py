@@ -10,11 +10,11 @@ from torch import Tensor
 
 from simvq_moe import MoE
 from simvq_moe.core.whitening import Whitening
-from simvq_moe.moe.choice import ExpertChoiceRouter, HashRouter
-from simvq_moe.moe.hyper import HyperRouter
-from simvq_moe.moe.prototype import CosineRouter, DistanceRouter
-from simvq_moe.moe.router import NoisyTopKRouter, TopKRouter
-from simvq_moe.moe.self_selecting import SelfSelectingRouter
+from simvq_moe.moe.routers.base import NoisyTopKRouter, TopKRouter
+from simvq_moe.moe.routers.distance import CosineRouter, DistanceRouter
+from simvq_moe.moe.routers.expert_choice import ExpertChoiceRouter, HashRouter
+from simvq_moe.moe.routers.hyper import HyperRouter
+from simvq_moe.moe.routers.self_selecting import SelfSelectingRouter
 
 
 def map_of(moe: MoE) -> Tensor:

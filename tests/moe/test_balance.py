@@ -9,10 +9,10 @@ import torch
 from torch.testing import assert_close
 
 from simvq_moe.core.usage import usage
-from simvq_moe.moe.after_step import after_step
 from simvq_moe.moe.balance import load_balance_loss, mean_losses, z_loss
-from simvq_moe.moe.router import Router, Routing
-from simvq_moe.moe.routers import build_router
+from simvq_moe.moe.routers.base import Router, Routing
+from simvq_moe.moe.routers.build import build_router
+from simvq_moe.moe.running_mean import after_step
 from simvq_moe.moe.selection_bias import LossFreeBias, QuantileBias
 
 

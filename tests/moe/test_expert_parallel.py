@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from simvq_moe import MoE
 from simvq_moe.core.bank import Bank
+from simvq_moe.engine.build import World
 from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
-from simvq_moe.training.engine import World
 from tests.two_ranks import TwoRanks
 
 RANKS, WIDTH, EXPERTS = 2, 8, 6

@@ -17,7 +17,7 @@ from simvq_moe import MoE
 from simvq_moe.core.bank import Bank, Transform
 from simvq_moe.moe.dispatch import within_capacity
 from simvq_moe.moe.experts import grouped_product
-from simvq_moe.moe.router import TopKRouter
+from simvq_moe.moe.routers.base import TopKRouter
 
 WIDTH, HIDDEN, EXPERTS, TOP_K = 8, 6, 5, 2
 MAPS: list[dict[str, Any]] = [

@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from simvq_moe import MoE
-from simvq_moe.core.after_step import after_step
+from simvq_moe.core.step_state import after_step
 from simvq_moe.core.usage import counters, counting
-from simvq_moe.moe.measures import label_counts
-from simvq_moe.moe.routers import build_router
+from simvq_moe.moe.routers.build import build_router
+from simvq_moe.moe.routing_measures import label_counts
 
 WIDTH, EXPERTS, VOCABULARY = 8, 4, 11
 KINDS: dict[str, dict[str, Any]] = {

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from simvq_moe.config import Config
-from simvq_moe.config_checks import check
-from simvq_moe.config_checks_moe import with_gates
-from simvq_moe.merging import ConfigError, with_flags
+from simvq_moe.config.checks import check
+from simvq_moe.config.checks_moe import with_gates
+from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.schema import Config
+from simvq_moe.engine.build import World, parameter_groups
+from simvq_moe.inference.fold import fold_weights, without_maps
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
-from simvq_moe.moe.after_step import after_step
-from simvq_moe.training import checkpoint
-from simvq_moe.training.building import build_model
-from simvq_moe.training.engine import World, parameter_groups
-from simvq_moe.training.export import fold_weights, without_maps
+from simvq_moe.moe.running_mean import after_step
+from simvq_moe.runs import checkpoint
+from simvq_moe.tasks.models import build_model
 from tests.moe.test_routers import KINDS
 from tests.short_training import train_two_steps
 

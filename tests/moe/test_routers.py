@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from simvq_moe import MoE
 from simvq_moe.core.whitening import Whitening
-from simvq_moe.moe.after_step import RunningMean, after_step
+from simvq_moe.engine.build import World
 from simvq_moe.moe.balance import load_balance_loss, z_loss
-from simvq_moe.moe.choice import HashRouter
-from simvq_moe.moe.prototype import DistanceRouter
-from simvq_moe.moe.router import NOBODY, NoisyTopKRouter, Router, Routing, TopKRouter
-from simvq_moe.moe.routers import RouterKind, start_from_data
-from simvq_moe.training.engine import World
+from simvq_moe.moe.routers.base import NOBODY, NoisyTopKRouter, Router, Routing, TopKRouter
+from simvq_moe.moe.routers.build import RouterKind, start_from_data
+from simvq_moe.moe.routers.distance import DistanceRouter
+from simvq_moe.moe.routers.expert_choice import HashRouter
+from simvq_moe.moe.running_mean import RunningMean, after_step
 from tests.moe import naive
 from tests.two_ranks import TwoRanks
 

@@ -10,9 +10,9 @@ import torch
 from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer
-from simvq_moe.config import Config
-from simvq_moe.config_checks import check
-from simvq_moe.merging import ConfigError, with_flags
+from simvq_moe.config.checks import check
+from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.schema import Config
 from simvq_moe.quantizers import BSQ, AnyQuantizer, CosineVQ, GroupedQuantizer, Projected
 
 peer: Any = pytest.importorskip("vector_quantize_pytorch")

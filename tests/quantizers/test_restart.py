@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, VQ
-from simvq_moe.config import Config
-from simvq_moe.config_checks import check
-from simvq_moe.merging import ConfigError, with_flags
+from simvq_moe.config.checks import check
+from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.schema import Config
+from simvq_moe.engine.build import World, make_engine
 from simvq_moe.quantizers import CosineVQ, Quantizer
-from simvq_moe.training.engine import World, make_engine
 
 CODES, WIDTH = 64, 4
 RESTARTING: dict[str, Callable[[float], Quantizer]] = {

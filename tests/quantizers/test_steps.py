@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, VQ, ResidualQuantizer
-from simvq_moe.core.after_step import after_step, drop_step, follow_steps
+from simvq_moe.core.step_state import after_step, drop_step, follow_steps
+from simvq_moe.engine.build import World
 from simvq_moe.quantizers import AnyQuantizer, CosineVQ
-from simvq_moe.training.engine import World
 from tests.two_ranks import TwoRanks
 
 WIDTH, STEPS, TOKENS = 4, 5, 24

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from simvq_moe.cli import main
-from simvq_moe.config import Config
-from simvq_moe.config_checks import check
+from simvq_moe.config.checks import check
+from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.schema import Config
 from simvq_moe.data.order import StepBatches
-from simvq_moe.merging import ConfigError, with_flags
-from simvq_moe.training import checkpoint
-from simvq_moe.training.engine import World, learning_rate_factor
-from simvq_moe.training.faults import TrainingFailed
+from simvq_moe.engine.agreement import TrainingFailed
+from simvq_moe.engine.build import World, learning_rate_factor
+from simvq_moe.runs import checkpoint
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.watchdog import Place, find_hang, read_places
 from tests.launching import (
@@ -349,7 +349,7 @@ class Spoilt:
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
     """All that training changes: weights and moments as they are saved, and every buffer."""
-    from simvq_moe.training import engine_state
+    from simvq_moe.engine import state as engine_state
 
     found = {f"buffer/{name}": b.clone() for name, b in trainer.task.model.named_buffers()}
     for whole in engine_state.whole_tensors(trainer.engine):

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from simvq_moe.cli import main
-from simvq_moe.config import Config
-from simvq_moe.merging import ConfigError, with_flags
-from simvq_moe.training.engine import World
-from simvq_moe.training.unfinished import MARK, check_free, filling
+from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.schema import Config
+from simvq_moe.engine.build import World
+from simvq_moe.files.unfinished import MARK, check_free, filling
 from tests.killing import killed_at
 from tests.short_training import train_two_steps
 
@@ -34,7 +34,7 @@ LANGUAGE = (
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     """A folder with the run of a tokenizer, its codes, and a language model on them."""
-    from simvq_moe.training.codes_task import fit_to_codes
+    from simvq_moe.tasks.codes import fit_to_codes
 
     folder = tmp_path_factory.mktemp("here")
     (folder / "images").mkdir()

@@ -13,11 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.testing import assert_close
 
 from simvq_moe.cli import main
-from simvq_moe.config import Config
-from simvq_moe.config_checks import check
-from simvq_moe.merging import ConfigError, with_flags
-from simvq_moe.training.engine import World
-from simvq_moe.training.tasks import build_task
+from simvq_moe.config.checks import check
+from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.schema import Config
+from simvq_moe.engine.build import World
+from simvq_moe.tasks.build import build_task
 from tests.launching import ROOT, metrics, run
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks

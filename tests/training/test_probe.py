@@ -15,12 +15,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from simvq_moe.config import Config, DataConfig, LanguageModelConfig, MoEConfig, TrainConfig
+from simvq_moe.config.schema import Config, DataConfig, LanguageModelConfig, MoEConfig, TrainConfig
 from simvq_moe.core.usage import counters
 from simvq_moe.data.domains import Domains
 from simvq_moe.data.tokens import TokenWindows
+from simvq_moe.engine.build import World
 from simvq_moe.moe import MoE
-from simvq_moe.moe.measures import (
+from simvq_moe.moe.routers.base import Routing
+from simvq_moe.moe.routing_measures import (
     confidence,
     fluctuation,
     importance_cv2,
@@ -28,10 +30,8 @@ from simvq_moe.moe.measures import (
     label_counts,
     saturation,
 )
-from simvq_moe.moe.router import Routing
-from simvq_moe.training.engine import World
+from simvq_moe.tasks.build import Task, build_task
 from simvq_moe.training.probe import OTHERS, Probe, choose_tokens, expert_outputs, read
-from simvq_moe.training.tasks import Task, build_task
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from simvq_moe.analysis.sweep_runs import free_port
-from simvq_moe.config import Config
+from simvq_moe.config.schema import Config
+from simvq_moe.sweeps.execute import free_port
 from simvq_moe.training.run import is_finished
 from tests.forked_commands import start
 from tests.training.test_faults import IMAGE, TEXT, assert_same, write_corpus
@@ -26,6 +26,7 @@ KINDS = {
     "two ranks": (2, (*TEXT, "--data.source", "corpus", *STEPS)),
 }
 """Number of ranks and flags."""
+LONGEST_SAVE_S = 0.03
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -60,6 +61,14 @@ def ended(folder: Path, name: str, processes: Sequence[BaseProcess]) -> list[int
     return codes
 
 
+def wait_for_a_save(checkpoints: Path, process: BaseProcess, *, saves: int) -> None:
+    """Until so many saves have begun, or the process has ended."""
+    seen: set[Path] = set()
+    while len(seen) < saves and process.is_alive():
+        seen |= {*checkpoints.glob("*.tmp")}
+        time.sleep(1e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_is_killed_at_random_moments_is_the_undisturbed_one_to_the_bit(
     folder: Path, kind: str
@@ -80,7 +89,11 @@ def test_a_run_that_is_killed_at_random_moments_is_the_undisturbed_one_to_the_bi
             processes = train(folder, name, ranks, flags)
             if kills < KILLS:
                 victim = moments.choice(processes)
-                victim.join(timeout=moments.uniform(0, longest))
+                if kills % 2:  # a save is a small part of a run: wait until one begins
+                    wait_for_a_save(run_dir / "checkpoints", victim, saves=moments.randint(1, 3))
+                    time.sleep(moments.uniform(0, LONGEST_SAVE_S))
+                else:
+                    victim.join(timeout=moments.uniform(0, longest))
                 if victim.exitcode is None:
                     victim.kill()
                     kills += 1

@@ -11,9 +11,9 @@ import torch
 from torch.testing import assert_close
 
 from simvq_moe.cli import main
-from simvq_moe.training import checkpoint
-from simvq_moe.training.engine import World
-from simvq_moe.training.faults import TrainingFailed
+from simvq_moe.engine.agreement import TrainingFailed
+from simvq_moe.engine.build import World
+from simvq_moe.runs import checkpoint
 from tests.launching import ROOT, metrics, run
 from tests.short_training import train_flags
 from tests.two_ranks import TwoRanks

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from simvq_moe.config import Config
-from simvq_moe.config_checks import check
-from simvq_moe.merging import ConfigError, with_flags
-from simvq_moe.training import checkpoint
-from simvq_moe.training.engine import World
-from simvq_moe.training.faults import Interrupted
+from simvq_moe.config.checks import check
+from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.schema import Config
+from simvq_moe.engine.agreement import Interrupted
+from simvq_moe.engine.build import World
+from simvq_moe.runs import checkpoint
 from simvq_moe.training.loop import Trainer
 from tests.launching import metrics, run
 from tests.two_ranks import TwoRanks

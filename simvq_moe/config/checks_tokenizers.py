@@ -1,0 +1,222 @@
+"""Options of quantizers and tokenizers that can't run, or not together; see `config_checks`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from math import prod
+
+from simvq_moe.config.schema import (
+    AudioTokenizerConfig,
+    Config,
+    ImageTokenizerConfig,
+    QuantizerConfig,
+)
+
+BELONGS_TO = {
+    "transform": ("simvq",),
+    "train_base": ("simvq",),
+    "bias": ("simvq",),
+    "base_width": ("simvq",),
+    "groups": ("group_vq",),
+    "levels": ("fsq",),
+    "gradient": ("vq", "ema", "simvq", "cosine_vq", "group_vq", "mlp_vq"),
+    "codebook_weight": ("vq", "simvq", "cosine_vq", "group_vq", "mlp_vq", "ibq"),
+    "commitment_weight": (
+        *("vq", "ema", "simvq", "cosine_vq", "group_vq", "mlp_vq"),
+        *("lfq", "bsq", "ibq"),
+    ),
+    "entropy_weight": ("lfq", "bsq", "ibq"),
+    "decay": ("ema",),
+    "restart": ("vq", "ema", "cosine_vq"),
+}
+"""Kinds of quantizers that have the option; for others only its default is accepted."""
+FORMER_DEFAULTS = {"codebook_weight": 1.0, "commitment_weight": 0.25}
+"""What configs of older runs say where nothing was chosen."""
+WHY_NOT = {"restart": ", whose codes have no free rows: under a map or on a grid none moves alone"}
+"""Why an option means nothing to the others, where the name does not say."""
+OF_ONE_LENGTH = ("cosine_vq", "bsq")
+STARTS = {"data": ("simvq", "group_vq"), "kmeans": ("vq", "ema", "cosine_vq")}
+
+
+def quantizer_problems(q: QuantizerConfig) -> Iterator[str]:
+    """Options that mean nothing to the quantizer, or do not go together."""
+    for name, kinds in BELONGS_TO.items():
+        value, default = getattr(q, name), getattr(QuantizerConfig(), name)
+        if q.kind not in kinds and value not in (default, FORMER_DEFAULTS.get(name)):
+            yield (
+                f"quantizer.{name} {value} means nothing to quantizer.kind {q.kind!r}"
+                f"{WHY_NOT.get(name, '')}: drop it, or use kind {' or '.join(kinds)}"
+            )
+    if not q.restart < 1:
+        yield (
+            f"quantizer.restart {q.restart} is not below 1, the draws a step that a restarted code "
+            "is given: use less, such as 0.1"
+        )
+    if not q.decay < 1:
+        yield f"quantizer.decay {q.decay} is not below 1: use less, or the codes never move"
+    if q.init != "default" and q.kind not in STARTS[q.init]:
+        yield (
+            f"quantizer.init {q.init!r} does not go with quantizer.kind {q.kind!r}: "
+            f"drop it, or use kind {' or '.join(STARTS[q.init])}"
+        )
+    if q.kind == "fsq" and not q.levels:
+        yield (
+            "quantizer.levels () with quantizer.kind 'fsq': give values of each channel, such as "
+            "--quantizer.levels 8 8 8 --quantizer.width 3 --quantizer.codes 512"
+        )
+    if q.kind == "fsq" and (len(q.levels), prod(q.levels)) != (q.width, q.codes):
+        yield (
+            f"quantizer.levels {q.levels} need quantizer.width {len(q.levels)} and "
+            f"quantizer.codes {prod(q.levels)}, not {q.width} and {q.codes}"
+        )
+    if q.kind in ("lfq", "bsq") and q.codes != 2**q.width:
+        yield (
+            f"quantizer.codes {q.codes} must be 2^quantizer.width = {2**q.width} with "
+            f"quantizer.kind {q.kind!r}: a channel is a bit"
+        )
+    if q.residual_levels > 1 and q.kind in OF_ONE_LENGTH:
+        yield (
+            f"quantizer.residual_levels {q.residual_levels} with quantizer.kind {q.kind!r}, whose "
+            "codes are all of length 1 and refine nothing: use 1 level, or another kind"
+        )
+    if q.residual_levels > 1 and q.gradient == "diveq":
+        yield (
+            "quantizer.gradient 'diveq' knows no quantizer.residual_levels "
+            f"{q.residual_levels}: use 'straight_through' or 'rotation'"
+        )
+    if q.kind == "group_vq" and (q.groups is None or q.codes % q.groups):
+        yield (
+            f"quantizer.groups {q.groups} must divide quantizer.codes {q.codes} with "
+            "quantizer.kind 'group_vq': set it"
+        )
+
+
+OF_VQGAN = ("channel_multipliers", "attention")
+OF_JUDGED_IMAGES = (
+    *("adversarial_weighting", "adversarial_start", "generator_loss"),
+    *("discriminator_hidden", "discriminator_layers"),
+)
+"""Options of the image tokenizer that mean nothing without a discriminator."""
+
+
+def image_problems(config: Config) -> Iterator[str]:
+    """The same of the image tokenizer and its data."""
+    image, data, default = config.image_tokenizer, config.data, ImageTokenizerConfig()
+    if data.image_size % 2**image.downsamplings:
+        yield (
+            f"data.image_size {data.image_size} does not divide by "
+            f"2^{image.downsamplings}: lower image_tokenizer.downsamplings"
+        )
+    if data.shorter_side and data.shorter_side < data.image_size:
+        yield (
+            f"data.shorter_side {data.shorter_side} < data.image_size {data.image_size}: images "
+            "would be smaller than their crops: raise it, or use 0"
+        )
+    if data.held_out_source is not None and config.task != "image_tokenizer":
+        yield (
+            f"data.held_out_source {data.held_out_source!r} with task {config.task!r}: only "
+            "'image_tokenizer' has it: drop it"
+        )
+    for name in OF_VQGAN:
+        if image.architecture != "vqgan" and getattr(image, name) != getattr(default, name):
+            yield (
+                f"image_tokenizer.{name} {getattr(image, name)} means nothing to "
+                f"image_tokenizer.architecture {image.architecture!r}: drop it, or use 'vqgan'"
+            )
+    if image.architecture == "vqgan" and not image.residual_blocks:
+        yield (
+            "image_tokenizer.residual_blocks 0 with image_tokenizer.architecture 'vqgan': use at "
+            "least 1"
+        )
+    multipliers = image.channel_multipliers
+    if multipliers and (len(multipliers) != image.downsamplings + 1 or min(multipliers) < 1):
+        yield (
+            f"image_tokenizer.channel_multipliers {multipliers} with image_tokenizer.downsamplings "
+            f"{image.downsamplings}: give {image.downsamplings + 1}, each at least 1"
+        )
+    if image.lpips_file is not None and not image.lpips_weight:
+        yield (
+            f"image_tokenizer.lpips_file {image.lpips_file!r} means nothing with "
+            "image_tokenizer.lpips_weight 0: drop it, or use a weight such as 1"
+        )
+    if image.lpips_weight and data.image_size < 16:
+        yield (
+            f"image_tokenizer.lpips_weight {image.lpips_weight} with data.image_size "
+            f"{data.image_size}: LPIPS needs 16 pixels: raise it, or use weight 0"
+        )
+    yield from _judge_problems(config)
+
+
+def _judge_problems(config: Config) -> Iterator[str]:
+    image, default = config.image_tokenizer, ImageTokenizerConfig()
+    if not image.adversarial_weight:
+        for name in OF_JUDGED_IMAGES:
+            if getattr(image, name) != getattr(default, name):
+                yield (
+                    f"image_tokenizer.{name} {getattr(image, name)} means nothing with "
+                    "image_tokenizer.adversarial_weight 0: drop it, or use a weight such as 1"
+                )
+        return
+    if image.adversarial_start >= config.train.steps:
+        yield (
+            f"image_tokenizer.adversarial_start {image.adversarial_start} >= train.steps "
+            f"{config.train.steps}: the discriminator would never play: lower it"
+        )
+    if config.data.image_size >> image.discriminator_layers < 3:
+        yield (
+            f"image_tokenizer.discriminator_layers {image.discriminator_layers} with "
+            f"data.image_size {config.data.image_size}: nothing is left to judge: use fewer"
+        )
+
+
+OF_DISCRIMINATORS = (
+    *("feature_weight", "adversarial_start", "discriminator_hidden"),
+    *("discriminator_periods", "discriminator_windows", "discriminator_bands"),
+)
+"""Options of the audio tokenizer that mean nothing without discriminators."""
+
+
+def audio_problems(config: Config) -> Iterator[str]:
+    """The same of the audio tokenizer and its data."""
+    audio, data = config.audio_tokenizer, config.data
+    for name, least in (
+        *(("strides", 2), ("dilations", 1), ("loss_windows", 32)),
+        *(("discriminator_periods", 2), ("discriminator_windows", 32)),
+    ):
+        values = getattr(audio, name)
+        if not values or min(values) < least:
+            yield f"audio_tokenizer.{name} {values}: give one or more, each at least {least}"
+        elif name.endswith("windows") and any(value % 32 for value in values):
+            yield f"audio_tokenizer.{name} {values}: use multiples of 32"
+    if audio.mel_bands and len(audio.mel_bands) != len(audio.loss_windows):
+        yield (
+            f"audio_tokenizer.mel_bands {audio.mel_bands} with audio_tokenizer.loss_windows "
+            f"{audio.loss_windows}: give {len(audio.loss_windows)}, one for each, or none"
+        )
+    bins = min(audio.discriminator_windows, default=0) // 2 + 1
+    edges = [0, *(int(border * bins) for border in audio.discriminator_bands), bins]
+    if any(a >= b for a, b in pairwise(edges)):
+        yield (
+            f"audio_tokenizer.discriminator_bands {audio.discriminator_bands} leave a band without "
+            f"one of the {bins} frequencies of the smallest of audio_tokenizer."
+            "discriminator_windows: give fewer, in rising order"
+        )
+    if not audio.adversarial_weight:
+        for name in OF_DISCRIMINATORS:
+            value = getattr(audio, name)
+            if value != getattr(AudioTokenizerConfig(), name):
+                yield (
+                    f"audio_tokenizer.{name} {value} means nothing with "
+                    "audio_tokenizer.adversarial_weight 0: drop it, or use a weight such as 1"
+                )
+    elif audio.adversarial_start >= config.train.steps:
+        yield (
+            f"audio_tokenizer.adversarial_start {audio.adversarial_start} >= train.steps "
+            f"{config.train.steps}: the discriminators would never play: lower it"
+        )
+    if not data.audio_seconds * data.sample_rate >= 1:
+        yield (
+            f"data.audio_seconds {data.audio_seconds} at data.sample_rate {data.sample_rate} is "
+            "less than a sample: raise it"
+        )

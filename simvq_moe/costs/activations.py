@@ -1,0 +1,164 @@
+"""Bytes that a forward pass keeps for the backward pass, on one rank.
+
+For language models by a formula, tensor by tensor in the order of the model's code (the way of
+Korthikanti et al., arXiv:2205.05198, section 4, whose GPT differs from this model). Small tensors
+are left out, and what routers other than `topk` keep beside. Tokenizers are counted on samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from simvq_moe.config.schema import Config
+from simvq_moe.core.state import held_tensors
+from simvq_moe.models.audio_tokenizer import AudioTokenizer
+from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock
+from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.moe import MoE
+from simvq_moe.moe.experts import FeedForward
+
+FLOAT32, INT64 = 4, 8
+
+
+def activation_bytes(model: LanguageModel, tokens: int, size: int) -> int:
+    """Bytes kept for a micro-batch.
+
+    Args:
+        tokens: of the micro-batch.
+        size: bytes of a number in the precision of forward and backward.
+    """
+    blocks = [_of_block(block, size) for block in model.blocks if isinstance(block, Block)]
+    width = model.embedding.embedding_dim
+    # indices; the last norm; log-probabilities in float32, and targets
+    rest = INT64 + _of_norm(width, size) + FLOAT32 * model.embedding.num_embeddings + INT64
+    if model.activation_checkpointing:
+        # the input of every block, and all of the one that runs again
+        return tokens * (len(blocks) * width * size + max(blocks) + rest)
+    return tokens * (sum(blocks) + rest)
+
+
+def saved_bytes(model: nn.Module, batch: Tensor) -> tuple[int, Tensor]:
+    """Bytes of all storages that autograd keeps in `model(batch)` but the model's own, and its
+    loss."""
+    tensors = (*model.parameters(), *model.buffers(), *held_tensors(model))
+    own = {t.untyped_storage().data_ptr() for t in tensors}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = model(batch)
+    return sum(size for place, size in found.items() if place not in own), loss
+
+
+class SampleCost(NamedTuple):
+    """Costs of a tokenizer's batch: of itself, whatever its size, and of each sample."""
+
+    flops: tuple[float, float]
+    saved: tuple[float, float]
+    """Bytes in float32."""
+    tokens: int
+    """Tokens of a sample."""
+
+    def flops_per_token(self, samples: int) -> float:
+        """In a batch of so many samples."""
+        return (self.flops[0] / samples + self.flops[1]) / self.tokens
+
+    def saved_bytes(self, samples: int, size: int) -> int:
+        """Of a batch of so many samples, with so many bytes a number."""
+        return round((self.saved[0] + self.saved[1] * samples) * size / FLOAT32)
+
+
+def sample_cost(model: nn.Module, config: Config) -> SampleCost:
+    """Counted on one sample and on two, forward and backward, on a copy of the model.
+
+    What is computed once in a batch, such as the rows under a shared map, comes out as the cost of
+    the batch itself. On a GPU a search by our own kernel is not counted.
+    """
+    copied = copy.deepcopy(model).eval()
+    device = next(copied.parameters()).device
+    flops, saved = [], []
+    with torch.random.fork_rng(devices=[]):
+        one = torch.rand(_shape_of_a_sample(copied, config)).to(device) * 2 - 1
+    for samples in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            size, loss = saved_bytes(copied, one.expand(samples, *one.shape).contiguous())
+            loss.backward()
+        flops.append(float(counter.get_total_flops()))
+        saved.append(float(size))
+    return SampleCost(_line(*flops), _line(*saved), _tokens_of_a_sample(copied, config))
+
+
+def _line(one: float, two: float) -> tuple[float, float]:
+    return 2 * one - two, two - one
+
+
+def _shape_of_a_sample(model: nn.Module, config: Config) -> tuple[int, ...]:
+    if isinstance(model, AudioTokenizer):
+        return (round(config.data.audio_seconds * config.data.sample_rate),)
+    return 3, config.data.image_size, config.data.image_size
+
+
+def _tokens_of_a_sample(model: nn.Module, config: Config) -> int:
+    if isinstance(model, AudioTokenizer):
+        return ceil(_shape_of_a_sample(model, config)[0] / model.hop)
+    return (config.data.image_size // 2**config.image_tokenizer.downsamplings) ** 2
+
+
+def _of_block(block: Block, size: int) -> int:
+    """Bytes of a token."""
+    width, heads = block.attention.out.in_features, block.attention.heads
+    # q, k and v, of which v stays a view of all three; turned q and k; the result of the heads, of
+    # which the next product reads a view; logarithms of their sums
+    attention = 6 * width * size + FLOAT32 * heads
+    branches = attention + 2 * _of_norm(width, size)
+    if isinstance(block, DenseBlock):
+        return branches + _of_network(block.dense, size)
+    assert isinstance(block, MoEBlock)
+    if not isinstance(block.moe, MoE):  # DeepSpeed's own: about the rows that it pads
+        return branches + block.moe.top_k * 2 * width * size
+    return branches + _of_mixture(block.moe, size)
+
+
+def _of_norm(width: int, size: int) -> int:
+    """Input and normalized input in float32, its scale, and what the next product reads; a fused
+    kernel of a GPU keeps one of the first two."""
+    return FLOAT32 * (2 * width + 1) + width * size
+
+
+def _of_mixture(moe: MoE, size: int) -> int:
+    width, choices = moe.width, moe.top_k
+    # of a choice: sorted row, inside of the expert, output; gate; id, place and order
+    kept = choices * (2 * width + _inside(moe.experts.kind, moe.experts.hidden)) * size
+    kept += choices * (FLOAT32 + 3 * INT64)
+    # logits, their softmax and its logarithm, for the choice and the losses of balance
+    kept += FLOAT32 * (2 * moe.num_experts + 1)
+    if size != FLOAT32:
+        kept += FLOAT32 * width + size * choices  # the router's input, and gates in its precision
+    for bank in moe.experts.banks:
+        if bank.shared and bank.maps:
+            kept += width * size
+    if moe.shared_experts is not None:
+        # and their input, of which the router has a copy of its own
+        kept += _of_network(moe.shared_experts, size) + width * size
+    return kept
+
+
+def _of_network(network: FeedForward, size: int) -> int:
+    return _inside(network.kind, network.down.in_features) * size
+
+
+def _inside(kind: str, hidden: int) -> int:
+    """Numbers kept between the projections: before and after the activation; SwiGLU's gate, its
+    SiLU and the value are three, their product is the fourth."""
+    return 2 * hidden if kind == "gelu" else 4 * hidden

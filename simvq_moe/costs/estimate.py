@@ -1,0 +1,123 @@
+"""What a run would cost, without starting it: as text for people and as a dictionary for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from simvq_moe.config.loading import ConfigError, flatten
+from simvq_moe.config.schema import Config, on_one_rank
+from simvq_moe.costs.cluster import Cluster, predictions, table
+from simvq_moe.costs.flops import parameter_counts
+from simvq_moe.costs.rank import PerRank, Plan
+from simvq_moe.tasks.image_measures import lacks_lpips
+from simvq_moe.tasks.models import build_model
+
+TITLES = {
+    "same_global_batch": "the global batch of the config, on numbers of GPUs that it divides over",
+    "same_batch_per_gpu": "as many samples on each GPU as in the last line of that table",
+}
+
+
+def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, dict[str, Any]]:
+    """Costs of a rank of so many, and predictions for a cluster.
+
+    A language model is only described and not built, so any size can be asked for.
+
+    Raises:
+        ConfigError: a tokenizer, which is counted on samples, is too large for this machine.
+    """
+    counted = config
+    if lacks_lpips(config):
+        counted = replace(config, image_tokenizer=replace(config.image_tokenizer, lpips_weight=0.0))
+    with torch.device("meta"):  # where the weights of LPIPS can't be loaded
+        bare = replace(config.image_tokenizer, lpips_weight=0.0)
+        model = build_model(on_one_rank(replace(config, image_tokenizer=bare)))
+    if config.task != "language_model":
+        _check_countable(config, model)
+        model = build_model(on_one_rank(counted))
+    plan = Plan(model, config)
+    rank = plan.on(ranks, config.train.batch_size // ranks)
+    parameters = parameter_counts(model)
+    found: dict[str, Any] = {
+        "parameters": parameters,
+        "flops_per_token": round(rank.flops_per_token),
+        "per_rank": rank.as_dict(),
+    }
+    micro_batch = config.train.batch_size // (ranks * config.train.accumulation)
+    text = _describe(parameters, rank, micro_batch)
+    if counted != config:
+        text += "\n! without the costs of LPIPS, whose network is not here"
+    if cluster is not None:
+        scalings = predictions(plan, cluster)
+        found["predictions"] = {k: [p.as_dict() for p in rows] for k, rows in scalings.items()}
+        for name, rows in scalings.items():
+            text += f"\n\npredicted, {TITLES[name]}:\n{table(rows, cluster)}"
+        if any(
+            p.memory_bytes > cluster.memory_gb * 1e9 for rows in scalings.values() for p in rows
+        ):
+            text += f"\n! more than the {cluster.memory_gb:g} GB of a GPU"
+    return text, found
+
+
+def _check_countable(config: Config, model: nn.Module) -> None:
+    """Raise `ConfigError` where two samples of a tokenizer do not go through it on this machine.
+
+    Weights, gradients and a copy; and a rough count of what the convolutions give at full
+    resolution. Computed in integers, for sizes may be anything that fits into a config.
+    """
+    data, image, audio = config.data, config.image_tokenizer, config.audio_tokenizer
+    if config.task == "image_tokenizer":
+        depth = 2 * (image.residual_blocks + 2) * max(image.channel_multipliers, default=1)
+        values = data.image_size**2 * image.hidden * depth
+    else:
+        values = round(data.audio_seconds * data.sample_rate) * audio.hidden
+        values *= 4 * (len(audio.dilations) + 1)
+    weights = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    needed, free = 4 * (3 * weights + 2 * values), psutil.virtual_memory().available
+    if needed <= free:
+        return
+    flat, default = flatten(config), flatten(Config())
+    sizes = [
+        f"{key} {value}"
+        for key, value in flat.items()
+        if key.partition(".")[0] in ("data", "quantizer", config.task) and value != default[key]
+    ]
+    raise ConfigError(
+        f"{', '.join(sizes)}: counting its costs takes about {needed / 1e9:,.0f} GB, and "
+        f"{free / 1e9:,.0f} are free here: make it smaller"
+    )
+
+
+def _describe(parameters: dict[str, int], rank: PerRank, micro_batch: int) -> str:
+    sizes = {
+        "weights": rank.parameter_bytes,
+        "gradients": rank.gradient_bytes,
+        "optimizer": rank.optimizer_bytes,
+        "activations": rank.activation_bytes,
+    }
+    sent = {
+        "gradients and weights": rank.dense_bytes + rank.expert_bytes,
+        "all-to-all": rank.exchange_bytes,
+    }
+    return "\n".join(
+        [
+            f"{parameters['total']:,} parameters, {parameters['active']:,} of them for a token; "
+            f"{rank.flops_per_token:,.0f} FLOPs a token in micro-batches of {micro_batch}, "
+            f"{rank.tokens * rank.ranks:,} tokens a step",
+            f"each of {rank.ranks} rank{'' if rank.ranks == 1 else 's'} holds {_sizes(sizes)}",
+            f"each sends {_sizes(sent)} a step",
+        ]
+    )
+
+
+def _sizes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{_size(size)} {name}" for name, size in sizes.items())
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"

@@ -1,0 +1,170 @@
+"""What each rank of a run holds, computes and sends, by formula: for any number of ranks.
+
+Memory of states: ZeRO (Rajbhandari et al., arXiv:1910.02054, section 5): mixed precision keeps 12
+bytes a parameter for the optimizer, weights and two moments in float32, and so does DeepSpeed where
+all is float32, except at stage 0, which updates the weights themselves. Traffic: of a ring, the
+least there can be (Thakur, Rabenseifner and Gropp, 2005): a rank sends (n - 1) / n of a tensor to
+reduce it in parts or to gather it, twice that to do both. Beside that DeepSpeed 0.19 copies every
+gradient into its buckets and from there to the optimizer, as its code is read here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from simvq_moe.config.schema import Config
+from simvq_moe.costs.activations import SampleCost, activation_bytes, sample_cost
+from simvq_moe.costs.flops import expert_parameters, flops_per_token
+from simvq_moe.engine.build import parameter_groups
+from simvq_moe.engine.settings import BUCKET, zero_stage
+from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.moe import MoE
+
+ADAM_BYTES = 28
+"""Memory traffic of an update in float32: weight, gradient and two moments read, three written."""
+MOMENT_BYTES, MASTER_BYTES = 8, 4
+"""Of a parameter that a rank owns: Adam's moments, and the weights that ZeRO updates."""
+
+
+@dataclass(frozen=True)
+class PerRank:
+    """One rank among `ranks` in one optimizer step; bytes unless said otherwise."""
+
+    ranks: int
+    tokens: int
+    """Tokens of the step on this rank."""
+    flops_per_token: float
+    parameter_bytes: int
+    """Weights of forward and backward, and what is not learned."""
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    update_bytes: int
+    """Read and written by the optimizer step and the engine's copies of gradients and weights."""
+    dense_bytes: int
+    """Sent for gradients and weights of what all ranks share."""
+    expert_bytes: int
+    """Sent for those of experts, between ranks that hold the same ones."""
+    exchange_bytes: int
+    """Sent by all-to-all: tokens on their way to experts and back, and their gradients."""
+    reductions: int
+    """Collectives of the first two kinds, and small ones: norms of gradients, counts of
+    assignments, and the agreement of ranks to go on."""
+    exchanges: int
+    """All-to-alls."""
+
+    @property
+    def memory_bytes(self) -> int:
+        states = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+        return states + self.activation_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"memory_bytes": self.memory_bytes}
+
+
+class Plan:
+    """The costs of a config on any number of ranks.
+
+    Args:
+        model: the whole model, on any device; a language model's may be "meta".
+        config: its config.
+    """
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        self.model, self.config = model, config
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.experts = expert_parameters(model)
+        self.dense = learned - self.experts
+        self.frozen_bytes = sum(b.numel() * b.element_size() for b in model.buffers())
+        self.groups = len(parameter_groups(model, config.optimizer))
+        self.size = 4 if config.train.dtype == "fp32" else 2
+        self.sample: SampleCost | None = None
+        if not isinstance(model, LanguageModel):
+            self.sample = sample_cost(model, config)
+
+    def on(self, ranks: int, samples: int) -> PerRank:
+        """A rank's costs.
+
+        Args:
+            ranks: number of ranks; a multiple of moe.expert_parallel.
+            samples: of an optimizer step on one rank.
+        """
+        train, parallel = self.config.train, self.config.moe.expert_parallel
+        stage, size = zero_stage(self.config, ranks), self.size
+        local = self.dense + self.experts // parallel
+        owned = self.dense // ranks + self.experts // ranks
+        held = owned if stage else local
+        weights = (owned if stage == 3 else local) * size
+        gradients = local if stage < 2 else owned + min(local, BUCKET)
+        copies, calls = self._passes(stage)
+        per_sample, flops, saved = self._work(samples // train.accumulation)
+        return PerRank(
+            ranks=ranks,
+            tokens=samples * per_sample,
+            flops_per_token=flops,
+            parameter_bytes=weights + self.frozen_bytes,
+            gradient_bytes=gradients * size,
+            optimizer_bytes=held * (MOMENT_BYTES + MASTER_BYTES * (stage > 0)),
+            activation_bytes=saved,
+            update_bytes=self._updated(stage, ranks, local, held),
+            dense_bytes=round(copies * self.dense * size * (ranks - 1) / ranks),
+            expert_bytes=round(copies * self.experts / parallel * size * (1 - parallel / ranks)),
+            exchange_bytes=self._exchanged(samples * per_sample),
+            reductions=calls + self._small_calls(stage),
+            exchanges=0 if parallel == 1 else train.accumulation * self._mixtures() * 5,
+        )
+
+    def _passes(self, stage: int) -> tuple[int, int]:
+        """How often all weights go round a ring in a step, and the collectives of that.
+
+        Stages 1 and 2 are what DeepSpeed 0.19 does: it reduces whole gradients to every rank, where
+        the paper would send each part to its owner alone; 2 and 3 reduce every micro-batch.
+        """
+        train = self.config.train
+        buckets = -(-(self.dense + self.experts) // BUCKET)
+        often = train.accumulation if stage >= 2 else 1
+        if stage == 0:
+            return 2, buckets
+        if stage < 3:
+            return 2 * often + 1, buckets * often + self.groups
+        return 3 * often, (buckets + 2 * len(list(self.model.parameters()))) * often
+
+    def _small_calls(self, stage: int) -> int:
+        norms = self.groups if stage else 0
+        return 1 + norms + (self._mixtures() > 0) * self.config.train.accumulation
+
+    def _updated(self, stage: int, ranks: int, local: int, owned: int) -> int:
+        """Bytes that pass through memory, for parameters held here and those updated here."""
+        train, size = self.config.train, self.size
+        copies = train.accumulation if stage >= 2 else 1
+        clipped = 8 if train.clip else 0
+        # into a bucket, out of it in the order of their owners, and the mean over ranks
+        moved = copies * 6 * size * local if stage or ranks > 1 else 0
+        if stage:  # back, together, to the optimizer's gradient in float32, and its weights back
+            moved += (copies * 4 * size + 2 * (size + 4)) * owned
+        return moved + (4 + clipped + ADAM_BYTES) * owned
+
+    def _work(self, samples: int) -> tuple[int, float, int]:
+        """Tokens of a sample, FLOPs of a token and bytes kept, for a micro-batch."""
+        if self.sample is None:
+            assert isinstance(self.model, LanguageModel)
+            tokens = samples * self.config.data.context
+            flops = float(flops_per_token(self.model, tokens))
+            saved = activation_bytes(self.model, tokens, self.size)
+            return self.config.data.context, flops, saved
+        flops, saved = self.sample.flops_per_token(samples), self.sample.saved_bytes
+        return self.sample.tokens, flops, saved(samples, self.size)
+
+    def _mixtures(self) -> int:
+        return sum(isinstance(module, MoE) for module in self.model.modules())
+
+    def _exchanged(self, tokens: int) -> int:
+        """Rows there and back, and again for the gradients; what runs twice also sends twice."""
+        moe, train = self.config.moe, self.config.train
+        leaving = (moe.expert_parallel - 1) / moe.expert_parallel
+        ways = 6 if train.activation_checkpointing else 4
+        rows = tokens * moe.top_k * self._mixtures()
+        return round(ways * rows * leaving * self.config.language_model.width * self.size)

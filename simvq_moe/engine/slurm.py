@@ -1,0 +1,50 @@
+"""Ranks that `srun` started, told in the variables that torch.distributed reads.
+
+DeepSpeed's own SLURM launcher drops `--module` and sets no rank, so plain `srun python -m simvq_moe
+train ...` is the way. https://slurm.schedmd.com/srun.html names the variables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import MutableMapping
+
+from simvq_moe.config.loading import ConfigError
+
+FIRST_PORT, PORTS = 20_000, 10_000
+"""Ports of jobs: FIRST_PORT + job number modulo PORTS, so that jobs on one node differ."""
+
+
+def adopt_slurm(environ: MutableMapping[str, str]) -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in a step of several tasks.
+
+    What another launcher, or the user, has set stays.
+
+    Raises:
+        ConfigError: the step's nodes are not named, so that no rank knows where the first one is.
+    """
+    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
+    if "RANK" in environ or "SLURM_PROCID" not in environ or int(tasks) < 2:
+        return
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
+    if not nodes and "MASTER_ADDR" not in environ:
+        raise ConfigError(
+            f"SLURM_JOB_NODELIST is not set in a step of {tasks} tasks: export MASTER_ADDR, the "
+            "host of task 0"
+        )
+    environ["RANK"] = environ["SLURM_PROCID"]
+    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    environ["WORLD_SIZE"] = tasks
+    environ.setdefault("MASTER_ADDR", first_host(nodes))
+    job = int(environ.get("SLURM_JOB_ID", "0"))
+    environ.setdefault("MASTER_PORT", str(FIRST_PORT + job % PORTS))
+
+
+def first_host(nodes: str) -> str:
+    """The first host of SLURM's compressed list: "gpu[007-009,12],login" gives "gpu007"."""
+    prefix, bracket, rest = nodes.partition("[")
+    if not bracket or "," in prefix:
+        return nodes.split(",")[0]
+    number = re.split(r"[-,\]]", rest)[0]
+    # a suffix may follow the bracket: rack[1-2]-a
+    return prefix + number + rest.partition("]")[2].split(",")[0]

@@ -1,0 +1,66 @@
+"""Folders that a command fills: one that was left half filled is known as that, and the same
+command goes on with it.
+
+While it is filled a folder holds unfinished.json, which says what the files are made of; it is
+written first and removed last. Every other file appears whole, by `files.written_whole`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from simvq_moe.config.loading import ConfigError
+from simvq_moe.files.regular import read_json, sync_folder, write_atomically
+
+MARK = "unfinished.json"
+ASIDE = ".tmp-"
+"""Beginning of the names of files that are being written."""
+
+
+def check_free(out: Path) -> None:
+    """Raise `ConfigError` if the folder holds what no command has left unfinished."""
+    if not out.exists():
+        return
+    if not out.is_dir() or (_content(out) and not (out / MARK).is_file()):
+        raise ConfigError(f"--out {out} is not empty: give a new folder")
+
+
+@contextmanager
+def filling(out: Path, command: str, made_of: Mapping[str, Any]) -> Iterator[None]:
+    """Fill a new folder, or go on with one that the same command was filling.
+
+    Args:
+        command: its name.
+        made_of: whatever decides the bytes of the files: numbers, strings and lists of them.
+
+    Raises:
+        ConfigError: the folder holds something else, or was to be made of something else.
+    """
+    check_free(out)
+    wanted = {"command": command, **made_of}
+    if (out / MARK).is_file():
+        found = read_json(out / MARK, dict)
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                raise ConfigError(
+                    f"--out {out} was being filled by another command ({key} was "
+                    f"{found.get(key)!r} and is now {wanted.get(key)!r}): give a new folder, or "
+                    "remove it"
+                )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / MARK, json.dumps(wanted, indent=1) + "\n")
+    yield
+    for left_over in out.rglob(f"{ASIDE}*"):
+        left_over.unlink(missing_ok=True)
+    sync_folder(out)
+    # the last touch: whoever finds no mark finds all files
+    (out / MARK).unlink(missing_ok=True)
+
+
+def _content(folder: Path) -> list[Path]:
+    """What is in it, but for a file that a command was about to write first."""
+    return [path for path in folder.iterdir() if path.name != f"{ASIDE}{MARK}"]

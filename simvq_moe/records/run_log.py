@@ -1,0 +1,227 @@
+"""What a run leaves behind: metrics.jsonl (the source of truth), usage.npz, TensorBoard, meta.json.
+
+Only rank 0 writes. Going on from a checkpoint drops what was logged after it, so that an
+interrupted run leaves the same records as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+from simvq_moe.config.schema import Config
+from simvq_moe.files.regular import (
+    BrokenFileError,
+    Layout,
+    open_regular,
+    read_arrays,
+    read_json,
+    validate_json,
+    write_atomically,
+    written_whole,
+)
+from simvq_moe.records.dead_slots import DeadSlots
+from simvq_moe.records.tensorboard import TensorBoard
+from simvq_moe.records.usage_metrics import Layer
+
+logger = logging.getLogger(__name__)
+
+METRICS, USAGE = "metrics.jsonl", "usage.npz"
+USAGE_LAYOUT = {
+    "steps": Layout("i", 1),
+    "counts": Layout("i", 3),
+    "val_steps": Layout("i", 1),
+    "val_counts": Layout("i", 3),
+}
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """What is read of meta.json."""
+
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What is read of a line of metrics.jsonl."""
+
+    step: float
+
+
+class RunLog:
+    """The records of one run.
+
+    Args:
+        config: the run's; its folder exists.
+        layers: the counted layers.
+        step: the step that the run goes on from, 0 for a new one.
+    """
+
+    def __init__(self, config: Config, layers: Sequence[Layer], step: int) -> None:
+        self.run_dir = run_dir = config.run_dir
+        self.layers = layers
+        self.step, self.steps_to_do = step, config.train.steps
+        self.dead = DeadSlots(len(layers))
+        self.steps: dict[str, list[int]] = {"": [], "val_": []}
+        self.counts: dict[str, list[np.ndarray]] = {"": [], "val_": []}
+        self._go_on_from(step)
+        self.metrics = (run_dir / METRICS).open("a")
+        self.tensorboard = TensorBoard(
+            run_dir / "tensorboard", layers, step, config, _command(run_dir)
+        )
+
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        counts: Sequence[np.ndarray],
+        held_out_counts: Sequence[np.ndarray] | None,
+    ) -> None:
+        """One line of metrics.jsonl, then TensorBoard; counts are kept for usage.npz."""
+        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.metrics.flush()
+        self.step = step
+        self.dead.add(step, counts)
+        self._keep("", step, counts)
+        if held_out_counts is not None:
+            self._keep("val_", step, held_out_counts)
+        self.tensorboard.write(step, metrics, counts, held_out_counts, self.dead)
+
+    def write_samples(self, step: int, pixels: np.ndarray) -> None:
+        """samples/val_<step>.png and the same picture in TensorBoard; (height, width, 3) uint8."""
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"val_{step:06d}.png")
+        self.tensorboard.image("samples", pixels, step)
+
+    def write_sounds(self, step: int, sounds: Mapping[str, np.ndarray], sample_rate: int) -> None:
+        """samples/val_<step>/<number>_<name>.wav and the same in TensorBoard.
+
+        Args:
+            sounds: by name, each (samples, time) in [-1, 1].
+            sample_rate: Hz.
+        """
+        folder = self.run_dir / "samples" / f"val_{step:06d}"
+        folder.mkdir(exist_ok=True, parents=True)
+        for name, clips in sounds.items():
+            for i, clip in enumerate(clips):
+                soundfile.write(folder / f"{i}_{name}.wav", clip, sample_rate)
+                self.tensorboard.sound(f"samples/{i}_{name}", clip, step, sample_rate)
+
+    def write_text(self, step: int, text: str) -> None:
+        """samples/val_<step>.txt and the same text in TensorBoard."""
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        (folder / f"val_{step:06d}.txt").write_text(text)
+        # indented, so that Markdown leaves it as it is
+        self.tensorboard.text("samples", textwrap.indent(text, "    "), step)
+
+    def write_pictures(self, step: int, pictures: Mapping[str, np.ndarray], rows: str) -> None:
+        """Heat maps in TensorBoard, (height, width, 3) uint8 by name, and what their rows are."""
+        for name, pixels in pictures.items():
+            self.tensorboard.image(name, pixels, step)
+        if pictures:
+            self.tensorboard.text("val/moe/rows_of_pictures", rows, step)
+
+    def write_usage(self) -> None:
+        """usage.npz: int64 counts [log step, layer, slot], and of the held-out set; zero-padded."""
+        arrays = {}
+        for which in ("", "val_"):
+            arrays[f"{which}steps"] = np.array(self.steps[which], dtype=np.int64)
+            slots = max((layer.slots for layer in self.layers), default=0)
+            shape = (len(self.steps[which]), len(self.layers), slots)
+            arrays[f"{which}counts"] = np.array(self.counts[which], dtype=np.int64).reshape(shape)
+        with written_whole(self.run_dir / USAGE) as aside:
+            np.savez_compressed(aside, **arrays)
+        # what a checkpoint's run goes on from is as safe as the checkpoint
+        if not self.metrics.closed:
+            os.fsync(self.metrics.fileno())
+
+    def write_spectra(self, spectra: Mapping[str, np.ndarray]) -> None:
+        """spectra.npz: the maps' singular values at the last evaluation, by number of the bank."""
+        if spectra:
+            arrays: dict[str, Any] = dict(spectra)
+            with written_whole(self.run_dir / "spectra.npz") as aside:
+                np.savez(aside, **arrays)
+
+    def close(self) -> None:
+        self.write_usage()
+        self.metrics.close()
+        self.tensorboard.close(finished=self.step == self.steps_to_do)
+
+    def _keep(self, which: str, step: int, counts: Sequence[np.ndarray]) -> None:
+        slots = max((layer.slots for layer in self.layers), default=0)
+        rows = [np.pad(n, (0, slots - len(n))) for n in counts]
+        self.steps[which].append(step)
+        self.counts[which].append(np.array(rows, dtype=np.int64).reshape(len(rows), slots))
+
+    def _go_on_from(self, step: int) -> None:
+        """Drop records after `step`: they are written again, the same."""
+        path = self.run_dir / METRICS
+        if path.is_file():
+            with open_regular(path) as lines, written_whole(path) as aside, aside.open("wb") as new:
+                new.writelines(line.rstrip() + b"\n" for line in lines if _step_of(line) <= step)
+        if step and (self.run_dir / USAGE).is_file():
+            self._take_up_usage(step)
+
+    def _take_up_usage(self, step: int) -> None:
+        try:
+            saved = read_arrays(self.run_dir / USAGE, USAGE_LAYOUT)
+            for which in ("", "val_"):
+                self._check_shape(saved[f"{which}steps"], saved[f"{which}counts"])
+        except BrokenFileError as error:
+            logger.warning("%s: counts of steps up to %d are lost from it", error, step)
+            return
+        for which in ("", "val_"):
+            n = int((saved[f"{which}steps"] <= step).sum())
+            self.steps[which] = saved[f"{which}steps"][:n].tolist()
+            self.counts[which] = list(saved[f"{which}counts"][:n])
+        for at, counts in zip(self.steps[""], self.counts[""], strict=True):
+            rows = zip(self.layers, counts, strict=True)
+            self.dead.add(at, [row[: layer.slots] for layer, row in rows])
+
+    def _check_shape(self, steps: np.ndarray, counts: np.ndarray) -> None:
+        slots = max((layer.slots for layer in self.layers), default=0)
+        if counts.shape != (len(steps), len(self.layers), slots):
+            raise BrokenFileError(
+                self.run_dir / USAGE,
+                f"has counts of shape {counts.shape}, for {len(steps)} steps, {len(self.layers)} "
+                f"layers and {slots} slots",
+            )
+
+
+def _command(run_dir: Path) -> str:
+    """The command that started the run, from its meta.json."""
+    try:
+        return read_json(run_dir / "meta.json", _Meta).command
+    except BrokenFileError:
+        return ""
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; a torn line belongs to no step that is kept."""
+    try:
+        return validate_json(line, _Line, METRICS).step
+    except BrokenFileError:
+        return float("inf")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file whole."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole: a reader never sees half of it."""
+    write_atomically(path, text)

@@ -1,0 +1,3 @@
+"""What people look at: report, tables, figures, live table and dashboard; it computes no
+statistics.
+"""

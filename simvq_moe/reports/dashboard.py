@@ -1,0 +1,84 @@
+"""TensorBoard over a folder of runs, on this machine only.
+
+TensorBoard calls a run by the folder of its events. It is given folders with links to the files of
+events, so that runs are called as in the folder of runs, that it does not search checkpoints for
+events, and that it reads nothing which a run folder only links to.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tensorboard import default, program
+
+from simvq_moe.analysis.run_folders import PARTS
+from simvq_moe.errors import ConfigError
+from simvq_moe.files.regular import is_inside
+
+SAMPLES_KEPT = 200
+"""Steps of each heat map and histogram that the slider reaches; TensorBoard's own default is 10."""
+LAST_PORT = 65_535
+SECONDS_BETWEEN_LOOKS = 5
+"""For new runs, and TensorBoard's for new events."""
+
+
+def serve(runs_dir: Path, port: int) -> int:
+    """Serve until interrupted; 0 as port takes a free one.
+
+    Raises:
+        ConfigError: the folder does not exist, or the port is none, or taken.
+    """
+    if not 0 <= port <= LAST_PORT:
+        raise ConfigError(f"--port {port} is no port: use 1 to {LAST_PORT}, or 0 for a free one")
+    if not runs_dir.is_dir():
+        raise ConfigError(f"{runs_dir} does not exist: give the folder that holds the runs")
+    with tempfile.TemporaryDirectory(prefix="simvq_moe_dashboard_") as links:
+        link_runs(runs_dir, Path(links))
+        print(start(Path(links), port), file=sys.stderr)
+        print("Ctrl-C stops it", file=sys.stderr)
+        while True:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            link_runs(runs_dir, Path(links))
+
+
+def link_runs(runs_dir: Path, links: Path) -> None:
+    """Link the events of every run at or below runs_dir under the run's own name; drop the links
+    to files that are gone."""
+    for name, folders, _ in os.walk(runs_dir):
+        if "tensorboard" not in folders:
+            continue
+        folders[:] = [folder for folder in folders if folder not in PARTS]
+        inside = os.path.relpath(name, runs_dir)
+        own = links / (Path(name).resolve().name if inside == "." else inside)
+        for file in (Path(name) / "tensorboard").glob("*tfevents*"):
+            link = own / file.name
+            if file.is_file() and is_inside(file, Path(name)) and not link.is_symlink():
+                own.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
+    for name, _, files in os.walk(links):
+        for file in files:
+            if not (link := Path(name, file)).exists():
+                link.unlink()
+
+
+def start(folder: Path, port: int) -> str:
+    """Start the server in the background; its address."""
+    server = program.TensorBoard(plugins=default.get_plugins())
+    server.configure(
+        argv=[
+            "tensorboard",
+            *("--logdir", str(folder)),
+            *("--host", "127.0.0.1"),
+            *("--port", str(port)),
+            *("--reload_interval", str(SECONDS_BETWEEN_LOOKS)),
+            *("--samples_per_plugin", f"images={SAMPLES_KEPT},histograms={SAMPLES_KEPT}"),
+        ]
+    )
+    try:
+        return server.launch()
+    except program.TensorBoardServerException as error:
+        raise ConfigError(f"--port {port}: {error}; use --port 0 for a free one") from None

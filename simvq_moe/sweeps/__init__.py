@@ -1,0 +1,1 @@
+"""Arms times seeds: the plan, the grid of rates and the execution; no statistics."""

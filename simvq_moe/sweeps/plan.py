@@ -1,0 +1,304 @@
+"""The plan of a sweep: arms x paired seeds, and what has become of each run.
+
+What is done already is read from the folders of the runs, so that the same command always goes on
+from where it stopped. A failed run stays in the plan and in the report as failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from simvq_moe.config.conversion import shown
+from simvq_moe.config.loading import ConfigError, merge_files, suggestion, with_overrides
+from simvq_moe.config.schema import Config
+from simvq_moe.files.regular import BrokenFileError, read_json, written_whole
+from simvq_moe.sweeps.checks import check_spec
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """One arm: what it changes in the group's config."""
+
+    label: str
+    """Name in tables."""
+    control: bool = False
+    """Whether the arm is there to explain another arm's effect."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Overrides of the config, nested by section."""
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """Arms that answer one question."""
+
+    question: str
+    """The question, in a sentence."""
+    config: str
+    """The config that all arms share, relative to the sweep's file."""
+    baseline: str
+    """Arm that the others are compared with."""
+    outcomes: tuple[str, ...]
+    """Measures that every arm is compared on, named before anything runs."""
+    arms: dict[str, ArmSpec]
+    """Arms by name."""
+    primary: dict[str, str] = field(default_factory=dict)
+    """The arms that decide the question, each with its outcome: the tests of Holm's adjustment.
+    Empty: every outcome of every arm."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Overrides for every arm of the group."""
+    notes: str = ""
+    """What a reader must know, such as conventions that all arms share."""
+
+
+@dataclass(frozen=True)
+class RateGrid:
+    """Learning rates that each arm is tried with, on a seed of its own, before the paired seeds."""
+
+    seed: int
+    """Seed of these runs; none of the paired ones, so that no outcome has a say in its own rate."""
+    factors: tuple[float, ...]
+    """Factors on optimizer.lr."""
+    outcome: str = ""
+    """Measure that the best factor is best in; empty: the first outcome of each group."""
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """A sweep."""
+
+    name: str
+    """Folder under runs_dir."""
+    title: str
+    """Title of the report."""
+    groups: dict[str, GroupSpec]
+    """Groups by name."""
+    seeds: tuple[int, ...]
+    """Paired seeds: the same initial weights and data order in every arm."""
+    runs_dir: str = "runs"
+    """Folder of all runs."""
+    lr_grid: RateGrid | None = None
+    """Chooses each arm's learning rate first; None: every arm has its config's."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Overrides for every run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the plan."""
+
+    group: str
+    arm: str
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_dir
+
+    @property
+    def name(self) -> str:
+        """Its folder within the sweep's."""
+        return self.config.name.partition("/")[2]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every run of a sweep, in the order in which they are done."""
+
+    spec: SweepSpec
+    files: Sequence[Path]
+    runs: list[Run]
+    arms: tuple[str, ...] = ()
+    """The arms that the sweep was restricted to, as they were asked for; empty: all."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.spec.runs_dir) / self.spec.name
+
+
+def plan(files: Sequence[Path], arms: Sequence[str] = ()) -> Plan:
+    """The runs of a sweep file; later files are merged on top.
+
+    Seeds are outermost, so that an unfinished sweep has whole pairs.
+
+    Args:
+        files: the sweep's YAML files.
+        arms: only these arms and their baselines: names in any group, or group/arm. Empty: all.
+
+    Raises:
+        ConfigError: an unknown key, a baseline that is no arm, an arm that is in no group, or a
+            config that does not load.
+    """
+    spec = merge_files(SweepSpec, files)
+    origin = origin_of(files)
+    check_spec(spec, origin)
+    spec = _restricted(spec, arms)
+    configs = {
+        (name, arm): config
+        for name, group in spec.groups.items()
+        for arm, config in _configs(spec, name, group, files[0].parent, origin).items()
+    }
+    runs = [
+        run_of(spec, group, arm, seed, config)
+        for seed in spec.seeds
+        for (group, arm), config in configs.items()
+    ]
+    return Plan(spec, files, runs, tuple(arms))
+
+
+def origin_of(files: Sequence[Path]) -> str:
+    """The files of a sweep, as an error names them."""
+    return " + ".join(map(str, files))
+
+
+def _restricted(spec: SweepSpec, arms: Sequence[str]) -> SweepSpec:
+    """The sweep with these arms and their baselines alone, and without groups that have none."""
+    if not arms:
+        return spec
+    known = {
+        name for g, group in spec.groups.items() for a in group.arms for name in (a, f"{g}/{a}")
+    }
+    for arm in arms:
+        if arm not in known:
+            raise ConfigError(
+                f"--arms {arm!r} is in no group.{suggestion(arm, sorted(known))} They are "
+                f"{', '.join(sorted({a for group in spec.groups.values() for a in group.arms}))}"
+            )
+    groups = {}
+    for name, group in spec.groups.items():
+        named = [arm for arm in group.arms if arm in arms or f"{name}/{arm}" in arms]
+        if named:
+            kept = {a: one for a, one in group.arms.items() if a in (*named, group.baseline)}
+            primary = {a: outcome for a, outcome in group.primary.items() if a in kept}
+            groups[name] = replace(group, arms=kept, primary=primary)
+    return replace(spec, groups=groups)
+
+
+def _configs(
+    spec: SweepSpec, name: str, group: GroupSpec, folder: Path, origin: str
+) -> dict[str, Config]:
+    key = f"{origin}: groups.{name}"
+    try:
+        base = merge_files(Config, [folder / group.config])
+    except ConfigError as error:
+        raise ConfigError(f"{key}.config {shown(group.config)}: {error}") from None
+    for where, overrides in ((f"{origin}: set", spec.set), (f"{key}.set", group.set)):
+        base = with_overrides(base, overrides, where)
+    return {
+        arm: with_overrides(base, one.set, f"{key}.arms.{arm}.set")
+        for arm, one in group.arms.items()
+    }
+
+
+def run_of(
+    spec: SweepSpec, group: str, arm: str, seed: int, config: Config, folder: str = ""
+) -> Run:
+    """A run of an arm's config in its folder of the sweep's, group/arm/seed unless given."""
+    name = f"{spec.name}/{folder or f'{group}/{arm}/seed{seed}'}"
+    config = replace(config, name=name, runs_dir=spec.runs_dir, arm=arm, seed=seed)
+    return Run(group, arm, seed, config)
+
+
+def status(run: Run) -> str:
+    """finished, failed, interrupted, running or pending, from the run's own records."""
+    with suppress(BrokenFileError):  # torn by a power cut: not there
+        read_json(run.folder / "summary.json", dict)
+        return "finished"
+    return str(read_meta(run.folder).get("status", "pending"))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a run has written of itself; {}: nothing that is whole."""
+    try:
+        return read_json(folder / "meta.json", dict)
+    except BrokenFileError:
+        return {}
+
+
+def write_plan(
+    plan: Plan, options: Sequence[str] = (), rates: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """sweep.json: the groups, arms and runs, for the report.
+
+    Args:
+        options: what the command had beside the sweep's files and arms.
+        rates: learning rates that a grid has chosen, by group/arm.
+    """
+    arms = ("--arms", ",".join(plan.arms)) if plan.arms else ()
+    configs = [word for file in plan.files for word in ("--config", str(file))]
+    grid = plan.spec.lr_grid
+    content = {
+        "name": plan.spec.name,
+        "title": plan.spec.title,
+        "command": shlex.join(["simvq-moe", "sweep", *configs, *arms, *options]),
+        **({} if grid is None else {"lr_grid": asdict(grid)}),
+        "groups": [_group(plan, name, rates or {}) for name in plan.spec.groups],
+    }
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    replace_json(plan.folder / "sweep.json", content)
+
+
+def _group(plan: Plan, name: str, rates: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    group = plan.spec.groups[name]
+    arms = [
+        {
+            "name": arm,
+            "label": spec.label,
+            "control": spec.control,
+            "overrides": _dotted(spec.set),
+            **({"lr": dict(rates[f"{name}/{arm}"])} if f"{name}/{arm}" in rates else {}),
+            "runs": [
+                {
+                    "seed": run.seed,
+                    "dir": str(run.folder.relative_to(plan.folder)),
+                    "status": status(run),
+                }
+                for run in plan.runs
+                if run.group == name and run.arm == arm
+            ],
+        }
+        for arm, spec in group.arms.items()
+    ]
+    return {
+        "name": name,
+        "question": group.question,
+        "config": group.config,
+        "baseline": group.baseline,
+        "outcomes": list(group.outcomes),
+        "primary": dict(group.primary),
+        "notes": group.notes,
+        "arms": arms,
+    }
+
+
+def _dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if isinstance(value, dict):
+            flat |= _dotted(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def replace_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file whole; tasks of a job array may do so at the same time."""
+    with written_whole(path, apart=f"{socket.gethostname()}-{os.getpid()}-") as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def share(runs: Sequence[Run], index: int, count: int, *, whole_arms: bool) -> list[Run]:
+    """What task `index` of `count` does: every count-th run, or every run of every count-th arm."""
+    if not whole_arms:
+        return list(runs[index::count])
+    arms = list(dict.fromkeys((run.group, run.arm) for run in runs))
+    own = arms[index::count]
+    return [run for run in runs if (run.group, run.arm) in own]

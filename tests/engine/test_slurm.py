@@ -1,0 +1,56 @@
+"""Tasks of an srun step become ranks that find each other."""
+
+from __future__ import annotations
+
+import pytest
+
+from simvq_moe.config.loading import ConfigError
+from simvq_moe.engine.slurm import adopt_slurm, first_host
+
+STEP = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+NODES = {"SLURM_STEP_NODELIST": "gpu[007-008]", "SLURM_JOB_ID": "123456"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu007", "gpu007"),
+        ("gpu007,gpu009", "gpu007"),
+        ("gpu[007-009,12],login", "gpu007"),
+        ("gpu[3,5]", "gpu3"),
+        ("head,gpu[3,5]", "head"),
+        ("rack[1-2]-a,rack7-b", "rack1-a"),
+    ],
+)
+def test_the_first_host_of_a_compressed_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_a_step_of_several_tasks_sets_what_torch_reads() -> None:
+    environ = STEP | NODES
+    adopt_slurm(environ)
+    expected = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    assert environ.items() >= (expected | {"MASTER_ADDR": "gpu007", "MASTER_PORT": "23456"}).items()
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "gpu1"},  # inside salloc, without srun
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"},
+        STEP | NODES | {"RANK": "0", "WORLD_SIZE": "2"},  # torchrun inside of a step
+    ],
+)
+def test_what_is_no_step_of_several_tasks_is_left_alone(environ: dict[str, str]) -> None:
+    before = dict(environ)
+    adopt_slurm(environ)
+    assert environ == before
+
+
+def test_the_users_own_address_is_kept_and_a_missing_one_is_named() -> None:
+    environ = STEP | NODES | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    adopt_slurm(environ)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.1", "1234")
+    with pytest.raises(ConfigError, match="export MASTER_ADDR"):
+        adopt_slurm(dict(STEP))
