@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from simvq_moe.config.loading import ConfigError, with_overrides
 from simvq_moe.config.schema import Config
-from simvq_moe.engine.build import import_deepspeed
+from simvq_moe.engine.settings import import_deepspeed
 from simvq_moe.sweeps.execute import launcher
 from simvq_moe.tasks.build import EMBEDDED, check_source
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from simvq_moe.engine.build import World, start_distributed
+from simvq_moe.engine.world import World, start_distributed
 from tests.two_ranks import TwoRanks
 
 

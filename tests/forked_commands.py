@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from simvq_moe.cli import main
-from simvq_moe.engine.build import import_deepspeed
+from simvq_moe.engine.settings import import_deepspeed
 from simvq_moe.training import run
 
 assert run

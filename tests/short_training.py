@@ -9,7 +9,7 @@ from pathlib import Path
 from simvq_moe.config.checks import check
 from simvq_moe.config.loading import to_yaml, with_flags
 from simvq_moe.config.schema import Config, QuantizerConfig
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.tasks.codes import fit_to_codes
 from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from simvq_moe.cli import main
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from tests.launching import ROOT, environment
 
 SHORT = (

@@ -11,7 +11,7 @@ import pytest
 from simvq_moe.config.checks import check
 from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.inference.encode import encode_run
 from simvq_moe.sweeps.plan import Plan, plan
 from tests.launching import ROOT

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from simvq_moe.engine.build import start_distributed
+from simvq_moe.engine.world import start_distributed
 
 LONGEST_S = 300
 """Seconds after which a rank that has not answered hangs."""

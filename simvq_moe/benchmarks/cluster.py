@@ -30,9 +30,9 @@ from simvq_moe.config.loading import ConfigError, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.cluster import Cluster, Prediction, predict
 from simvq_moe.costs.rank import ADAM_BYTES, Plan
-from simvq_moe.engine.build import World
 from simvq_moe.engine.devices import device_peak
 from simvq_moe.engine.step_phases import PHASES
+from simvq_moe.engine.world import World
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.models import build_model
 

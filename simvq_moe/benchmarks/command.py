@@ -158,7 +158,7 @@ def _bench_moe(options: BenchMoEArgs) -> tuple[list[Any], str]:
 
 def _bench_train(options: BenchTrainArgs) -> tuple[list[Any], str]:
     from simvq_moe.benchmarks import train as benches
-    from simvq_moe.engine.build import start_distributed
+    from simvq_moe.engine.world import start_distributed
 
     numbers = {name: getattr(options, name) for name in ("steps", "rounds", "ranks")}
     check_range(**{name: (value, 1, COUNT) for name, value in numbers.items()})

@@ -218,7 +218,7 @@ def _like(layer: MoE, other: MoE) -> MoE:
 
 @torch.no_grad()
 def _deepspeed(layer: MoE, capacity_factor: float) -> nn.Module:
-    from simvq_moe.engine.build import import_deepspeed
+    from simvq_moe.engine.settings import import_deepspeed
 
     import_deepspeed()
     from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE

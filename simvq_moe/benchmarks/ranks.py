@@ -14,7 +14,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.engine.build import start_distributed
+from simvq_moe.engine.world import start_distributed
 from simvq_moe.sweeps.execute import free_port
 
 

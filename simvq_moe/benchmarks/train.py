@@ -39,7 +39,7 @@ from simvq_moe.config.schema import (
     TrainConfig,
 )
 from simvq_moe.data.streaming import TextStream
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.build import DataSet
 from simvq_moe.tasks.models import build_model

@@ -18,7 +18,7 @@ from torch import nn
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.activations import SampleCost, activation_bytes, sample_cost
 from simvq_moe.costs.flops import expert_parameters, flops_per_token
-from simvq_moe.engine.build import parameter_groups
+from simvq_moe.engine.optimizer import parameter_groups
 from simvq_moe.engine.settings import BUCKET, zero_stage
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from simvq_moe.core.state import held_tensors
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 
 T = TypeVar("T")
 

@@ -1,15 +1,23 @@
-"""AdamW of whoever has the faster kernel here: DeepSpeed on a GPU where its builds, else torch."""
+"""The optimizer: which parameters learn at which rate, its schedule, and whose AdamW steps.
+
+The kernel is the faster one here: DeepSpeed's on a GPU where it builds, else torch's.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from simvq_moe.config.schema import OptimizerConfig
+from simvq_moe.config.schema import Config, OptimizerConfig
+from simvq_moe.core.bank import Bank
+from simvq_moe.moe.routers.base import Router
 
 logger = logging.getLogger(__name__)
 
@@ -70,3 +78,54 @@ def offloads(settings: Mapping[str, Any]) -> bool:
     """Whether the optimizer's states lie elsewhere than the model."""
     offload = settings["zero_optimization"].get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
+
+
+def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Parameters by role: shared maps, routers, matrices, and vectors, which never decay."""
+    role = {id(p): "vector" if p.ndim < 2 else "matrix" for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, Router):
+            role |= {
+                id(p): "router_vector" if p.ndim < 2 else "router" for p in module.parameters()
+            }
+        if isinstance(rows := getattr(module, "router_rows", None), nn.Parameter):
+            role[id(rows)] = "router"  # of DeepSpeed's own layer
+        if isinstance(module, Bank):
+            role |= {id(p): "map" for p in module.maps}
+    settings = {
+        "matrix": (1.0, optimizer.weight_decay),
+        "vector": (1.0, 0.0),
+        "router": (optimizer.router_lr_multiplier, optimizer.weight_decay),
+        "router_vector": (optimizer.router_lr_multiplier, 0.0),
+        "map": (optimizer.map_lr_multiplier, 0.0),
+    }
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, (multiplier, decay) in settings.items():
+        members = [p for p in model.parameters() if role[id(p)] == name and p.requires_grad]
+        if not members:
+            continue
+        lr = optimizer.lr * multiplier
+        # one group where nothing differs, for every group costs its own collectives a step
+        group = groups.setdefault(
+            (lr, decay), {"name": name, "params": [], "lr": lr, "weight_decay": decay}
+        )
+        group["params"] += members
+    return list(groups.values())
+
+
+def learning_rate_factor(step: int, steps: int, optimizer: OptimizerConfig) -> float:
+    """Factor on the peak rate for the update after `step` updates: linear warm-up, then cosine."""
+    if step < optimizer.warmup_steps:
+        return (step + 1) / optimizer.warmup_steps
+    span = max(1, steps - 1 - optimizer.warmup_steps)
+    done = min(1.0, (step - optimizer.warmup_steps) / span)
+    floor = optimizer.final_lr_ratio
+    return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+def make_schedule(optimizer: Optimizer, config: Config) -> LambdaLR:
+    """The schedule of the config's learning rate over its steps."""
+    return LambdaLR(
+        optimizer,
+        lambda step: learning_rate_factor(step, config.train.steps, config.optimizer),
+    )

@@ -39,9 +39,9 @@ from simvq_moe.data.codes import (
     write_shard,
 )
 from simvq_moe.data.media.image_windows import ImageWindows, image_windows
-from simvq_moe.engine.build import World, launched_ranks, start_distributed
 from simvq_moe.engine.devices import this_device
 from simvq_moe.engine.slurm import adopt_slurm
+from simvq_moe.engine.world import World, launched_ranks, start_distributed
 from simvq_moe.files.unfinished import ASIDE
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer

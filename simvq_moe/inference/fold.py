@@ -19,8 +19,8 @@ from simvq_moe.config.schema import Config, MoEConfig, QuantizerConfig
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.data.tokenizer import encode_text, end_of_text, load_tokenizer
-from simvq_moe.engine.build import World
 from simvq_moe.engine.devices import this_device
+from simvq_moe.engine.world import World
 from simvq_moe.files.regular import read_bytes, write_atomically, written_whole
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.models.audio_tokenizer import AudioTokenizer

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.dynamics import BankDynamics, bank_steps
 from simvq_moe.core.usage import UsageCounter
-from simvq_moe.engine.build import World
 from simvq_moe.engine.sharding import gathered
+from simvq_moe.engine.world import World
 from simvq_moe.moe import MoE
 from simvq_moe.quantizers import GroupVQ
 

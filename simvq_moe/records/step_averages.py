@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simvq_moe.engine.build import World
 from simvq_moe.engine.step_phases import PHASES, Phases
+from simvq_moe.engine.world import World
 
 
 class Window:

@@ -31,7 +31,7 @@ from simvq_moe.config.schema import TrainConfig
 from simvq_moe.data.hashing import file_sha256
 from simvq_moe.files.regular import sync_folder, write_atomically, written_whole
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.engine.agreement import WriteFailed, together, writing
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from simvq_moe.config.schema import Config
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 
 PACKAGES = ("simvq-moe", "torch", "deepspeed", "tokenizers", "datasets", "numpy")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simvq_moe.core.usage import UsageCounter, counting
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.records.usage_metrics import layers_of, usage_metrics
 from simvq_moe.tasks.build import Task
 

@@ -38,10 +38,11 @@ from simvq_moe.engine.agreement import (
     together,
     writing,
 )
-from simvq_moe.engine.build import World, make_engine
+from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.devices import device_peak
 from simvq_moe.engine.sharding import ready
 from simvq_moe.engine.step_phases import Phase, Phases, profiled
+from simvq_moe.engine.world import World
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.records.bank_metrics import Banks

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from simvq_moe.config.schema import TrainConfig
 from simvq_moe.data.codes import CodeSequences
 from simvq_moe.data.tokens import TokenWindows
-from simvq_moe.engine.build import World
 from simvq_moe.engine.sharding import gathered
+from simvq_moe.engine.world import World
 from simvq_moe.files.regular import BrokenFileError, Layout, read_arrays, written_whole
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE

@@ -32,15 +32,9 @@ from simvq_moe.engine.agreement import (
     is_lost_rank,
     writing,
 )
-from simvq_moe.engine.build import (
-    World,
-    import_deepspeed,
-    launched_rank,
-    launched_ranks,
-    start_distributed,
-)
-from simvq_moe.engine.settings import check_device, engine_settings
+from simvq_moe.engine.settings import check_device, engine_settings, import_deepspeed
 from simvq_moe.engine.slurm import adopt_slurm
+from simvq_moe.engine.world import World, launched_rank, launched_ranks, start_distributed
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError, read_json, write_atomically
 from simvq_moe.records.run_log import write_json

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from simvq_moe.engine.agreement import writing
-from simvq_moe.engine.build import World
 from simvq_moe.engine.step_phases import Phase
+from simvq_moe.engine.world import World
 from simvq_moe.files.regular import BrokenFileError, read_json
 from simvq_moe.records.run_log import write_json
 

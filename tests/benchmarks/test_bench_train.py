@@ -20,7 +20,7 @@ from simvq_moe.benchmarks.train import (
 )
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config, DataConfig
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.tasks.models import build_model
 from tests.launching import ROOT
 

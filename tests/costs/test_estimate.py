@@ -18,8 +18,9 @@ from simvq_moe.config.schema import Config
 from simvq_moe.costs.activations import activation_bytes, sample_cost, saved_bytes
 from simvq_moe.costs.cluster import Cluster, gpu_counts, predict, predictions, read_cluster
 from simvq_moe.costs.rank import PerRank, Plan
-from simvq_moe.engine.build import World, make_engine
+from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.step_phases import exchanged
+from simvq_moe.engine.world import World
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.models import build_model
 from simvq_moe.training.loop import Trainer

@@ -17,7 +17,7 @@ from simvq_moe.cli import main
 from simvq_moe.config.loading import ConfigError, merge_files, to_yaml, with_flags
 from simvq_moe.config.schema import Config
 from simvq_moe.data.codes import MANIFEST, open_codes, read_manifest
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.inference.decode import Decoder
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from simvq_moe.cli import main
 from simvq_moe.config.loading import merge_files, with_flags
 from simvq_moe.config.schema import Config
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.tasks.models import build_model
 from tests.short_training import train_two_steps
 

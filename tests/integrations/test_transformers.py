@@ -32,7 +32,7 @@ from transformers import (
 from simvq_moe import MoE, usage
 from simvq_moe.core.step_state import after_step
 from simvq_moe.core.usage import counters, counting
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.integrations.transformers import (
     WEIGHTS,
     AfterStep,

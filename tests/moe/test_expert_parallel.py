@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from simvq_moe import MoE
 from simvq_moe.core.bank import Bank
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
 from tests.two_ranks import TwoRanks
 

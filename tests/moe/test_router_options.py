@@ -13,7 +13,8 @@ from simvq_moe.config.checks import check
 from simvq_moe.config.checks_moe import with_gates
 from simvq_moe.config.loading import ConfigError, with_flags
 from simvq_moe.config.schema import Config
-from simvq_moe.engine.build import World, parameter_groups
+from simvq_moe.engine.optimizer import parameter_groups
+from simvq_moe.engine.world import World
 from simvq_moe.inference.fold import fold_weights, without_maps
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE

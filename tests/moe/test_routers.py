@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simvq_moe import MoE
 from simvq_moe.core.whitening import Whitening
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.moe.balance import load_balance_loss, z_loss
 from simvq_moe.moe.routers.base import NOBODY, NoisyTopKRouter, Router, Routing, TopKRouter
 from simvq_moe.moe.routers.build import RouterKind, start_from_data

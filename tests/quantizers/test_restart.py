@@ -13,7 +13,8 @@ from simvq_moe import EMAVQ, VQ
 from simvq_moe.config.checks import check
 from simvq_moe.config.loading import ConfigError, with_flags
 from simvq_moe.config.schema import Config
-from simvq_moe.engine.build import World, make_engine
+from simvq_moe.engine.build import make_engine
+from simvq_moe.engine.world import World
 from simvq_moe.quantizers import CosineVQ, Quantizer
 
 CODES, WIDTH = 64, 4

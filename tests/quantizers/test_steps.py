@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, VQ, ResidualQuantizer
 from simvq_moe.core.step_state import after_step, drop_step, follow_steps
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.quantizers import AnyQuantizer, CosineVQ
 from tests.two_ranks import TwoRanks
 

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from simvq_moe.config.schema import Config
 from simvq_moe.config.loading import ConfigError, to_yaml, with_flags
 from simvq_moe.runs import checkpoint
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.run import check_launch
 from tests.two_ranks import TwoRanks

@@ -25,7 +25,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.config.loading import ConfigError, merge_files, to_yaml
 from simvq_moe.runs import folder as folders
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.runs.folder import LOCK, NOISE, check_same_run, check_shared, claimed
 from simvq_moe.training.loop import Trainer
 from simvq_moe.runs.provenance import commit

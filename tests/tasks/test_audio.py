@@ -22,7 +22,7 @@ from simvq_moe.config.schema import (
     TrainConfig,
 )
 from simvq_moe.data.audio import AudioClips, audio_clips, resample
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.inference.fold import without_maps
 from simvq_moe.models.audio_spectra import MelDistance
 from simvq_moe.models.audio_tokenizer import AudioTokenizer

@@ -24,7 +24,7 @@ from simvq_moe.config.schema import (
     QuantizerConfig,
     TrainConfig,
 )
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.models.image_losses import LPIPS
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.tasks.build import build_task

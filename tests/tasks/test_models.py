@@ -14,7 +14,7 @@ from simvq_moe import EMAVQ, FSQ, LFQ, VQ, SimVQ
 from simvq_moe.config.checks import check
 from simvq_moe.config.loading import ConfigError, with_flags
 from simvq_moe.config.schema import Config, QuantizerConfig
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.quantizers import BSQ, IBQ, MLPVQ, CosineVQ, GroupVQ, Quantizer
 from simvq_moe.tasks.models import build_model, build_quantizer

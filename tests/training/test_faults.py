@@ -23,7 +23,8 @@ from simvq_moe.config.loading import ConfigError, with_flags
 from simvq_moe.config.schema import Config
 from simvq_moe.data.order import StepBatches
 from simvq_moe.engine.agreement import TrainingFailed
-from simvq_moe.engine.build import World, learning_rate_factor
+from simvq_moe.engine.optimizer import learning_rate_factor
+from simvq_moe.engine.world import World
 from simvq_moe.runs import checkpoint
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.watchdog import Place, find_hang, read_places

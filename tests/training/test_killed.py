@@ -12,7 +12,7 @@ from PIL import Image
 from simvq_moe.cli import main
 from simvq_moe.config.loading import ConfigError, with_flags
 from simvq_moe.config.schema import Config
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.files.unfinished import MARK, check_free, filling
 from tests.killing import killed_at
 from tests.short_training import train_two_steps

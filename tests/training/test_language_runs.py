@@ -16,7 +16,7 @@ from simvq_moe.cli import main
 from simvq_moe.config.checks import check
 from simvq_moe.config.loading import ConfigError, with_flags
 from simvq_moe.config.schema import Config
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.tasks.build import build_task
 from tests.launching import ROOT, metrics, run
 from tests.short_training import train_flags, train_two_steps

@@ -19,7 +19,7 @@ from simvq_moe.config.schema import Config, DataConfig, LanguageModelConfig, MoE
 from simvq_moe.core.usage import counters
 from simvq_moe.data.domains import Domains
 from simvq_moe.data.tokens import TokenWindows
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.moe import MoE
 from simvq_moe.moe.routers.base import Routing
 from simvq_moe.moe.routing_measures import (

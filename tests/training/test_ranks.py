@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from simvq_moe.cli import main
 from simvq_moe.engine.agreement import TrainingFailed
-from simvq_moe.engine.build import World
+from simvq_moe.engine.world import World
 from simvq_moe.runs import checkpoint
 from tests.launching import ROOT, metrics, run
 from tests.short_training import train_flags

@@ -1,4 +1,4 @@
-"""Optimizer groups, schedule and threads."""
+"""Optimizer groups and schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from simvq_moe.config.loading import with_flags
 from simvq_moe.config.schema import Config, OptimizerConfig
-from simvq_moe.engine.build import World, learning_rate_factor, parameter_groups, share_cores
+from simvq_moe.engine.optimizer import learning_rate_factor, parameter_groups
+from simvq_moe.engine.world import World
 from simvq_moe.tasks.models import build_model
 
 MAPPED = (
@@ -59,26 +60,3 @@ def test_the_rate_warms_up_linearly_and_falls_along_a_cosine_to_its_floor() -> N
     assert factors[110] == pytest.approx(0.1)
     constant = OptimizerConfig(warmup_steps=0, final_lr_ratio=1.0)
     assert {learning_rate_factor(step, 5, constant) for step in range(5)} == {1.0}
-
-
-@pytest.mark.parametrize(
-    ("variables", "threads"),
-    [
-        ({}, 6),
-        ({"LOCAL_SIZE": "1"}, 6),
-        ({"LOCAL_SIZE": "2"}, 3),
-        ({"LOCAL_WORLD_SIZE": "4"}, 1),
-        ({"LOCAL_WORLD_SIZE": "8"}, 1),
-        ({"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "6"}, 6),
-    ],
-)
-def test_ranks_share_the_cores_of_a_machine_unless_told(
-    variables: dict[str, str], threads: int
-) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(6)
-        share_cores(variables)
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
