@@ -15,9 +15,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from simvq_moe.config.loading import ConfigError, with_overrides
+from simvq_moe.config.loading import with_overrides
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.settings import import_deepspeed
+from simvq_moe.errors import ConfigError
 from simvq_moe.sweeps.execute import launcher
 from simvq_moe.tasks.build import EMBEDDED, check_source
 

@@ -40,18 +40,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 """What a room may know beside itself; what is not named here stands on top and may know all."""
 EXCEPTIONS = {
     ("analysis", "simvq_moe.core.usage"),
-    ("reports", "simvq_moe.core.usage"),
-    ("reports", "simvq_moe.moe.routing_measures"),
+    ("analysis", "simvq_moe.moe.routing_measures"),
 }
 """Run folders are read with the same measures that wrote them."""
 TO_GO = {
-    ("analysis", "simvq_moe.reports.curves"),
-    ("analysis", "simvq_moe.reports.routings"),
-    ("analysis", "simvq_moe.reports.spectra"),
     ("config", "simvq_moe.data.codes"),
     ("config", "simvq_moe.moe.routers.base"),
     ("config", "simvq_moe.moe.routers.build"),
-    ("files", "simvq_moe.config.loading"),
     ("runs", "simvq_moe.tasks.models"),
     ("tasks", "simvq_moe.inference.decode"),
 }

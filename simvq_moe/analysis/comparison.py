@@ -17,6 +17,7 @@ from typing import Any
 
 from simvq_moe.analysis import stats
 from simvq_moe.analysis.arms import UNCOMPARED_KEYS, Arm, Group, Run
+from simvq_moe.analysis.curves import curves_of, loads_of, profiles_of
 from simvq_moe.analysis.outcomes import held_out_tokens, value
 from simvq_moe.analysis.predictions import check_all
 from simvq_moe.analysis.results import (
@@ -28,13 +29,12 @@ from simvq_moe.analysis.results import (
     Results,
     RunResult,
 )
+from simvq_moe.analysis.routings import routings_of
+from simvq_moe.analysis.spectra import spectra_of
 from simvq_moe.analysis.verdict import negative, secondary, verdict
 from simvq_moe.core.usage import null_usage
 from simvq_moe.files.regular import printable
 from simvq_moe.records.catalogue import PAIRED_MEASURES, ROUTER_MEASURES, USAGE_MEASURES, measure
-from simvq_moe.reports.curves import curves_of, loads_of, profiles_of
-from simvq_moe.reports.routings import routings_of
-from simvq_moe.reports.spectra import spectra_of
 from simvq_moe.runs.files import MOST_DRAWS
 
 COST_METRICS = (

@@ -32,9 +32,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from simvq_moe.analysis import stats
-from simvq_moe.reports.curves import Curve, Loads, Profile
-from simvq_moe.reports.routings import RoutingOf
-from simvq_moe.reports.spectra import Spectrum
+from simvq_moe.analysis.curves import Curve, Loads, Profile
+from simvq_moe.analysis.routings import RoutingOf
+from simvq_moe.analysis.spectra import Spectrum
 
 PREFIX = {"codes": "val/codes/", "experts": "val/moe/mean/"}
 """Where the usage measures of a kind of slot are logged; experts: the mean over layers."""

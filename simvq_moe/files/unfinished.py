@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from simvq_moe.config.loading import ConfigError
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import read_json, sync_folder, write_atomically
 
 MARK = "unfinished.json"

@@ -23,10 +23,10 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from simvq_moe.analysis.curves import Curve, Loads, Profile
+from simvq_moe.analysis.routings import RoutingOf
+from simvq_moe.analysis.spectra import Spectrum
 from simvq_moe.records.catalogue import label, measure
-from simvq_moe.reports.curves import Curve, Loads, Profile
-from simvq_moe.reports.routings import RoutingOf
-from simvq_moe.reports.spectra import Spectrum
 
 INK = "#010203"
 ARM_COLOURS = (

@@ -15,12 +15,12 @@ import jinja2
 from markupsafe import Markup
 
 from simvq_moe.analysis.comparison import compute
+from simvq_moe.analysis.curves import Curve
 from simvq_moe.analysis.results import GroupResult, Results
 from simvq_moe.analysis.run_folders import Group, find
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.reports import plots, tables
-from simvq_moe.reports.curves import Curve
 from simvq_moe.reports.plots import ArmStyle
 from simvq_moe.reports.samples import Sample, sample_of
 

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import psutil
 
-from simvq_moe.config.loading import ConfigError, to_yaml
+from simvq_moe.config.loading import to_yaml
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.records.progress import duration
 from simvq_moe.sweeps import rate_grid
