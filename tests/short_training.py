@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from simvq_moe.config.checks import check
 from simvq_moe.config.loading import to_yaml, with_flags
 from simvq_moe.config.schema import Config, QuantizerConfig
 from simvq_moe.engine.world import World
+from simvq_moe.records.catalogue import find
 from simvq_moe.tasks.codes import fit_to_codes
 from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT
@@ -25,7 +27,15 @@ def train_flags(world: World, folder: Path, *flags: str) -> Path:
         trainer.run()
     if world.is_main:
         (config.run_dir / "config.yaml").write_text(to_yaml(config))
+        assert_described(config.run_dir)
     return config.run_dir
+
+
+def assert_described(run_dir: Path) -> None:
+    """Whatever the run has logged is in the catalogue of metrics."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    unknown = {name for line in lines for name in json.loads(line) if find(name) is None}
+    assert not unknown, f"describe in simvq_moe/records: {sorted(unknown)}"
 
 
 def in_small(config: Config) -> Config:
@@ -93,4 +103,6 @@ def train_two_steps(
     trainer = Trainer(config, world, lambda: False)
     summary = trainer.run()
     trainer.close()
+    if world.is_main:
+        assert_described(config.run_dir)
     return summary

@@ -13,6 +13,7 @@ MODELS = {"core", "quantizers", "moe", "models"}
 RUNS = {"config", "engine", "runs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "text_table": set(),
     "files": {"errors"},
     "core": set(),
     "hub": {"files"},
@@ -24,16 +25,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": {"core"},
     "engine": {"errors", "files", "config", *MODELS},
     "runs": {"errors", "files", "config", "engine", "data", *MODELS},
-    "records": {"files", *RUNS, *MODELS},
+    "records": {"files", "text_table", *RUNS, *MODELS},
     "tasks": {"errors", "files", "data", "records", *RUNS, *MODELS},
-    "costs": {"config", "engine", "tasks", *MODELS},
+    "costs": {"text_table", "config", "engine", "tasks", *MODELS},
     "training": {"errors", "files", "data", "records", "tasks", "costs", *RUNS, *MODELS},
     "inference": {"errors", "files", "data", "records", "tasks", "training", *RUNS, *MODELS},
     "sweeps": {"errors", "files", "config", "records"},
     "analysis": {"errors", "files", "records", "runs"},
-    "reports": {"errors", "files", "records", "runs", "analysis"},
+    "reports": {"errors", "files", "text_table", "records", "runs", "analysis"},
     "benchmarks": {
-        *("data", "records", "tasks", "costs", "training", "sweeps"),
+        *("text_table", "data", "records", "tasks", "costs", "training", "sweeps"),
         *(*RUNS, *MODELS),
     },
 }

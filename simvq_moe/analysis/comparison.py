@@ -21,7 +21,6 @@ from simvq_moe.analysis.curves import curves_of, loads_of, profiles_of
 from simvq_moe.analysis.outcomes import held_out_tokens, value
 from simvq_moe.analysis.predictions import check_all
 from simvq_moe.analysis.results import (
-    PREFIX,
     ArmResult,
     GroupResult,
     Null,
@@ -34,18 +33,15 @@ from simvq_moe.analysis.spectra import spectra_of
 from simvq_moe.analysis.verdict import negative, secondary, verdict
 from simvq_moe.core.usage import null_usage
 from simvq_moe.files.regular import printable
-from simvq_moe.records.catalogue import PAIRED_MEASURES, ROUTER_MEASURES, USAGE_MEASURES, measure
-from simvq_moe.runs.files import MOST_DRAWS
-
-COST_METRICS = (
-    "time/train_s",
-    "time/wall_s",
-    "speed/tokens_per_s",
-    "parameters/total",
-    "parameters/trainable",
-    "memory/peak_mib",
+from simvq_moe.records.catalogue import (
+    HELD_OUT,
+    compared_leaves,
+    metric,
+    names,
+    router_leaves,
+    usage_leaves,
 )
-
+from simvq_moe.runs.files import MOST_DRAWS
 
 MOST_NULL_SLOTS = 2**22
 """Of more, even chance takes minutes to draw."""
@@ -78,12 +74,13 @@ def group_result(group: Group) -> GroupResult:
     """The numbers of one comparison."""
     kind = _kind(group)
     seeds = sorted({run.seed for arm in group.arms for run in arm.runs})
-    usage_metrics = [PREFIX[kind] + name for name in USAGE_MEASURES] if kind else []
-    router_metrics = [PREFIX[kind] + name for name in ROUTER_MEASURES] if kind == "experts" else []
+    leaves = usage_leaves("table") if kind else []
+    leaves += router_leaves("routers") if kind == "experts" else []
+    measured = [HELD_OUT[kind or "codes"] + leaf for leaf in leaves]
     outcomes = [*group.outcomes, *group.primary.values()]
-    metrics = list(dict.fromkeys([*outcomes, *usage_metrics, *router_metrics, *COST_METRICS]))
+    metrics = list(dict.fromkeys([*outcomes, *measured, *names("costs")]))
     arms = [_arm_result(group, arm, seeds, metrics) for arm in group.arms]
-    extra = [PREFIX[kind] + name for name in PAIRED_MEASURES] if kind else []
+    extra = [HELD_OUT[kind] + name for name in compared_leaves()] if kind else []
     paired = _pair(group, arms, seeds, extra)
     left_out = [line for arm in group.arms for run in arm.runs for line in run.left_out]
     return GroupResult(
@@ -117,7 +114,7 @@ def group_result(group: Group) -> GroupResult:
 
 def _kind(group: Group) -> str | None:
     kinds = (layer["kind"] for arm in group.arms for run in arm.runs for layer in run.layers)
-    return next((kind for kind in kinds if kind in PREFIX), None)
+    return next((kind for kind in kinds if kind in HELD_OUT), None)
 
 
 def _arm_result(group: Group, arm: Arm, seeds: Sequence[int], metrics: Sequence[str]) -> ArmResult:
@@ -174,7 +171,7 @@ def _compare(
         None if a is None or b is None else a - b
         for a, b in zip(arm.values[name], baseline.values[name], strict=True)
     ]
-    margin = measure(name).margin
+    margin = metric(name).margin
     found = stats.compare([d for d in differences if d is not None], margin)
     level, _ = stats.mean_sd(
         [
@@ -215,19 +212,19 @@ def _nulls(group: Group, kind: str | None) -> list[Null]:
                 key = (int(layer["slots"]), int(layer["top_k"]), tokens)
                 arms.setdefault(key, [])
                 arms[key] += [] if arm.name in arms[key] else [arm.name]
-    nulls = []
-    for (slots, top_k, tokens), names in arms.items():
+    nulls, start = [], HELD_OUT[kind or "codes"]
+    for (slots, top_k, tokens), arm_names in arms.items():
         draws = tokens * top_k
         expected = null_usage(slots, draws).as_dict()
         nulls.append(
             Null(
-                arms=names,
+                arms=arm_names,
                 slots=slots,
                 top_k=top_k,
                 tokens=tokens,
                 draws=draws,
                 ceiling=1 - math.exp(-draws / slots),
-                values={PREFIX[kind or "codes"] + name: expected[name] for name in USAGE_MEASURES},
+                values={start + leaf: expected[leaf] for leaf in usage_leaves("table")},
             )
         )
     return nulls

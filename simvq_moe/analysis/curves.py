@@ -14,15 +14,11 @@ import numpy as np
 
 from simvq_moe.analysis.arms import Arm, Group, Run
 from simvq_moe.core.usage import usage
-from simvq_moe.records.catalogue import PAIRED_MEASURES
+from simvq_moe.records.catalogue import HELD_OUT, charted, compared_leaves, names
 
 POINTS = 160
 """Most points of a line: more than the pixels of a small figure tell apart."""
-MAP_MEASURES = ("effective_rank", "stable_rank", "condition", "identity_distance")
-MOVEMENT_MEASURES = ("indirect_movement", "staleness")
 NULL_SAMPLES = 16
-HELD_OUT = {"codes": "val/codes/", "experts": "val/moe/mean/"}
-TRAINING = {"codes": "codes/", "experts": "moe/mean/"}
 
 Series = tuple[np.ndarray, np.ndarray]
 
@@ -76,21 +72,22 @@ def curves_of(group: Group, kind: str | None) -> list[Curve]:
     for name in dict.fromkeys([n for n in group.outcomes if n.count("/") == 1]):
         curves += _curves(group, name, _logged(name))
     if kind:
-        for leaf in PAIRED_MEASURES:
-            held_out, training = HELD_OUT[kind] + leaf, TRAINING[kind] + leaf
+        for leaf in compared_leaves():
+            held_out = HELD_OUT[kind] + leaf
+            training = held_out.removeprefix("val/")
             # a single evaluation draws no curve; then the windows of training do
             several = any(len(r.series(held_out)[0]) > 1 for a in group.arms for r in a.runs)
             name = held_out if several else training
             curves += _curves(group, name, _logged(name))
-    for name in ("val/codes/effective_rank", "train/loss"):
+    for name in names("curve"):
         curves += _curves(group, name, _logged(name))
     curves += _saturations(group)
-    for leaf in (*MAP_MEASURES, *MOVEMENT_MEASURES):
+    for one in (*charted("maps"), *charted("moves")):
+        leaf = one.leaf
         kinds = {kind for a in group.arms for r in a.runs for kind in r.bank_metrics(leaf)}
         for kind in sorted(kinds):
             found = _curves(group, f"bank/{kind}/{leaf}", _mean_of_banks(kind, leaf))
-            # where nothing moves there is nothing to draw
-            curves += [c for c in found if any(c.mean) or leaf in MAP_MEASURES]
+            curves += [c for c in found if any(c.mean) or "moves" not in one.charts]
     return curves
 
 
@@ -152,7 +149,7 @@ def _logged(name: str) -> Callable[[Run], Series]:
     def series(run: Run) -> Series:
         steps, values = run.series(name)
         leaf = name.rsplit("/", 1)[-1]
-        if len(steps) or leaf not in PAIRED_MEASURES or not name.startswith("val/"):
+        if len(steps) or leaf not in compared_leaves() or not name.startswith("val/"):
             return steps, values
         return _counted(run, leaf)
 

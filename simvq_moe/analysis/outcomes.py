@@ -7,9 +7,8 @@ import math
 import numpy as np
 
 from simvq_moe.analysis.arms import Run
-from simvq_moe.analysis.results import PREFIX
 from simvq_moe.core.usage import usage
-from simvq_moe.records.catalogue import USAGE_MEASURES
+from simvq_moe.records.catalogue import HELD_OUT, usage_leaves
 
 MOST_TOKENS = 2**53
 
@@ -24,7 +23,7 @@ def value(run: Run, name: str) -> float | None:
     if name in run.final:
         return _finite(run.final[name])
     leaf = name.rsplit("/", 1)[-1]
-    if not name.startswith(tuple(PREFIX.values())) or leaf not in USAGE_MEASURES:
+    if not name.startswith(tuple(HELD_OUT.values())) or leaf not in usage_leaves("table"):
         return None
     layers = [usage(row).as_dict()[leaf] for row in run.layer_counts() if row.sum()]
     return float(np.mean(layers)) if layers else None

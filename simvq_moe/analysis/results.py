@@ -35,9 +35,7 @@ from simvq_moe.analysis import stats
 from simvq_moe.analysis.curves import Curve, Loads, Profile
 from simvq_moe.analysis.routings import RoutingOf
 from simvq_moe.analysis.spectra import Spectrum
-
-PREFIX = {"codes": "val/codes/", "experts": "val/moe/mean/"}
-"""Where the usage measures of a kind of slot are logged; experts: the mean over layers."""
+from simvq_moe.records.catalogue import HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -148,12 +146,12 @@ class GroupResult:
 
     def metric(self, measure: str) -> str:
         """The name under which this group's usage measure is logged."""
-        return PREFIX[self.kind or "codes"] + measure
+        return HELD_OUT[self.kind or "codes"] + measure
 
     @property
     def errors(self) -> list[str]:
         """Outcomes that are no usage measure: the held-out error column."""
-        return [name for name in self.outcomes if not name.startswith(tuple(PREFIX.values()))]
+        return [name for name in self.outcomes if not name.startswith(tuple(HELD_OUT.values()))]
 
 
 @dataclass(frozen=True)

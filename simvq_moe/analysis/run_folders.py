@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from simvq_moe.analysis.arms import Arm, Group, Run
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError, is_inside
+from simvq_moe.records.catalogue import names
 from simvq_moe.runs.files import (
     SavedConfig,
     SweepArm,
@@ -32,7 +33,6 @@ from simvq_moe.runs.files import (
 ENDED = ("finished", "failed", "interrupted")
 BROKEN = "broken"
 """Status of a run with a file that can't be read."""
-ERROR_OUTCOMES = ("val/mse", "val/bits_per_byte", "val/loss")
 FILES = {"config.yaml", "meta.json", "metrics.jsonl"}
 """A folder that has two of them is a run."""
 PARTS = {"checkpoints", "samples", "tensorboard", "profile"}
@@ -301,6 +301,6 @@ def _distinct(runs: Sequence[Run]) -> list[Run]:
 
 def _outcomes(runs: Sequence[Run]) -> tuple[str, ...]:
     """The first known held-out error that any run has, and for codes the used share."""
-    names = {name for run in runs for name in run.final}
-    errors = [name for name in ERROR_OUTCOMES if name in names][:1]
-    return (*(errors or ["val/loss"]), *({"val/codes/used"} & names))
+    found = {name for run in runs for name in run.final}
+    errors = [name for name in names("outcome") if name in found][:1]
+    return (*(errors or ["val/loss"]), *({"val/codes/used"} & found))

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from simvq_moe.analysis import stats
 from simvq_moe.analysis.results import ArmResult, Paired
 from simvq_moe.analysis.stats import LEVEL
-from simvq_moe.records.catalogue import difference, label, measure, percent, probability, unit
+from simvq_moe.records.catalogue import label, metric
+from simvq_moe.records.printing import difference, percent, probability, unit
 
 NOTHING = "No pair of finished runs yet: there is nothing to compare."
 
@@ -123,7 +124,7 @@ def _answer(pair: Paired, labels: Mapping[str, str], baseline: str) -> str:
         return f"Not shown: against {baseline}, {arm} changes {name} by {_by(pair)} {numbers}."
     verb = "raises" if pair.mean > 0 else "lowers"
     start = "Established"
-    if measure(pair.metric).better:
+    if metric(pair.metric).better:
         start = "Yes" if _is_better(pair) else "No, on the contrary"
     size = difference(pair.metric, abs(pair.mean)).removeprefix("+")
     return (
@@ -172,7 +173,7 @@ def _size(pair: Paired) -> str:
     if not any(pair.differences):
         return f"equal in {pair.n} of {pair.n} pairs"
     parts = []
-    if measure(pair.metric).kind != "share" and math.isfinite(pair.relative):
+    if not metric(pair.metric).is_share and math.isfinite(pair.relative):
         parts.append(percent(pair.relative))
     if pair.interval:
         ends = [difference(pair.metric, end, like=pair.mean) for end in pair.interval]
@@ -220,7 +221,7 @@ def _is_better(pair: Paired) -> bool:
 
 def _gain(pair: Paired) -> float:
     """The mean difference, positive where it is for the better."""
-    return -pair.mean if measure(pair.metric).better == "lower" else pair.mean
+    return -pair.mean if metric(pair.metric).better == "lower" else pair.mean
 
 
 def _excludes_zero(pair: Paired) -> bool:

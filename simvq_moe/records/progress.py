@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Mapping
 
+from simvq_moe.records.catalogue import briefly
+
 SECONDS_BETWEEN_LINES = 2.0
 """Where lines can't be overwritten, as in a log, they are this far apart."""
 
@@ -42,16 +44,8 @@ class Progress:
 
 def describe(step: int, steps: int, metrics: Mapping[str, float]) -> str:
     """The line without the time left."""
-    counted = [w for w in ("codes", "codes/mean", "moe/mean") if f"{w}/used" in metrics]
-    parts = [
-        f"step {step}/{steps}",
-        f"{100 * step / steps:.0f}%",
-        f"loss {metrics['train/loss']:.4g}",
-        *(f"used {100 * metrics[f'{where}/used']:.0f}%" for where in counted),
-        *(f"MaxVio {metrics[f'{where}/max_vio']:.2f}" for where in counted),
-        f"{metrics['speed/tokens_per_s']:,.0f} tokens/s",
-    ]
-    return "  ".join(parts)
+    told = [one.brief.format(metrics[name]) for one, name in briefly() if name in metrics]
+    return "  ".join([f"step {step}/{steps}", f"{100 * step / steps:.0f}%", *told])
 
 
 def duration(seconds: float) -> str:

@@ -20,8 +20,9 @@ from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from simvq_moe.config.loading import flatten, mapping_to_yaml
 from simvq_moe.config.schema import Config, without_other_tasks
+from simvq_moe.records.catalogue import usage_leaves
 from simvq_moe.records.dead_slots import DeadSlots
-from simvq_moe.records.tensorboard_layout import AT_A_GLANCE, MARGIN_MEASURES, layout, result_names
+from simvq_moe.records.tensorboard_layout import AT_A_GLANCE, layout, result_names
 from simvq_moe.records.usage_metrics import Layer, layer_names
 
 TOP_LOAD = 4.0
@@ -126,7 +127,7 @@ class TensorBoard:
         scalars["at_a_glance/load_mean"] = 1.0
         scalars["at_a_glance/load_max"] = max(scalars[f"{root}/load_max"] for root in counted)
         if len(counted) > 1:
-            for m in MARGIN_MEASURES:
+            for m in usage_leaves("detail"):
                 values = [metrics[f"{root}/{m}"] for root in counted]
                 scalars |= {f"layers/{m}_min": min(values), f"layers/{m}_max": max(values)}
                 scalars[f"layers/{m}_mean"] = float(np.mean(values))

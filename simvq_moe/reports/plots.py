@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from simvq_moe.analysis.curves import Curve, Loads, Profile
 from simvq_moe.analysis.routings import RoutingOf
 from simvq_moe.analysis.spectra import Spectrum
-from simvq_moe.records.catalogue import label, measure
+from simvq_moe.records.catalogue import label, metric
 
 INK = "#010203"
 ARM_COLOURS = (
@@ -98,9 +98,9 @@ def curve_figure(
     curves: Sequence[Curve], styles: Mapping[str, ArmStyle], null: float | None = None
 ) -> str:
     """One metric over steps: a line is an arm's mean, its band spans the seeds."""
-    metric = curves[0].metric
+    name = curves[0].metric
     with _drawing():
-        figure, axes = _panel(label(metric), height=2.9)
+        figure, axes = _panel(label(name), height=2.9)
         for curve in curves:
             style = styles[curve.arm]
             colour = ARM_COLOURS[style.colour]
@@ -117,9 +117,9 @@ def curve_figure(
             )
         if null is not None:
             axes.axhline(null, color=INK, linewidth=0.9, linestyle=":")
-        _frame(axes, curves, metric)
+        _frame(axes, curves, name)
         axes.set_xlabel("step")
-        return _svg(figure, f"{label(metric)} over steps")
+        return _svg(figure, f"{label(name)} over steps")
 
 
 def _spread(axes: Axes, curve: Curve, colour: str) -> None:
@@ -256,12 +256,13 @@ def _cut(text: str, lines: int) -> str:
     return textwrap.fill(text, width, max_lines=lines, placeholder="…")
 
 
-def _frame(axes: Axes, curves: Sequence[Curve], metric: str) -> None:
+def _frame(axes: Axes, curves: Sequence[Curve], name: str) -> None:
     """Axis limits: the falling edge of a loss at the start would flatten all that follows."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if measure(metric).log:
+    one = metric(name)
+    if one.log:
         axes.set_yscale("log")
-    elif measure(metric).better == "lower" and metric.count("/") == 1:
+    elif one.better == "lower" and name.count("/") == 1:
         runs = [run for curve in curves for run in curve.runs]
         late = [
             v
@@ -271,7 +272,7 @@ def _frame(axes: Axes, curves: Sequence[Curve], metric: str) -> None:
         ]
         margin = 0.05 * (max(late) - min(late)) or 0.05 * abs(max(late)) or 1.0
         axes.set_ylim(min(late) - margin, max(late) + margin)
-    elif measure(metric).kind == "share":
+    elif one.is_share:
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
 

@@ -120,7 +120,7 @@ def _terminal_text(results: Results) -> str:
     """Verdict and the main columns of each group; all else is in the files."""
     parts = []
     for group in results.groups:
-        table = tables.result_table(group, tables.TERMINAL_COLUMNS)
+        table = tables.result_table(group, "overview")
         parts += [f"{group.name}: {group.question}"]
         parts += [f"Warning: {sentence}" for sentence in group.warnings] + group.verdict
         parts += [tables.plain_text(table), ""]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from markupsafe import Markup
 
+from simvq_moe import text_table
 from simvq_moe.analysis.results import (
     ArmResult,
     Evidence,
@@ -22,12 +24,10 @@ from simvq_moe.analysis.results import (
     RunResult,
 )
 from simvq_moe.analysis.stats import LEAST_PAIRS_INTERVAL
-from simvq_moe.records.catalogue import (
+from simvq_moe.records.catalogue import label, names, router_leaves, usage_leaves
+from simvq_moe.records.printing import (
     MISSING,
-    ROUTER_MEASURES,
-    USAGE_MEASURES,
     difference,
-    label,
     mean_and_sd,
     number,
     percent,
@@ -36,7 +36,6 @@ from simvq_moe.records.catalogue import (
 )
 
 SECONDS = "time/train_s"
-TERMINAL_COLUMNS = ("used", "perplexity", "entropy", "max_vio")
 NULL_LABEL = "uniform chance"
 SEPARATOR = "\u00a0· "
 """Between the values of seeds; it stays on the line of the value before it."""
@@ -67,15 +66,20 @@ class Table:
     rows: list[Row]
 
 
-def result_table(group: GroupResult, columns: Sequence[str] = USAGE_MEASURES) -> Table:
-    """Arms with held-out error, usage and time, and the uniform null as the last line."""
+def result_table(group: GroupResult, chart: Literal["table", "overview"] = "table") -> Table:
+    """Arms with held-out error, usage and time, and the uniform null as the last line.
+
+    Args:
+        chart: where it is shown, which says what measures of usage it has.
+    """
+    columns = usage_leaves(chart)
     error = " / ".join(label(name) for name in group.errors)
     header = ["arm", "runs", *([error] if error else [])]
     slots = {null.slots for null in group.null}
     header += [
-        f"{label(name)} of {next(iter(slots)):,}"
+        f"{label(group.metric(name))} of {next(iter(slots)):,}"
         if name == "perplexity" and len(slots) == 1
-        else label(name)
+        else label(group.metric(name))
         for name in columns
         if group.kind
     ]
@@ -140,7 +144,7 @@ def window_note(group: GroupResult) -> list[str]:
         if group.kind == "experts":
             note += " in each layer, mean over layers"
         if null.ceiling < 0.999:
-            share = number("used", null.ceiling)
+            share = number(group.metric("used"), null.ceiling)
             note += f"; so few draws can use at most {share} of the slots by even chance"
         notes.append(f"{note}.")
     return notes
@@ -195,14 +199,19 @@ def _evidence_cells(found: Evidence) -> list[Cell]:
 
 def router_table(group: GroupResult) -> Table:
     """What the routers do with the probe's tokens, where anything was recorded."""
-    names = [group.metric(name) for name in ROUTER_MEASURES]
-    names = [
-        n for n in names if any(v is not None for a in group.arms for v in a.values.get(n, []))
+    table = _measured_table(group, [group.metric(name) for name in router_leaves("routers")])
+    return table if len(table.header) > 1 else Table(table.header, [])
+
+
+def _measured_table(group: GroupResult, metrics: Sequence[str]) -> Table:
+    """A column for each metric that any run of the group has."""
+    found = [
+        n for n in metrics if any(v is not None for a in group.arms for v in a.values.get(n, []))
     ]
     rows = [
-        Row([Cell(arm.label), *(_value_cell(arm, name) for name in names)]) for arm in group.arms
+        Row([Cell(arm.label), *(_value_cell(arm, name) for name in found)]) for arm in group.arms
     ]
-    return Table(["arm", *(label(name) for name in names)], rows if names else [])
+    return Table(["arm", *(label(name) for name in found)], rows)
 
 
 def paired_table(group: GroupResult, primary: bool | None = None) -> Table:
@@ -273,15 +282,7 @@ def unpaired_notes(group: GroupResult) -> list[str]:
 
 def cost_table(group: GroupResult) -> Table:
     """What each arm took."""
-    names = ("time/wall_s", SECONDS, "speed/tokens_per_s", "parameters/total")
-    names = (*names, "parameters/trainable", "memory/peak_mib")
-    names = tuple(
-        n for n in names if any(v is not None for a in group.arms for v in a.values.get(n, []))
-    )
-    rows = [
-        Row([Cell(arm.label), *(_value_cell(arm, name) for name in names)]) for arm in group.arms
-    ]
-    return Table(["arm", *(label(name) for name in names)], rows)
+    return _measured_table(group, names("costs"))
 
 
 def config_table(group: GroupResult) -> Table:
@@ -337,13 +338,9 @@ def plain_text(table: Table) -> str:
 
 def _aligned(table: Table, text: Callable[[Cell], str]) -> str:
     header = [text(Cell(name)) for name in table.header]
-    lines = [header, *([text(cell) for cell in row.cells] for row in table.rows)]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(table.header))]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = (
-        [part.ljust(width) for part, width in zip(line, widths, strict=True)] for line in lines
+    return text_table.markdown(
+        [header, *([text(cell) for cell in row.cells] for row in table.rows)]
     )
-    return "\n".join(f"| {' | '.join(parts)} |" for parts in padded)
 
 
 def markdown_text(text: str) -> str:

@@ -23,6 +23,7 @@ from rich.text import Text
 from simvq_moe.analysis.run_folders import BROKEN, PARTS
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError, MissingFileError, open_regular, printable
+from simvq_moe.records.catalogue import briefly
 from simvq_moe.records.progress import duration
 from simvq_moe.runs.files import SMALL, metrics_of, read_config, read_meta, read_plan
 
@@ -44,12 +45,15 @@ COLOURS = {
 }
 ROWS_BESIDE_RUNS = 7
 """Lines of a screen that are not rows of runs."""
+SHOWN = tuple(dict.fromkeys(one for one, _ in briefly()))
+"""The metrics that have a column."""
+USED = [name for one, name in briefly() if one.leaf == "used"]
+"""Under which the used share of a whole model may be logged."""
+TEXTS = ("run", "status", "used over time")
 COLUMNS = (
-    *("run", "status", "step", "loss", "used", "used over time"),
-    *("dead slots", "MaxVio", "tokens/s", "ETA"),
+    *("run", "status", "step", *(one.column for one in SHOWN)),
+    *("used over time", "dead slots", "ETA"),
 )
-ALL = re.compile(r"(codes|codes/mean|moe/mean)/(used|max_vio)")
-"""Usage of the whole model, by metric."""
 LAYER = re.compile(r"(codes|moe)(/\d+)?/dead")
 
 
@@ -121,10 +125,12 @@ class Watched:
         """
         runs = sorted(self.runs.values(), key=lambda run: (ORDER.index(run.status), -run.changed))
         cells = [run.cells() for run in runs]
-        cells += [[Text(name), _status("pending"), *[""] * 8] for name in self.pending]
+        cells += [
+            [Text(name), _status("pending"), *[""] * (len(COLUMNS) - 2)] for name in self.pending
+        ]
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in COLUMNS:
-            left = column in ("run", "status", "used over time")
+            left = column in TEXTS
             table.add_column(
                 column,
                 justify="left" if left else "right",
@@ -246,15 +252,13 @@ class WatchedRun:
     def _take_up(self, line: dict[str, float]) -> None:
         # what is only measured at evaluations stays
         self.last |= line
-        used = [line[name] for name in line if (m := ALL.fullmatch(name)) and m[2] == "used"]
-        self.used += used[:1]
+        self.used += [line[name] for name in USED if name in line][:1]
         self.times = [*self.times[-9:], (line["step"], line.get("time", math.nan))]
 
     def cells(self) -> list[RenderableType]:
         """The run's row, in the order of `COLUMNS`."""
-        usage = {m[2]: self.last[name] for name in self.last if (m := ALL.fullmatch(name))}
         step = int(self.last.get("step", 0))
-        loss, speed = self.last.get("train/loss"), self.last.get("speed/tokens_per_s")
+        last = {one: self.last[name] for one, name in briefly() if name in self.last}
         silent = self._silent()
         status = _status(self.status)
         if silent:
@@ -265,12 +269,9 @@ class WatchedRun:
             Text(self.name),
             status,
             f"{step}/{self.steps}" if self.steps else str(step),
-            "" if loss is None else f"{loss:.4g}",
-            f"{100 * usage['used']:.0f}%" if "used" in usage else "",
+            *(one.cell(last[one]) if one in last else "" for one in SHOWN),
             sparkline(self.used),
             self._dead(),
-            f"{usage['max_vio']:.2f}" if "max_vio" in usage else "",
-            "" if speed is None else f"{speed:,.0f}",
             duration(left) if going else "",
         ]
 

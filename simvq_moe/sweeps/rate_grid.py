@@ -14,7 +14,7 @@ from typing import Any
 
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.files.regular import read_json
-from simvq_moe.records.catalogue import measure
+from simvq_moe.records.catalogue import metric
 from simvq_moe.sweeps.plan import Plan, RateGrid, Run, replace_json, run_of, status
 
 FOLDER = "lr_grid"
@@ -58,7 +58,7 @@ def choose(plan: Plan, runs: Sequence[Run]) -> None:
             continue
         outcome = grid.outcome or plan.spec.groups[first.group].outcomes[0]
         values = {f: _value(_grid_run(plan, first, f), outcome) for f in grid.factors}
-        factor = best(values, higher=measure(outcome).better == "higher")
+        factor = best(values, higher=metric(outcome).better == "higher")
         lr = first.config.optimizer.lr * factor
         rate = {"factor": factor, "lr": lr, "seed": grid.seed, "outcome": outcome}
         rate["values"] = {f"{f:g}": value for f, value in values.items()}
@@ -122,7 +122,7 @@ def _value(run: Run, outcome: str) -> float | None:
     if outcome not in summary:
         raise ConfigError(
             f"lr_grid.outcome {outcome!r} is not in {run.folder / 'summary.json'}: use one of "
-            f"{', '.join(name for name in summary if measure(name).better)}"
+            f"{', '.join(name for name in summary if metric(name).better)}"
         )
     return summary[outcome]
 

@@ -37,6 +37,7 @@ from simvq_moe.engine.slurm import adopt_slurm
 from simvq_moe.engine.world import World, launched_rank, launched_ranks, start_distributed
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError, read_json, write_atomically
+from simvq_moe.records.catalogue import results
 from simvq_moe.records.run_log import write_json
 from simvq_moe.runs import checkpoint
 from simvq_moe.runs.folder import (
@@ -297,9 +298,7 @@ def _write_summary(config: Config, summary: Mapping[str, float]) -> None:
 
 def describe_result(summary: Mapping[str, float]) -> str:
     """A finished run in one line."""
-    shown = ("val/loss", "val/bits_per_byte", "val/bits_per_code", "val/psnr")
-    shown += ("val/codes/used", "val/codes/perplexity", "val/moe/mean/used", "val/moe/mean/entropy")
-    parts = [f"{name} {summary[name]:.4g}" for name in shown if name in summary]
+    parts = [f"{name} {summary[name]:.4g}" for name in results() if name in summary]
     return ", ".join(["finished", *parts])
 
 

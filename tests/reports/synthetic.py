@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from simvq_moe.core.usage import usage
-from simvq_moe.records.catalogue import ROUTER_MEASURES
+from simvq_moe.records.catalogue import router_leaves
 
 STEPS = range(100, 801, 100)
 HELD_OUT_TOKENS = 65_664
@@ -130,7 +130,9 @@ def write_run(
     summary |= {"memory/peak_mib": 700 + rng.normal()}
     if experts:
         summary |= {f"val/moe/mean/saturation_at/{s}": s / 900 for s in list(STEPS)[:-1]}
-        summary |= {f"val/moe/mean/{name}": float(rng.uniform()) for name in ROUTER_MEASURES}
+        summary |= {
+            f"val/moe/mean/{name}": float(rng.uniform()) for name in router_leaves("routers")
+        }
         _write_probe(path / "probe.npz", rng, slots, layers, top_k)
     (path / "summary.json").write_text(json.dumps(summary))
     write_meta(path, arm, seed, kind=kind, slots=slots, layers=layers, top_k=top_k)

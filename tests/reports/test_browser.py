@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from simvq_moe.records.catalogue import USAGE_MEASURES, mean_and_sd
+from simvq_moe.records.catalogue import usage_leaves
+from simvq_moe.records.printing import mean_and_sd
 from simvq_moe.reports.report import report
 from tests.reports.printed import missing
 from tests.reports.synthetic import CODES_ARMS, write_meta, write_sweep
@@ -150,7 +151,7 @@ def test_every_arm_has_its_own_means_in_the_result_table(found: dict[str, Any], 
         rows = {row[0]: row for row in seen["rows"]}
         for group in content["groups"]:
             start = "val/codes/" if group["kind"] == "codes" else "val/moe/mean/"
-            metrics = [group["outcomes"][0], *(start + name for name in USAGE_MEASURES)]
+            metrics = [group["outcomes"][0], *(start + name for name in usage_leaves("table"))]
             for arm in group["arms"]:
                 expected = [mean_and_sd(m, arm["mean"][m], arm["sd"][m]) for m in metrics]
                 assert rows[arm["label"]][2:-1] == expected

@@ -17,7 +17,7 @@ from simvq_moe.analysis.comparison import compute
 from simvq_moe.analysis.run_folders import find_groups, read_run
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.core.usage import null_usage, usage
-from simvq_moe.records.catalogue import difference, mean_and_sd, number, percent, probability
+from simvq_moe.records.printing import difference, mean_and_sd, number, percent, probability
 from simvq_moe.reports.report import report
 from tests.reports.printed import missing
 from tests.reports.synthetic import CODES_ARMS, FakeArm, write_meta, write_run, write_sweep

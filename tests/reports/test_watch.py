@@ -60,8 +60,8 @@ def test_a_row_tells_progress_usage_dead_slots_and_time_left(tmp_path: Path) -> 
     row = next(text for text in shown(tmp_path).splitlines() if "seed0" in text)
     # 2 of 8 and 2 of 4 are dead; half a second a step
     assert row.split() == [
-        *("sweep/arm/seed0", "running", "30/100", "2.7", "90%", "▁▅█", "4/12", "1.50"),
-        *("12,346", "0:35"),
+        *("sweep/arm/seed0", "running", "30/100", "2.7", "90%", "1.50", "12,346"),
+        *("▁▅█", "4/12", "0:35"),
     ]
 
 
