@@ -17,15 +17,9 @@ from typing import Annotated
 import tyro
 
 import simvq_moe
-from simvq_moe.config.checks_values import COUNT, FACTOR, SEED
-from simvq_moe.config.loading import (
-    ConfigError,
-    check_range,
-    merge_files,
-    parse_flags,
-    suggestion,
-    with_flags,
-)
+from simvq_moe.config.flags import check_range, parse_flags, with_flags
+from simvq_moe.config.loading import ConfigError, merge_files, suggestion
+from simvq_moe.config.ranges import COUNT, FACTOR, SEED
 from simvq_moe.config.schema import Config
 from simvq_moe.terminal import FAILED, USAGE_ERROR, ending, open_streams
 

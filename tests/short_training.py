@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import to_yaml, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import to_yaml
 from simvq_moe.config.schema import Config, QuantizerConfig
 from simvq_moe.engine.world import World
 from simvq_moe.records.catalogue import find

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from simvq_moe.config.checks_values import COUNT
-from simvq_moe.config.loading import ConfigError, check_range, merge_files, parse_flags
+from simvq_moe.config.flags import check_range, parse_flags
+from simvq_moe.config.loading import ConfigError, merge_files
+from simvq_moe.config.ranges import COUNT
 from simvq_moe.config.schema import Config
 
 SUBJECTS = ("quantizer", "moe", "train", "cluster")

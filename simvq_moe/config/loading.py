@@ -1,24 +1,34 @@
-"""From YAML files and flags to a frozen dataclass, strictly.
+"""From YAML files and nested mappings to a frozen dataclass, strictly.
 
-Files are merged in order, then typed flags go on top. A key that the dataclass does not have or a
-value of another type raises `ConfigError`: one line with the key, the value and the way out.
+Files are merged in order; `flags` puts typed flags on top. A key that the dataclass does not have
+or a value of another type raises `ConfigError`: one line with the key, the value and the way out.
+
+A field whose type is a family of `registry` holds a component, which is of the kind that the key
+`kind` names, or else of the kind that it was. One rule holds wherever a file, a flag or an arm of a
+sweep changes the kind of what it lies on: an option that was set, so that it differs from the
+default of the old kind, is kept where the new kind has an option of that name that can take its
+value; all others are the new kind's defaults.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
-from simvq_moe.config.conversion import SHOWN, WrongValueError, converted, integer, shown
+from simvq_moe.config.conversion import SHOWN, WrongValueError, converted, shown
+from simvq_moe.config.old_keys import new_key
+from simvq_moe.config.registry import (
+    Options,
+    default_of,
+    family_of,
+    is_family,
+    kinds,
+    of_kind,
+)
 from simvq_moe.errors import ConfigError as ConfigError
 from simvq_moe.files.regular import MissingFileError, printable
 from simvq_moe.files.yaml import plain_yaml, read_yaml
@@ -26,69 +36,29 @@ from simvq_moe.files.yaml import plain_yaml, read_yaml
 T = TypeVar("T")
 
 
-def check_least(**flags: tuple[int | float, int]) -> None:
-    """Raise `ConfigError` for a flag whose value is below the least that it may have."""
-    for name, (value, least) in flags.items():
-        if not value >= least:
-            raise ConfigError(f"--{name} {value} < {least}: use at least {least}")
-
-
-def check_range(**flags: tuple[int | float | None, int, int | float]) -> None:
-    """Raise `ConfigError` for a flag whose value is below its least or above its largest; None
-    stands for a flag that is not given."""
-    for name, (value, least, most) in flags.items():
-        if value is not None:
-            check_least(**{name: (value, least)})
-            if value > most:
-                raise ConfigError(f"--{name} {value} > {most:,}: use at most that")
-
-
 def merge_files(schema: type[T], files: Sequence[Path]) -> T:
     """The dataclass with its defaults overridden by each YAML file in order."""
-    content: dict[str, Any] = {}
+    config: Any = None
+    so_far: Any = {}
+    reading = _Reading(schema, "config")
     for file in files:
-        found = _read_config(file)
-        _Reading(schema, str(file)).section(schema, found)  # so that an error names the file
-        content = _on_top(content, found)
-    reading = _Reading(schema, str(files[-1]) if files else "config")
-    config = reading.section(schema, content)
+        content = _read_config(file)
+        reading = _Reading(schema, str(file))
+        if config is None and so_far:
+            reading.section(schema, content)  # so that an error names the file
+            reading.missing.clear()
+        so_far = content if config is not None else _on_top(so_far, content)
+        config = reading.section(schema, so_far, config)
+    config = config if files else reading.section(schema, {})
     if missing := ", ".join(sorted(reading.missing)):
         raise ConfigError(f"{reading.origin} does not set {missing}: add what is missing")
+    assert config is not None
     return config
 
 
 def with_overrides(config: T, overrides: Mapping[str, Any], origin: str) -> T:
     """config with a nested mapping of overrides, as an arm of a sweep gives them."""
     return _Reading(type(config), origin).section(type(config), overrides, config)
-
-
-def with_flags(config: T, flags: Sequence[str], prog: str) -> T:
-    """config with `--section.key value` flags on top; `--help` prints every field."""
-    # launchers append the local rank, which every rank also finds in its environment
-    own = [flag for flag in flags if not flag.startswith("--local_rank")]
-    whole = {"default": config, "config": (tyro.conf.FlagConversionOff,)}
-    found, unknown = parse_flags(type(config), own, prog, return_unknown_args=True, **whole)
-    if unknown:
-        raise unknown_flags(unknown, list(flatten(config)))
-    return found
-
-
-def parse_flags(schema: Any, flags: Sequence[str], prog: str, **options: Any) -> Any:
-    """What tyro makes of flags; its boxed errors become a `ConfigError` of one line.
-
-    Args:
-        options: of `tyro.cli`.
-    """
-    console = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(console):
-            return tyro.cli(
-                schema, args=flags, prog=prog, use_underscores=True, registry=_words(), **options
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise _flag_error(console.getvalue()) from None
 
 
 def to_yaml(config: Any) -> str:
@@ -111,6 +81,27 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + f.name] = value
     return flat
+
+
+def changed(config: Any, default: Any = None, prefix: str = "") -> dict[str, Any]:
+    """Every leaf that differs from its default by its dotted key; of a component whose kind is not
+    the default one the kind, and what differs from the defaults of its own kind.
+
+    Args:
+        default: what it is compared with; None: the defaults of its fields.
+    """
+    found: dict[str, Any] = {}
+    for f in fields(config):
+        value, key = getattr(config, f.name), prefix + f.name
+        before = _default(type(config), f.name) if default is None else getattr(default, f.name)
+        if isinstance(value, Options) and value.kind != before.kind:
+            found[f"{key}.kind"] = value.kind
+            before = type(value)()
+        if is_dataclass(value):
+            found |= changed(value, before, f"{key}.")
+        elif value != before:
+            found[key] = value
+    return found
 
 
 def first_difference(old: Any, new: Any) -> str | None:
@@ -168,15 +159,22 @@ class _Reading:
     def section(self, schema: Any, content: Any, base: Any = None, key: str = "") -> Any:
         """An instance of a dataclass, or base with what content has; None: a key is missing."""
         if not isinstance(content, Mapping):
+            if new := new_key(key):
+                raise self._renamed(key, new)
             raise ConfigError(f"{self.origin}: {key} {shown(content)}: keys and values expected")
-        kinds = _field_types(schema)
+        if is_family(schema):
+            base = default_of(schema) if base is None else base
+            at = f"{self.origin}: {key}.kind"
+            schema = of_kind(schema, content.get("kind", base.kind), at)
+            base = of_other_kind(base, schema)
+        types = field_types(schema)
         inside = f"{key}." if key else ""
         found: dict[str, Any] = {}
         for name, value in content.items():
-            if name not in kinds:
-                raise self._unknown(schema, inside, name)
-            held = getattr(base, name, None)
-            found[name] = self.value(kinds[name], value, held, inside + name)
+            if name not in types:
+                raise self._unknown(schema, base, inside, name, value)
+            held = _default(schema, name) if base is None else getattr(base, name)
+            found[name] = self.value(types[name], value, held, inside + name)
         if base is not None:
             return replace(base, **found)
         unset = [f.name for f in fields(schema) if f.name not in found and _is_required(f)]
@@ -189,6 +187,8 @@ class _Reading:
         if section is not None and not (value is None and section is not kind):
             return self.section(section, value, base, key)
         try:
+            if kind is Any:
+                return _on_top(base, value)
             if get_origin(kind) is not dict:
                 return converted(kind, value)
             if not isinstance(value, Mapping):
@@ -201,15 +201,75 @@ class _Reading:
             for name, one in value.items()
         }
 
-    def _unknown(self, schema: Any, inside: str, name: str) -> ConfigError:
+    def _unknown(self, schema: Any, base: Any, inside: str, name: str, value: Any) -> ConfigError:
+        key = inside + name
+        if new := new_key(key):
+            return self._renamed(key, new)
+        if isinstance(base, Options) and (others := kinds_with(base, name)):
+            return ConfigError(f"{self.origin}: {of_another_kind(key, value, base.kind, others)}")
         known = {*key_names(self.root), *key_names(schema, inside)}
-        hint = suggestion(inside + name, sorted(known))
-        key = printable((inside + name)[:SHOWN])
-        return ConfigError(f"{self.origin}: unknown key {key}.{hint} --help lists every key")
+        hint = suggestion(key, sorted(known))
+        return ConfigError(
+            f"{self.origin}: unknown key {printable(key[:SHOWN])}.{hint} --help lists every key"
+        )
+
+    def _renamed(self, key: str, new: str) -> ConfigError:
+        return ConfigError(f"{self.origin}: {key} is now {new}: rename it")
 
 
-def _is_required(of: Any) -> bool:
+def of_other_kind(old: Options, kind: type[Options]) -> Options:
+    """Options of this kind, with what was set in others and goes with it; see above."""
+    if type(old) is kind:
+        return old
+    default, types = type(old)(), field_types(kind)
+    kept = {
+        name: getattr(old, name)
+        for name, of in types.items()
+        if name != "kind"
+        and hasattr(old, name)
+        and getattr(old, name) != getattr(default, name)
+        and _can_be(of, getattr(old, name))
+    }
+    return kind(**kept)
+
+
+def _can_be(kind: Any, value: Any) -> bool:
+    section = _section(kind)
+    if section is not None:
+        return isinstance(value, section)
+    try:
+        return converted(kind, value) == value
+    except WrongValueError:
+        return False
+
+
+def kinds_with(options: Options, name: str) -> list[str]:
+    """The kinds of the same family that have an option of this name."""
+    of = family_of(type(options))
+    return [k for k, one in kinds(of).items() if name in field_types(one)] if of else []
+
+
+def of_another_kind(key: str, value: Any, kind: str, others: Sequence[str]) -> str:
+    """What to say of an option that the kind does not have."""
+    *first, last = [repr(one) for one in others]
+    named = f"{', '.join(first)} or {last}" if first else last
+    way = "use that kind" if len(others) == 1 else "use one of them"
+    return (
+        f"{key} {shown(value)} belongs to {key.rpartition('.')[0]}.kind {named}, not {kind!r}: "
+        f"drop it, or {way}"
+    )
+
+
+def _is_required(of: Field[Any]) -> bool:
     return of.default is MISSING and of.default_factory is MISSING
+
+
+def _default(schema: Any, name: str) -> Any:
+    """What a field is before anything is said of it; None: it is required."""
+    (of,) = (f for f in fields(schema) if f.name == name)
+    if of.default is not MISSING:
+        return of.default
+    return None if of.default_factory is MISSING else of.default_factory()
 
 
 def _section(kind: Any) -> Any:
@@ -219,60 +279,17 @@ def _section(kind: Any) -> Any:
 
 
 @lru_cache
-def _field_types(schema: Any) -> dict[str, Any]:
+def field_types(schema: Any) -> dict[str, Any]:
+    """The type of every field of a dataclass by its name."""
     return get_type_hints(schema)
 
 
 def key_names(schema: Any, prefix: str = "") -> list[str]:
-    """Every dotted key of a dataclass."""
-    names = []
-    for name, kind in _field_types(schema).items():
-        names.append(f"{prefix}{name}")
-        if (section := _section(kind)) is not None:
-            names += key_names(section, f"{prefix}{name}.")
-    return names
-
-
-def _flag_error(console: str) -> ConfigError:
-    """tyro's boxed error, between its first two rules, as one line."""
-    parts: list[list[str]] = [[]]
-    for line in console.splitlines():
-        if line.startswith("╭") or not line.strip(" │╰╯─-"):
-            parts.append([])
-        else:
-            parts[-1].append(line.strip(" │"))
-    message = next((" ".join(part) for part in parts[1:] if part), " ".join(console.split()))
-    return ConfigError(f"{printable(message).rstrip('.')}. --help lists every flag")
-
-
-def unknown_flags(flags: Sequence[str], known: Sequence[str]) -> ConfigError:
-    """An error that names flags which no field has, and the closest fields."""
-    name = flags[0].split("=")[0].lstrip("-")
-    words = printable(" ".join(flags)[:SHOWN])
-    return ConfigError(f"unknown {words}.{suggestion(name, known)} --help lists every flag")
-
-
-def _words() -> ConstructorRegistry:
-    """How tyro reads the words of flags: an integer also as 1e3."""
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-        if info.type is not int:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="INT",
-            instance_from_str=_integer_word,
-            is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    return registry
-
-
-def _integer_word(words: Sequence[str]) -> int:
-    try:
-        return integer(words[0])
-    except WrongValueError as error:
-        raise ValueError(f"{shown(words[0])}: {error}") from None
+    """Every dotted key of a dataclass, of a component those of all its kinds."""
+    names: dict[str, None] = {}
+    for one in kinds(schema).values() if is_family(schema) else (schema,):
+        for name, kind in field_types(one).items():
+            names[f"{prefix}{name}"] = None
+            if (section := _section(kind)) is not None:
+                names |= dict.fromkeys(key_names(section, f"{prefix}{name}."))
+    return list(names)

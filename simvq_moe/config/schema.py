@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from simvq_moe.config.ranges import (
+    CHANNELS,
+    COUNT,
+    Channels,
+    Count,
+    CountOr0,
+    Decay,
+    Range,
+    Seed,
+    Share,
+    Weight,
+)
 
 
 @dataclass(frozen=True)
@@ -17,33 +30,33 @@ class DataConfig:
     language_model: also a folder of token shards, such as `encode` writes."""
     cache_dir: str = ".cache"
     """Folder of what is derived from the source once: tokenizer and token files."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the crops: the data set stays the same when the run's seed changes."""
     held_out_source: str | None = None
     """image_tokenizer: what held-out crops are drawn from, whose images are not trained on even
     where source holds them too; None: a part of source that training never sees."""
-    image_size: int = 32
+    image_size: Annotated[int, Range(1, 2**14)] = 32
     """Pixels a side of a crop."""
-    shorter_side: int = 0
+    shorter_side: Annotated[int, Range(0, 2**16)] = 0
     """Pixels that the shorter side of an image is resized to before it is cropped; 0: as it is."""
-    decoded_megabytes: int = 4_096
+    decoded_megabytes: CountOr0 = 4_096
     """Memory for crops of images or audio; a larger set is read batch by batch, as much of it
     kept."""
-    crops: int = 18_000
+    crops: Count = 18_000
     """Training crops."""
-    held_out_crops: int = 1_026
+    held_out_crops: Count = 1_026
     """Held-out crops, from parts of images or recordings that training never sees."""
-    sample_rate: int = 16_000
+    sample_rate: Annotated[int, Range(1, 10**6)] = 16_000
     """Hz of audio; recordings of another rate are resampled."""
-    audio_seconds: float = 0.2
+    audio_seconds: Annotated[float, Range(0, 3600)] = 0.2
     """Length of an audio crop; shorter recordings are left out."""
-    vocabulary: int = 1_024
+    vocabulary: Annotated[int, Range(2, 2**24)] = 1_024
     """Tokens of the byte-level BPE vocabulary, trained on the training documents; 257: the bytes
     and the end of text alone."""
     tokenizer: str | None = None
     """A byte-level tokenizer in place of one trained here: a tokenizer.json, a folder with one, or
     a name on the Hugging Face hub; vocabulary is then at least its size."""
-    context: int = 128
+    context: Annotated[int, Range(1, 2**24)] = 128
     """Tokens a sequence."""
     document_mask: bool = False
     """language_model: attention stays inside a document, and positions restart at each."""
@@ -52,18 +65,18 @@ class DataConfig:
     data sets of the Hugging Face hub, by NAME or NAME:CONFIG."""
     sources: tuple[str, ...] = ()
     """streaming: several sources in place of one."""
-    source_weights: tuple[float, ...] = ()
+    source_weights: tuple[Weight, ...] = ()
     """Shares of the sources in the documents drawn, of any sum; (): equal."""
-    held_out_share: float = 0.1
+    held_out_share: Share = 0.1
     """streaming: share of all documents that training never sees, by the hash of their content."""
-    held_out_documents: int = 1_000
+    held_out_documents: Count = 1_000
     """streaming: so many of these, the first found, are the held-out set."""
-    shuffle_buffer: int = 256
+    shuffle_buffer: Count = 256
     """streaming: documents that are shuffled together, for each sample of a batch."""
     on_corrupt: Literal["stop", "skip"] = "stop"
     """A broken file or row of text: end the run with its name, or leave it out, named in the log.
     """
-    prefetch: int = 2
+    prefetch: Annotated[int, Range(0, 1000)] = 2
     """Steps whose batches are read ahead in the background; 0: none."""
 
 
@@ -75,11 +88,11 @@ class QuantizerConfig:
         "vq", "ema", "simvq", "cosine_vq", "group_vq", "mlp_vq", "fsq", "lfq", "bsq", "ibq"
     ] = "simvq"
     """simvq: frozen rows under one shared map; the others are baselines, see quantizers/."""
-    codes: int = 512
+    codes: Annotated[int, Range(2, COUNT)] = 512
     """Number of codes."""
-    width: int = 32
+    width: Channels = 32
     """Channels of a code."""
-    residual_levels: int = 1
+    residual_levels: Annotated[int, Range(1, 256)] = 1
     """Quantizers in a row, each for what the ones before it left over."""
     transform: Literal["none", "diagonal", "linear"] = "linear"
     """simvq: shape of the shared map W."""
@@ -87,27 +100,27 @@ class QuantizerConfig:
     """simvq: learn the base rows beside W."""
     bias: bool = False
     """simvq: one learned shift of all codes."""
-    base_width: int | None = None
+    base_width: Channels | None = None
     """simvq: channels of a base row; None: width."""
-    groups: int | None = None
+    groups: Annotated[int, Range(1, 2**12)] | None = None
     """group_vq: number of blocks of codes, each with a map of its own."""
-    levels: tuple[int, ...] = ()
+    levels: tuple[Annotated[int, Range(2, 2**16)], ...] = ()
     """fsq: values of each channel; width is their number and codes their product."""
     init: Literal["default", "data", "kmeans"] = "default"
     """From the first batch: data sets W and a bias (simvq, group_vq), kmeans the codes (vq, ema,
     cosine_vq)."""
     gradient: Literal["straight_through", "rotation", "diveq"] = "straight_through"
     """How the decoder's gradient reaches the encoder."""
-    codebook_weight: float | None = None
+    codebook_weight: Weight | None = None
     """Weight of |e - sg z|^2, where codes are learned by gradient; None: 1, of ibq 0.25."""
-    commitment_weight: float | None = None
+    commitment_weight: Weight | None = None
     """Weight of |z - sg e|^2; None: 0.25, of ibq 1."""
-    entropy_weight: float | None = None
+    entropy_weight: Weight | None = None
     """lfq, bsq, ibq: weight of each token's entropy less that of the mean assignment; None: 0.1, of
     ibq 0.05."""
-    decay: float = 0.99
+    decay: Share = 0.99
     """ema: weight of the past."""
-    restart: float = 0.0
+    restart: Share = 0.0
     """vq, ema, cosine_vq: a code drawn less often a step than this, on average, restarts at a
     latent of the batch; less than 1, and 0: never."""
 
@@ -118,39 +131,39 @@ class ImageTokenizerConfig:
 
     architecture: Literal["small", "vqgan"] = "small"
     """small: residual blocks at the lowest resolution; vqgan: at every one, with GroupNorm."""
-    hidden: int = 32
+    hidden: Annotated[int, Range(1, 2**14)] = 32
     """Channels of the convolutions, at the full resolution."""
-    downsamplings: int = 2
+    downsamplings: Annotated[int, Range(0, 14)] = 2
     """Stride-2 convolutions: a token covers 2^downsamplings pixels a side."""
-    residual_blocks: int = 1
+    residual_blocks: Annotated[int, Range(0, 100)] = 1
     """Residual blocks at the lowest resolution, in the encoder and in the decoder; vqgan: at every
     resolution, and once more at the lowest."""
-    channel_multipliers: tuple[int, ...] = ()
+    channel_multipliers: tuple[Annotated[int, Range(0, 2**10)], ...] = ()
     """vqgan: factors on hidden at each resolution, one more than downsamplings; empty: all 1."""
     attention: bool = False
     """vqgan: an attention layer at the lowest resolution, in the encoder and in the decoder."""
-    mse_weight: float = 1.0
+    mse_weight: Weight = 1.0
     """Weight of the mean squared error of pixels in [-1, 1]."""
-    l1_weight: float = 0.0
+    l1_weight: Weight = 0.0
     """Weight of the mean absolute error."""
-    ssim_weight: float = 0.0
+    ssim_weight: Weight = 0.0
     """Weight of 1 - SSIM."""
-    lpips_weight: float = 0.0
+    lpips_weight: Weight = 0.0
     """Weight of LPIPS, the distance of a VGG16's activations."""
     lpips_file: str | None = None
     """torchvision's weights of VGG16, vgg16-397923af.pth; None: where torch.hub keeps them."""
-    adversarial_weight: float = 0.0
+    adversarial_weight: Weight = 0.0
     """Weight of the discriminator's verdict; 0: there is none."""
     adversarial_weighting: Literal["adaptive", "fixed"] = "adaptive"
     """adaptive: times the ratio of gradients at the decoder's last layer (arXiv:2012.09841, eq. 7).
     """
-    adversarial_start: int = 0
+    adversarial_start: CountOr0 = 0
     """Steps before which the discriminator neither judges nor learns."""
     generator_loss: Literal["hinge", "non_saturating"] = "hinge"
     """What a verdict costs the reconstructions: -D(x'), or softplus(-D(x')) of an image's mean."""
-    discriminator_hidden: int = 64
+    discriminator_hidden: Annotated[int, Range(1, 2**12)] = 64
     """Channels of its first layer."""
-    discriminator_layers: int = 3
+    discriminator_layers: Annotated[int, Range(1, 12)] = 3
     """Its layers of stride 2; with 3 it judges patches of 70 pixels a side."""
 
 
@@ -158,42 +171,42 @@ class ImageTokenizerConfig:
 class AudioTokenizerConfig:
     """Convolutional encoder and decoder of waveforms around the quantizer, and their losses."""
 
-    hidden: int = 32
+    hidden: Annotated[int, Range(1, 2**12)] = 32
     """Channels of the first convolution; every stride doubles them."""
-    strides: tuple[int, ...] = (2, 4, 5, 8)
+    strides: tuple[Annotated[int, Range(2, 2**10)], ...] = (2, 4, 5, 8)
     """Of the strided convolutions: a token covers their product in samples."""
-    dilations: tuple[int, ...] = (1, 3, 9)
+    dilations: tuple[Annotated[int, Range(1, 2**12)], ...] = (1, 3, 9)
     """Of the residual units before every strided convolution and after its mirror image."""
-    loss_windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
+    loss_windows: tuple[Annotated[int, Range(32, 2**20)], ...] = (32, 64, 128, 256, 512, 1024, 2048)
     """Samples of a frame of the spectrograms in the loss."""
-    waveform_weight: float = 1.0
+    waveform_weight: Weight = 1.0
     """Weight of the mean absolute error of samples."""
-    spectral_weight: float = 1.0
+    spectral_weight: Weight = 1.0
     """Weight of the distance of magnitudes and their logarithms."""
-    mel_weight: float = 1.0
+    mel_weight: Weight = 1.0
     """Weight of the distance of log10 mel bands."""
-    mel_bands: tuple[int, ...] = ()
+    mel_bands: tuple[Annotated[int, Range(1, 2**12)], ...] = ()
     """Mel bands of each loss window; (): 5 for 32 samples to 320 for 2,048."""
     mel_scale: Literal["slaney", "htk"] = "slaney"
     """Linear to 1 kHz and logarithmic from there, or 2595 log10(1 + f / 700)."""
-    mel_floor: float = 1e-5
+    mel_floor: Annotated[float, Range(1e-20, 1)] = 1e-5
     """Magnitude of a mel band below which there is silence, in mel_units."""
     mel_units: Literal["amplitude", "sum", "area"] = "amplitude"
     """amplitude: a sine of amplitude 1 has 1/2; sum: as torch.stft gives them, torchaudio's
     default; area: likewise, bands over half their width in Hz."""
-    adversarial_weight: float = 0.0
+    adversarial_weight: Weight = 0.0
     """Weight of the discriminators' verdict; 0: there are none."""
-    feature_weight: float = 2.0
+    feature_weight: Weight = 2.0
     """Weight of the distance of their activations."""
-    adversarial_start: int = 0
+    adversarial_start: CountOr0 = 0
     """Steps before which discriminators neither judge nor learn."""
-    discriminator_hidden: int = 32
+    discriminator_hidden: Annotated[int, Range(1, 2**12)] = 32
     """Channels of their first layers."""
-    discriminator_periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    discriminator_periods: tuple[Annotated[int, Range(2, 2**12)], ...] = (2, 3, 5, 7, 11)
     """Samples; one discriminator of the waveform each."""
-    discriminator_windows: tuple[int, ...] = (512, 1024, 2048)
+    discriminator_windows: tuple[Annotated[int, Range(32, 2**20)], ...] = (512, 1024, 2048)
     """Samples of a frame; one discriminator of the spectrum each."""
-    discriminator_bands: tuple[float, ...] = ()
+    discriminator_bands: tuple[Share, ...] = ()
     """Borders of frequency bands with layers of their own, as shares of half the sample rate; ():
     the spectrum is one band."""
 
@@ -202,17 +215,17 @@ class AudioTokenizerConfig:
 class MoEConfig:
     """Mixture-of-experts layers."""
 
-    experts: int = 64
+    experts: Channels = 64
     """Experts of a layer."""
-    top_k: int = 4
+    top_k: Channels = 4
     """Experts of a token."""
-    hidden: int = 16
+    hidden: Channels = 16
     """Hidden channels of an expert."""
     expert: Literal["gelu", "swiglu"] = "gelu"
     """Two projections around a GELU, or three around a gated SiLU."""
-    shared_experts: int = 0
+    shared_experts: Annotated[int, Range(0, 2**10)] = 0
     """Experts of the same size that every token goes through beside its choice."""
-    capacity_factor: float = 0.0
+    capacity_factor: Weight = 0.0
     """Assignments that an expert takes over its fair share of a rank's batch; 0: dropless."""
     router: Literal[
         "topk",
@@ -231,20 +244,20 @@ class MoEConfig:
     a token has one expert of several, whose gate would be the constant 1."""
     router_map: Literal["none", "diagonal", "linear", "low_rank"] = "none"
     """Shared map W of the router's rows: logits = x (Q W)^T."""
-    router_base_width: int | None = None
+    router_base_width: Channels | None = None
     """Channels of Q; None: those of the model."""
     train_router_base: bool = True
     """Learn Q, or the keys of self_selecting; False without a map: a frozen random router."""
-    router_projection: int | None = None
+    router_projection: Channels | None = None
     """cosine: channels in which tokens and experts are compared; None: half the experts."""
-    router_codebook_weight: float = 1.0
+    router_codebook_weight: Weight = 1.0
     """distance: weight of |r - sg x|^2 for the chosen rows r."""
-    router_commitment_weight: float = 0.25
+    router_commitment_weight: Weight = 0.25
     """distance: weight of |x - sg r|^2 for the chosen rows r."""
     router_init: Literal["default", "data"] = "default"
     """data: set from the first batch the shared map of distance (router_map, and a bias), or of
     self_selecting (expert_in_map)."""
-    self_selecting_rank: int = 8
+    self_selecting_rank: Annotated[int, Range(1, 2**12)] = 8
     """self_selecting: rows of an expert's key, whose activation's norm is its score."""
     router_bias: bool = False
     """One learned number an expert in the logits of routers that score by products."""
@@ -254,15 +267,15 @@ class MoEConfig:
     """Routers that score by products see (x - m) C^(-1/2) with the running mean and covariance of
     their input: one map shared by all rows, set by data. diagonal: of the channels' variances;
     low_rank: of the largest principal directions."""
-    whitening_exponent: float = 1.0
+    whitening_exponent: Annotated[float, Range(-2, 2)] = 1.0
     """p of C^(-p/2): 1 whitens, 0 centres alone, -1 is the opposite map."""
-    whitening_decay: float = 0.99
+    whitening_decay: Decay = 0.99
     """Weight of the past in the running moments, a step."""
-    whitening_floor: float = 0.01
+    whitening_floor: Annotated[float, Range(1e-9, 1)] = 0.01
     """Least eigenvalue that counts, as a share of the mean one."""
-    whitening_every: int = 10
+    whitening_every: Count = 10
     """Steps between two updates of moments and map, after as many first steps with one each."""
-    whitening_rank: int = 32
+    whitening_rank: Channels = 32
     """low_rank: number of principal directions."""
     expert_out_map: Literal["none", "diagonal", "linear", "low_rank", "separate"] = "none"
     """Map W after the gated sum of experts: y = (sum g_i E_i(x)) W; separate: one for each."""
@@ -274,22 +287,22 @@ class MoEConfig:
     """Map A before the experts: E_i(x A); separate: one for each."""
     train_expert_in_base: bool = True
     """Learn the experts' first projections beside the map."""
-    map_rank: int = 8
+    map_rank: Annotated[int, Range(1, 2**12)] = 8
     """Rank of low_rank maps W = I + A B."""
     dispatch: Literal["sorted", "deepspeed_capacity"] = "sorted"
     """Ours, without padding, or DeepSpeed's own layer as a baseline: padded to the capacity, or
     without one to the fullest expert."""
-    expert_parallel: int = 1
+    expert_parallel: Channels = 1
     """Ranks that share the experts of a layer, which are exchanged by all-to-all; 1: every rank
     has all of them."""
     balance: Literal["none", "aux", "loss_free", "quantile"] = "none"
     """aux: the load-balance loss N sum f_i P_i of each layer (arXiv:2101.03961); loss_free and
     quantile: biases that change the choice alone, in steps (arXiv:2408.15664) or to even loads."""
-    balance_weight: float = 0.01
+    balance_weight: Weight = 0.01
     """Weight of the load-balance loss."""
-    bias_update_rate: float = 0.001
+    bias_update_rate: Weight = 0.001
     """loss_free: change of a bias in a step, of scores from 0 to 1."""
-    z_loss_weight: float = 0.0
+    z_loss_weight: Weight = 0.0
     """Weight of the mean squared logsumexp of the logits (arXiv:2202.08906)."""
 
 
@@ -297,13 +310,13 @@ class MoEConfig:
 class LanguageModelConfig:
     """Decoder-only transformer whose feed-forward layers are mixtures of experts, all or some."""
 
-    width: int = 64
+    width: Annotated[int, Range(2, CHANNELS)] = 64
     """Channels of the residual stream."""
-    layers: int = 3
+    layers: Annotated[int, Range(1, 1000)] = 3
     """Transformer blocks."""
-    heads: int = 4
+    heads: Channels = 4
     """Attention heads."""
-    moe_every: int = 1
+    moe_every: Annotated[int, Range(0, 1000)] = 1
     """The last of every so many blocks has a mixture, the others one network as wide as the experts
     that a token meets, so that they cost as much; 0: all blocks are dense, the baseline."""
     tied_head: bool = True
@@ -314,19 +327,19 @@ class LanguageModelConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    lr: float = 1e-3
+    lr: Annotated[float, Range(0, 1e38)] = 1e-3
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of the first and second moment."""
-    weight_decay: float = 0.0
+    weight_decay: Weight = 0.0
     """Decoupled decay of matrices; vectors and shared maps have none."""
-    warmup_steps: int = 50
+    warmup_steps: CountOr0 = 50
     """Steps of linear warm-up."""
-    final_lr_ratio: float = 1.0
+    final_lr_ratio: Weight = 1.0
     """Learning rate at the last step over the peak, reached by a cosine; 1: constant."""
-    map_lr_multiplier: float = 1.0
+    map_lr_multiplier: Weight = 1.0
     """Factor on the learning rate of every shared map W."""
-    router_lr_multiplier: float = 1.0
+    router_lr_multiplier: Weight = 1.0
     """Factor on the learning rate of everything in routers but their maps."""
 
 
@@ -334,11 +347,11 @@ class OptimizerConfig:
 class TrainConfig:
     """The training loop and its engine."""
 
-    steps: int = 800
+    steps: Count = 800
     """Optimizer steps."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Samples of one optimizer step, over all ranks."""
-    accumulation: int = 1
+    accumulation: Count = 1
     """Micro-batches of a rank and step."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of forward and backward; the optimizer keeps fp32 weights. fp16 scales the loss and
@@ -349,7 +362,7 @@ class TrainConfig:
     deepspeed_config: str | None = None
     """JSON file with further settings of DeepSpeed, such as offloading; those that follow from this
     config can't be in it."""
-    clip: float = 0.0
+    clip: Weight = 0.0
     """Largest global norm of the gradient; 0: no clipping."""
     activation_checkpointing: bool = False
     """language_model: keep only the inputs of blocks for the backward pass, which runs them again:
@@ -359,28 +372,28 @@ class TrainConfig:
     dense blocks, with bf16 mixtures as well, otherwise attention."""
     profile: bool = False
     """Trace three of the first six steps of rank 0 with torch.profiler, into the run's profile/."""
-    peak_flops: float | None = None
+    peak_flops: Annotated[float, Range(0, 1e18)] | None = None
     """Floating-point operations a second of a device at best, for speed/mfu; None: NVIDIA's figure
     for a GPU that is known."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl; also the window of the usage counts."""
-    eval_every: int = 200
+    eval_every: Count = 200
     """Steps between evaluations on the held-out set; the last step is always evaluated."""
-    eval_batch_size: int = 64
+    eval_batch_size: Count = 64
     """Held-out samples a rank evaluates at a time."""
-    probe_tokens: int = 8_192
+    probe_tokens: Annotated[int, Range(0, 2**24)] = 8_192
     """Held-out tokens whose routing is followed over evaluations; 0: none. probe.npz keeps their
     choices: evaluations x layers x tokens x top_k bytes, or twice that, before compression."""
-    save_every: int = 200
+    save_every: Count = 200
     """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Latest checkpoints kept."""
-    keep_every: int = 0
+    keep_every: CountOr0 = 0
     """Checkpoints at multiples of this step are kept for good; 0: none."""
     on_not_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient norm that is NaN or infinite: end the run, or change nothing in that step,
     count it as train/skipped_steps and end the run after 10 in a row."""
-    timeout_s: float = 600.0
+    timeout_s: Annotated[float, Range(0, 10**7)] = 600.0
     """Seconds that a rank waits in one place before the run ends and names the rank behind; the
     first step, evaluations and checkpoints may take longer. 0: never."""
 
@@ -395,7 +408,7 @@ class Config:
     """The run's folder under runs_dir; the same name resumes."""
     arm: str | None = None
     """Name in comparisons; None: the run's name."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights and data order."""
     runs_dir: str = "runs"
     """Folder of all runs."""

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import nn
 
-from simvq_moe.config.loading import ConfigError, flatten
+from simvq_moe.config.loading import ConfigError, changed
 from simvq_moe.config.schema import Config, on_one_rank
 from simvq_moe.costs.cluster import Cluster, predictions, table
 from simvq_moe.costs.flops import parameter_counts
@@ -81,11 +81,10 @@ def _check_countable(config: Config, model: nn.Module) -> None:
     needed, free = 4 * (3 * weights + 2 * values), psutil.virtual_memory().available
     if needed <= free:
         return
-    flat, default = flatten(config), flatten(Config())
     sizes = [
         f"{key} {value}"
-        for key, value in flat.items()
-        if key.partition(".")[0] in ("data", "quantizer", config.task) and value != default[key]
+        for key, value in changed(config).items()
+        if key.partition(".")[0] in ("data", "quantizer", config.task)
     ]
     raise ConfigError(
         f"{', '.join(sizes)}: counting its costs takes about {needed / 1e9:,.0f} GB, and "

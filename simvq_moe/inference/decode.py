@@ -13,7 +13,8 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from simvq_moe.config.loading import ConfigError, check_least
+from simvq_moe.config.flags import check_least
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.code_items import Item, read_items, window_of
 from simvq_moe.data.codes import CodeSequences, Manifest, open_codes, read_manifest
 from simvq_moe.engine.devices import this_device

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from simvq_moe.config.loading import ConfigError, check_least, first_difference
+from simvq_moe.config.flags import check_least
+from simvq_moe.config.loading import ConfigError, first_difference
 from simvq_moe.config.schema import Config
 from simvq_moe.data.audio import RecordingWindows, recording_windows
 from simvq_moe.data.code_items import Item, write_items

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from simvq_moe.config.loading import ConfigError, check_least, to_yaml
+from simvq_moe.config.flags import check_least
+from simvq_moe.config.loading import ConfigError, to_yaml
 from simvq_moe.config.schema import Config, MoEConfig, QuantizerConfig
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening

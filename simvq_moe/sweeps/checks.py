@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from simvq_moe.config.checks_values import SEED, name_problems
+from simvq_moe.config.checks_values import name_problems
+from simvq_moe.config.ranges import SEED
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
 

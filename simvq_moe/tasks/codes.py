@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 
-from simvq_moe.config.loading import ConfigError, check_least
+from simvq_moe.config.flags import check_least
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.data.codes import Manifest, entropy_bits, is_codes, open_codes, read_manifest
 from simvq_moe.engine.devices import this_device

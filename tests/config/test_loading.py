@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import (
-    ConfigError,
-    first_difference,
-    flatten,
-    merge_files,
-    to_yaml,
-    with_flags,
-)
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError, first_difference, flatten, merge_files, to_yaml
 from simvq_moe.config.schema import Config
 
 

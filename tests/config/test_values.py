@@ -11,20 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simvq_moe.config.checks import check
-from simvq_moe.config.checks_values import LIST, RANGES, SEED
-from simvq_moe.config.loading import (
-    ConfigError,
-    flatten,
-    merge_files,
-    to_yaml,
-    with_flags,
-    with_overrides,
-)
+from simvq_moe.config.checks_values import LIST
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError, flatten, merge_files, to_yaml, with_overrides
+from simvq_moe.config.ranges import SEED, ranges_of
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.estimate import estimate
 from tests.files.test_yaml import TEXT
 
 LEAVES = flatten(Config())
+RANGES = ranges_of(Config())
 
 
 def kind_of(key: str) -> str:
@@ -225,11 +221,11 @@ def test_the_largest_seed_is_one_that_generators_take() -> None:
     ],
 )
 def test_the_largest_value_is_estimated_or_refused_by_its_key(task: str, key: str) -> None:
-    config = with_overrides(Config(), {"task": task} | nested(key, RANGES[key][1]), "flags")
+    config = with_overrides(Config(), {"task": task} | nested(key, int(RANGES[key].most)), "flags")
     check(config)
     line = ""
     try:
         estimate(config, 1, None)
     except ConfigError as error:
         line = str(error)
-    assert not line or f"{key} {RANGES[key][1]}" in line
+    assert not line or f"{key} {int(RANGES[key].most)}" in line

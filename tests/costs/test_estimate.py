@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from simvq_moe.cli import main
-from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.activations import activation_bytes, sample_cost, saved_bytes
 from simvq_moe.costs.cluster import Cluster, gpu_counts, predict, predictions, read_cluster

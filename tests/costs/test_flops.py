@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from simvq_moe.cli import main
-from simvq_moe.config.loading import with_flags
+from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.flops import flops_per_token, parameter_counts
 from simvq_moe.models.language_model import LanguageModel

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from simvq_moe.config.loading import with_flags
+from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config, OptimizerConfig
 from simvq_moe.engine.optimizer import learning_rate_factor, parameter_groups
 from simvq_moe.engine.world import World

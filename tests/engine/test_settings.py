@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config, OptimizerConfig
 from simvq_moe.engine.optimizer import choose_kernel, make_optimizer
 from simvq_moe.engine.settings import DECIDED, check_device, engine_settings, zero_stage

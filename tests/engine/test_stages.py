@@ -17,7 +17,8 @@ from torch.testing import assert_close
 
 from simvq_moe.cli import main
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import ConfigError, to_yaml, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.sharding import is_sharded

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.devices import peak_flops
 from simvq_moe.engine.step_phases import PHASES, Phases, profiled

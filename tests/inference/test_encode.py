@@ -14,7 +14,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from simvq_moe.cli import main
-from simvq_moe.config.loading import ConfigError, merge_files, to_yaml, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError, merge_files, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.data.codes import MANIFEST, open_codes, read_manifest
 from simvq_moe.engine.world import World

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from simvq_moe.cli import main
-from simvq_moe.config.loading import merge_files, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.tasks.models import build_model

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from simvq_moe.config.checks import check
 from simvq_moe.config.checks_moe import with_gates
-from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.optimizer import parameter_groups
 from simvq_moe.engine.world import World

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from simvq_moe.config.schema import Config
-from simvq_moe.config.loading import ConfigError, to_yaml, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError, to_yaml
 from simvq_moe.runs import checkpoint
 from simvq_moe.engine.world import World
 from simvq_moe.training.loop import Trainer

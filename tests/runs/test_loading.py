@@ -13,7 +13,8 @@ from torch import Tensor
 
 from simvq_moe.cli import main
 from simvq_moe.config.schema import Config
-from simvq_moe.config.loading import ConfigError, merge_files, to_yaml, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError, merge_files, to_yaml
 from simvq_moe.tasks.models import build_model
 from simvq_moe.engine.world import World
 from simvq_moe.runs.loading import FOLDED, load_model, load_run

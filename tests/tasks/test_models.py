@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, FSQ, LFQ, VQ, SimVQ
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config, QuantizerConfig
 from simvq_moe.engine.world import World
 from simvq_moe.models.image_tokenizer import ImageTokenizer

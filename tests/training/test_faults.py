@@ -19,7 +19,8 @@ from torch.testing import assert_close
 
 from simvq_moe.cli import main
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import ConfigError, with_flags
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.data.order import StepBatches
 from simvq_moe.engine.agreement import TrainingFailed

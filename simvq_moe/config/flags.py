@@ -1,0 +1,213 @@
+"""Flags on top of a config: `--section.key value`, typed, by tyro.
+
+Kinds of components are applied first, for they decide which options there are; the rule of
+`loading` says what stays of the options so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from simvq_moe.config.conversion import SHOWN, WrongValueError, integer, shown
+from simvq_moe.config.docs import field_docs
+from simvq_moe.config.loading import (
+    flatten,
+    kinds_with,
+    of_another_kind,
+    of_other_kind,
+    suggestion,
+)
+from simvq_moe.config.old_keys import new_key
+from simvq_moe.config.registry import Options, family_of, kinds, of_kind
+from simvq_moe.errors import ConfigError
+from simvq_moe.files.regular import printable
+
+T = TypeVar("T")
+
+
+def check_least(**flags: tuple[int | float, int]) -> None:
+    """Raise `ConfigError` for a flag whose value is below the least that it may have."""
+    for name, (value, least) in flags.items():
+        if not value >= least:
+            raise ConfigError(f"--{name} {value} < {least}: use at least {least}")
+
+
+def check_range(**flags: tuple[int | float | None, int, int | float]) -> None:
+    """Raise `ConfigError` for a flag whose value is below its least or above its largest; None
+    stands for a flag that is not given."""
+    for name, (value, least, most) in flags.items():
+        if value is not None:
+            check_least(**{name: (value, least)})
+            if value > most:
+                raise ConfigError(f"--{name} {value} > {most:,}: use at most that")
+
+
+def with_flags(config: T, flags: Sequence[str], prog: str) -> T:
+    """config with `--section.key value` flags on top; `--help` prints every field."""
+    # launchers append the local rank, which every rank also finds in its environment
+    own = [flag for flag in flags if not flag.startswith("--local_rank")]
+    config, own = _with_kinds(config, own)
+    whole = {"default": config, "config": (tyro.conf.FlagConversionOff,)}
+    found, unknown = parse_flags(type(config), own, prog, return_unknown_args=True, **whole)
+    if unknown:
+        raise _unknown_key(unknown, config)
+    return found
+
+
+def _with_kinds(config: T, flags: Sequence[str]) -> tuple[T, list[str]]:
+    """config with the kinds that flags name, the last where one is named twice, and the others."""
+    named: dict[str, list[str]] = {}
+    rest: list[str] = []
+    words = list(flags)
+    while words:
+        word, *words = words
+        name, equals, value = word.partition("=")
+        name = _key(name)
+        if not word.startswith("--") or not name.endswith(".kind"):
+            rest.append(word)
+        elif equals:
+            named[name] = [value, word]
+        elif words and not words[0].startswith("--"):
+            named[name] = [words[0], word, words.pop(0)]
+        else:
+            rest.append(word)
+    # the outer ones first, for they decide which inner ones there are
+    for name, (value, *own) in sorted(named.items(), key=lambda one: one[0].count(".")):
+        found = _with_kind(config, name.split(".")[:-1], value, f"--{name}")
+        rest += own if found is None else []
+        config = config if found is None else found
+    return config, rest
+
+
+def _with_kind(config: Any, path: Sequence[str], kind: str, flag: str) -> Any:
+    """config with another kind of the component at a path; None: there is no component."""
+    if path:
+        below = getattr(config, path[0], None)
+        inner = None if below is None else _with_kind(below, path[1:], kind, flag)
+        return None if inner is None else replace(config, **{path[0]: inner})
+    if not isinstance(config, Options):
+        return None
+    family = family_of(type(config))
+    assert family is not None
+    try:
+        return of_other_kind(config, of_kind(family, kind, flag))
+    except ConfigError as error:
+        raise ConfigError(f"{error}. --help lists every flag") from None
+
+
+def _unknown_key(flags: Sequence[str], config: Any) -> ConfigError:
+    """What to say of flags that no field has: what became of an old one, or whose option it is."""
+    name, equals, value = flags[0].partition("=")
+    key = _key(name)
+    if new := new_key(key):
+        return ConfigError(f"--{key} is now --{new}: rename it. --help lists every flag")
+    holder: Any = config
+    *path, leaf = key.split(".")
+    for part in path:
+        holder = getattr(holder, part, None)
+    if isinstance(holder, Options) and (others := kinds_with(holder, leaf)):
+        given = value if equals else " ".join(flags[1:2])
+        said = of_another_kind(key, given, holder.kind, others)
+        return ConfigError(f"--{said}. --help lists every flag")
+    return unknown_flags(flags, list(flatten(config)))
+
+
+def _key(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def parse_flags(schema: Any, flags: Sequence[str], prog: str, **options: Any) -> Any:
+    """What tyro makes of flags; its boxed errors become a `ConfigError` of one line.
+
+    Args:
+        options: of `tyro.cli`.
+    """
+    console = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(console):
+            return tyro.cli(
+                schema, args=flags, prog=prog, use_underscores=True, registry=_rules(), **options
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise _flag_error(console.getvalue()) from None
+
+
+def _flag_error(console: str) -> ConfigError:
+    """tyro's boxed error, between its first two rules, as one line."""
+    parts: list[list[str]] = [[]]
+    for line in console.splitlines():
+        if line.startswith("╭") or not line.strip(" │╰╯─-"):
+            parts.append([])
+        else:
+            parts[-1].append(line.strip(" │"))
+    message = next((" ".join(part) for part in parts[1:] if part), " ".join(console.split()))
+    return ConfigError(f"{printable(message).rstrip('.')}. --help lists every flag")
+
+
+def unknown_flags(flags: Sequence[str], known: Sequence[str]) -> ConfigError:
+    """An error that names flags which no field has, and the closest fields."""
+    name = flags[0].split("=")[0].lstrip("-")
+    words = printable(" ".join(flags)[:SHOWN])
+    return ConfigError(f"unknown {words}.{suggestion(name, known)} --help lists every flag")
+
+
+def _rules() -> ConstructorRegistry:
+    """How tyro reads an integer, also as 1e3, and what it shows of a component."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+        if info.type is not int:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="INT",
+            instance_from_str=_integer_word,
+            is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    @registry.struct_rule
+    def _(info: StructTypeInfo) -> StructConstructorSpec | None:
+        return _component(info.default) if isinstance(info.default, Options) else None
+
+    return registry
+
+
+def _component(options: Options) -> StructConstructorSpec:
+    """The options of the kind in force, and the names of all kinds."""
+    family = family_of(type(options))
+    assert family is not None
+    types, docs = get_type_hints(type(options), include_extras=True), field_docs(type(options))
+    types["kind"] = Literal[tuple(kinds(family))]  # pyright: ignore[reportInvalidTypeForm]
+    docs["kind"] = f"{docs['kind']} The options below are those of {options.kind!r}.".strip()
+    return StructConstructorSpec(
+        instantiate=type(options),
+        fields=tuple(
+            StructFieldSpec(f.name, types[f.name], getattr(options, f.name), docs[f.name])
+            for f in fields(options)
+        ),
+    )
+
+
+def _integer_word(words: Sequence[str]) -> int:
+    try:
+        return integer(words[0])
+    except WrongValueError as error:
+        raise ValueError(f"{shown(words[0])}: {error}") from None
