@@ -191,13 +191,11 @@ class EvalArgs:
 def evaluate(args: Sequence[str]) -> int:
     """Evaluate a run over its whole held-out set, or another source's: JSON."""
     options = parse_flags(EvalArgs, args, "simvq-moe eval")
-    from simvq_moe.inference import fold as export
+    from simvq_moe.inference import evaluate as evaluation
 
-    found = export.evaluate_run(
-        *(options.run, options.data),
-        rfid=options.rfid,
-        lpips=options.lpips,
-        cache_dir=options.cache_dir,
+    measures = [name for name in ("lpips", "rfid") if getattr(options, name)]
+    found = evaluation.evaluate_run(
+        options.run, options.data, measures=measures, cache_dir=options.cache_dir
     )
     print(json.dumps(found, indent=1))
     return 0
@@ -219,9 +217,9 @@ class FoldArgs:
 def fold(args: Sequence[str]) -> int:
     """Merge a run's shared maps into its weights: model.safetensors."""
     options = parse_flags(FoldArgs, args, "simvq-moe fold")
-    from simvq_moe.inference import fold as export
+    from simvq_moe.inference import fold as folding
 
-    difference = export.fold_run(options.run, options.out, merge_norms=options.merge_norms)
+    difference = folding.fold_run(options.run, options.out, merge_norms=options.merge_norms)
     print(f"{options.out}: folded, outputs differ by {difference:.1g} in float64", file=sys.stderr)
     return 0
 
@@ -317,18 +315,20 @@ def generate(args: Sequence[str]) -> int:
         top_k=(options.top_k, 0, COUNT),
         seed=(options.seed, 0, SEED),
     )
-    from simvq_moe.inference import fold as export
-    from simvq_moe.tasks import codes
+    from simvq_moe.inference import generate as generation
 
     of_drawing = {"top_k": options.top_k, "seed": options.seed}
     given = options.temperature
     if options.out is not None:
         of_drawing["temperature"] = 1.0 if given is None else given
-        codes.generate_samples(options.run, options.out, options.samples, **of_drawing)
+        generation.generate_samples(options.run, options.out, options.samples, **of_drawing)
         print(f"{options.out}: {options.samples:,} samples", file=sys.stderr)
         return 0
     of_drawing["temperature"] = 0.8 if given is None else given
-    print(export.generate_text(options.run, options.prompt, tokens=options.tokens, **of_drawing))
+    text = generation.generate_text(
+        options.run, options.prompt, tokens=options.tokens, **of_drawing
+    )
+    print(text)
     return 0
 
 

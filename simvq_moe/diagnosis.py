@@ -20,7 +20,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.engine.settings import import_deepspeed
 from simvq_moe.errors import ConfigError
 from simvq_moe.sweeps.execute import launcher
-from simvq_moe.tasks.build import EMBEDDED, check_source
+from simvq_moe.tasks.registry import check_files, tasks
 
 REQUIRED = (
     *("torch", "deepspeed", "tokenizers", "datasets", "tensorboard", "numpy", "scipy"),
@@ -90,10 +90,10 @@ def _deepspeed() -> Iterator[Finding]:
 
 
 def _data() -> Iterator[Finding]:
-    for task, source in EMBEDDED.items():
+    for name, source in {task.name: task.embedded for task in tasks()}.items():
         try:
-            check_source(with_overrides(Config(), {"task": task}, "doctor"))
-            yield Finding(f"data {source!r}", f"readable, for {task}")
+            check_files(with_overrides(Config(), {"task": name}, "doctor"))
+            yield Finding(f"data {source!r}", f"readable, for {name}")
         except ConfigError as error:
             yield Finding(f"data {source!r}", "not readable", str(error))
 

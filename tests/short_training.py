@@ -13,7 +13,7 @@ from simvq_moe.config.loading import to_yaml
 from simvq_moe.config.schema import Config, QuantizerConfig
 from simvq_moe.engine.world import World
 from simvq_moe.records.catalogue import find
-from simvq_moe.tasks.codes import fit_to_codes
+from simvq_moe.tasks.registry import fit_to_data
 from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT
 
@@ -21,7 +21,7 @@ from tests.launching import ROOT
 def train_flags(world: World, folder: Path, *flags: str) -> Path:
     """Train what flags say, on every rank of the world; the run's folder, with its config."""
     kept = ("--runs_dir", str(folder / "runs"), "--data.cache_dir", str(folder / "cache"))
-    config = fit_to_codes(with_flags(Config(), (*flags, *kept), "train"))
+    config = fit_to_data(with_flags(Config(), (*flags, *kept), "train"))
     check(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Trainer(config, world, lambda: False)) as trainer:

@@ -48,8 +48,6 @@ TO_GO = {
     ("config", "simvq_moe.data.codes"),
     ("config", "simvq_moe.moe.routers.base"),
     ("config", "simvq_moe.moe.routers.build"),
-    ("runs", "simvq_moe.tasks.models"),
-    ("tasks", "simvq_moe.inference.decode"),
 }
 """Arrows that still point upwards."""
 PACKAGE = ROOT / "simvq_moe"

@@ -41,8 +41,10 @@ from simvq_moe.config.schema import (
 from simvq_moe.data.streaming import TextStream
 from simvq_moe.engine.world import World
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.tasks.build import DataSet
+from simvq_moe.tasks.base import DataSet
 from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import task_of
+from simvq_moe.tasks.sequences import SequenceTask
 from simvq_moe.training.loop import Trainer
 
 OURS, BARE, TRANSFORMERS = "simvq-moe train", "bare PyTorch loop", "transformers Trainer, Mixtral"
@@ -121,7 +123,7 @@ def bench_train(
 def check_shape(config: Config, command: str) -> None:
     """Raise `ConfigError` for what the command can't measure: no language model, or a wrong one."""
     check(config)
-    if config.task != "language_model":
+    if not issubclass(task_of(config), SequenceTask):
         raise ConfigError(f"task {config.task!r}: {command} needs 'language_model'")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -14,8 +13,7 @@ from simvq_moe.config.schema import Config, on_one_rank
 from simvq_moe.costs.cluster import Cluster, predictions, table
 from simvq_moe.costs.flops import parameter_counts
 from simvq_moe.costs.rank import PerRank, Plan
-from simvq_moe.tasks.image_measures import lacks_lpips
-from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import task_of
 
 TITLES = {
     "same_global_batch": "the global batch of the config, on numbers of GPUs that it divides over",
@@ -31,15 +29,14 @@ def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, 
     Raises:
         ConfigError: a tokenizer, which is counted on samples, is too large for this machine.
     """
-    counted = config
-    if lacks_lpips(config):
-        counted = replace(config, image_tokenizer=replace(config.image_tokenizer, lpips_weight=0.0))
-    with torch.device("meta"):  # where the weights of LPIPS can't be loaded
-        bare = replace(config.image_tokenizer, lpips_weight=0.0)
-        model = build_model(on_one_rank(replace(config, image_tokenizer=bare)))
-    if config.task != "language_model":
-        _check_countable(config, model)
-        model = build_model(on_one_rank(counted))
+    task = task_of(config)
+    counted = task.without_networks(config) if task.lacks_networks(config) else config
+    with torch.device("meta"):  # where no weights can be loaded
+        model = task.build_model(on_one_rank(task.without_networks(config)))
+    numbers = task.numbers_of_a_sample(config)
+    if numbers is not None:
+        _check_countable(config, model, numbers)
+        model = task.build_model(on_one_rank(counted))
     plan = Plan(model, config)
     rank = plan.on(ranks, config.train.batch_size // ranks)
     parameters = parameter_counts(model)
@@ -64,27 +61,24 @@ def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, 
     return text, found
 
 
-def _check_countable(config: Config, model: nn.Module) -> None:
-    """Raise `ConfigError` where two samples of a tokenizer do not go through it on this machine.
+def _check_countable(config: Config, model: nn.Module, numbers: int) -> None:
+    """Raise `ConfigError` where two samples do not go through a model on this machine.
 
-    Weights, gradients and a copy; and a rough count of what the convolutions give at full
-    resolution. Computed in integers, for sizes may be anything that fits into a config.
+    Weights, gradients and a copy; and a rough count of what a pass makes. Computed in integers,
+    because sizes may be anything that fits into a config.
+
+    Args:
+        numbers: that a pass makes of a sample.
     """
-    data, image, audio = config.data, config.image_tokenizer, config.audio_tokenizer
-    if config.task == "image_tokenizer":
-        depth = 2 * (image.residual_blocks + 2) * max(image.channel_multipliers, default=1)
-        values = data.image_size**2 * image.hidden * depth
-    else:
-        values = round(data.audio_seconds * data.sample_rate) * audio.hidden
-        values *= 4 * (len(audio.dilations) + 1)
     weights = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    needed, free = 4 * (3 * weights + 2 * values), psutil.virtual_memory().available
+    needed, free = 4 * (3 * weights + 2 * numbers), psutil.virtual_memory().available
     if needed <= free:
         return
+    sections = ("data", *task_of(config).sections)
     sizes = [
         f"{key} {value}"
         for key, value in changed(config).items()
-        if key.partition(".")[0] in ("data", "quantizer", config.task)
+        if key.partition(".")[0] in sections
     ]
     raise ConfigError(
         f"{', '.join(sizes)}: counting its costs takes about {needed / 1e9:,.0f} GB, and "

@@ -15,16 +15,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from simvq_moe.config.flags import check_least
 from simvq_moe.config.loading import ConfigError, first_difference
-from simvq_moe.config.schema import Config
-from simvq_moe.data.audio import RecordingWindows, recording_windows
 from simvq_moe.data.code_items import Item, write_items
 from simvq_moe.data.codes import (
     MANIFEST,
@@ -39,17 +38,18 @@ from simvq_moe.data.codes import (
     write_manifest,
     write_shard,
 )
-from simvq_moe.data.media.image_windows import ImageWindows, image_windows
 from simvq_moe.engine.devices import this_device
 from simvq_moe.engine.slurm import adopt_slurm
 from simvq_moe.engine.world import World, launched_ranks, start_distributed
 from simvq_moe.files.unfinished import ASIDE
+from simvq_moe.inference.evaluate import with_source
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.records.progress import SECONDS_BETWEEN_LINES, duration
-from simvq_moe.runs.loading import fill, load_run, weights_sha256, without_networks
-from simvq_moe.tasks.build import DataSet, build_task, check_source, source_of
-from simvq_moe.tasks.models import AnyModel, build_model
+from simvq_moe.runs.loading import weights_sha256
+from simvq_moe.tasks.base import DataSet
+from simvq_moe.tasks.loading import load_run, model_of
+from simvq_moe.tasks.tokenizers import tokenizer_task
 
 
 def encode_run(
@@ -67,17 +67,17 @@ def encode_run(
     adopt_slurm(os.environ)
     check_least(shard_samples=(shard_samples, 1))
     config, weights = load_run(run_dir)
-    if config.task == "language_model":
-        raise ConfigError(f"{run_dir} is a run of task 'language_model': give a tokenizer's run")
-    config = without_networks(config)
+    task = tokenizer_task(config, run_dir)
+    config = task.without_networks(config)
     if source is not None:
-        config = replace(config, data=replace(config.data, source=source, held_out_source=None))
-    check_source(config)
+        config = with_source(config, source)
+    task.check_files(config)
     _check_folder(out)
     world = start_distributed() if launched_ranks() > 1 else World(0, 1, this_device())
-    model = fill(build_model(config), weights)
-    data = world.main_first(lambda: _whole(config) if whole else _crops(config))
-    encoder = Encoder(model, data.parts, config.train.eval_batch_size, world.device)
+    data = world.main_first(lambda: task.windows(config) if whole else task.crops(config))
+    parts = {"train": data.train, "held_out": data.held_out}
+    encoder = Encoder(model_of(config, weights), parts, config.train.eval_batch_size, world.device)
+    items = data.items and {"train": data.items[0], "held_out": data.items[1]}
     reference = TokenizerReference(
         run=os.path.relpath(run_dir.resolve(), out.resolve()),
         weights_sha256=weights_sha256(weights),
@@ -85,73 +85,19 @@ def encode_run(
     )
     wanted = Manifest(
         tokenizer=reference,
-        source=source_of(config),
+        source=task.source(config),
         data_digest=data.digest,
         codes=config.quantizer.codes,
-        sample_rate=config.data.sample_rate if config.task == "audio_tokenizer" else 0,
+        sample_rate=task.sample_rate(config),
         samples={part: len(encoder.parts[part]) for part in PARTS},
         shard_samples=shard_samples,
         whole=whole,
         **encoder.shapes(),
     )
-    found = _encode(encoder, wanted, data.items, out, world)
+    found = _encode(encoder, wanted, items, out, world)
     if world.size > 1:
         dist.destroy_process_group()
     return found
-
-
-class _Data(NamedTuple):
-    """What is encoded."""
-
-    parts: dict[str, DataSet]
-    digest: str
-    """Differs when samples differ."""
-    items: dict[str, list[Item]] | None
-    """What the samples are windows of; None: they are crops."""
-
-
-def _crops(config: Config) -> _Data:
-    task = build_task(config)
-    assert isinstance(task.train, DataSet)
-    return _Data({"train": task.train, "held_out": task.held_out}, task.data_digest, None)
-
-
-def _whole(config: Config) -> _Data:
-    data = config.data
-    if config.task == "audio_tokenizer":
-        length = round(data.audio_seconds * data.sample_rate)
-        sides = recording_windows(source_of(config), sample_rate=data.sample_rate, length=length)
-        items = [_recordings(windows) for windows in sides]
-    else:
-        sides = image_windows(
-            source_of(config),
-            size=data.image_size,
-            held_out_source=data.held_out_source,
-            shorter_side=data.shorter_side,
-        )
-        items = [_images(windows) for windows in sides]
-    for windows, part in zip(sides, PARTS, strict=True):
-        if not len(windows):
-            raise ConfigError(
-                f"data.source {source_of(config)!r} has nothing that is {part}: give more files"
-            )
-    return _Data(
-        dict(zip(PARTS, sides, strict=True)),
-        "".join(windows.digest() for windows in sides),
-        dict(zip(PARTS, items, strict=True)),
-    )
-
-
-def _images(windows: ImageWindows) -> list[Item]:
-    sizes = windows.sizes.tolist()
-    return [Item(name, tuple(size)) for name, size in zip(windows.names, sizes, strict=True)]
-
-
-def _recordings(windows: RecordingWindows) -> list[Item]:
-    totals = np.bincount(windows.recording_of, windows.lengths, len(windows.names)).astype(int)
-    return [
-        Item(name, (total,)) for name, total in zip(windows.names, totals.tolist(), strict=True)
-    ]
 
 
 class Encoder:
@@ -166,7 +112,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: AnyModel,
+        model: nn.Module,
         parts: dict[str, DataSet],
         batch_size: int,
         device: torch.device,

@@ -27,12 +27,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import TrainConfig
 from simvq_moe.data.hashing import file_sha256
-from simvq_moe.files.regular import sync_folder, write_atomically, written_whole
-from simvq_moe.config.loading import ConfigError
-from simvq_moe.engine.world import World
 from simvq_moe.engine.agreement import WriteFailed, together, writing
+from simvq_moe.engine.world import World
+from simvq_moe.files.regular import sync_folder, write_atomically, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,9 @@ def save(
         WriteFailed: on all ranks, if one can't write, say for a full disk; what was saved before is
             as it was.
     """
-    from simvq_moe.engine import state as engine_state  # imports deepspeed, which only training needs
+    from simvq_moe.engine import (
+        state as engine_state,  # imports deepspeed, which only training needs
+    )
 
     temporary = folder / f"{step}.tmp"
     tensors = _own_part(engine_state.whole_tensors(engine), world)
@@ -114,7 +116,9 @@ def restore(engine: Any, folder: Path, world: World, seed: int) -> Restored | No
     Raises:
         ConfigError: it lacks a tensor of the model, or is of another form.
     """
-    from simvq_moe.engine import state as engine_state  # imports deepspeed, which only training needs
+    from simvq_moe.engine import (
+        state as engine_state,  # imports deepspeed, which only training needs
+    )
 
     found = [latest_step(folder) if world.is_main else None]
     if world.size > 1:

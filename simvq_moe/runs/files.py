@@ -16,7 +16,18 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, model_validator
 
 from simvq_moe.core.usage import Kind
-from simvq_moe.files.regular import BrokenFileError, Layout, MissingFileError, open_regular, printable, read_arrays, read_bytes, read_json, validate, validate_json
+from simvq_moe.files.regular import (
+    BrokenFileError,
+    Layout,
+    MissingFileError,
+    open_regular,
+    printable,
+    read_arrays,
+    read_bytes,
+    read_json,
+    validate,
+    validate_json,
+)
 from simvq_moe.files.yaml import read_yaml
 
 SMALL = 2**24

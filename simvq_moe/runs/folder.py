@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
-from simvq_moe.config.schema import Config
 from simvq_moe.config.checks_moe import with_gates
+from simvq_moe.config.loading import first_difference, merge_files, to_yaml
+from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError, read_bytes, read_json, read_text, sync_folder
-from simvq_moe.config.loading import first_difference, merge_files, to_yaml
 from simvq_moe.runs import checkpoint
 
 CONFIG, META, SUMMARY, NOISE = "config.yaml", "meta.json", "summary.json", "log.txt"

@@ -1,1 +1,3 @@
-"""What is trained: source, data, model, measures and samples of each task; never the loop."""
+"""What is trained: source, data, model, measures and samples of each task, a class each; never the
+loop, and never a command.
+"""

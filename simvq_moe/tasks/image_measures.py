@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.config.schema import Config, ImageTokenizerConfig
+from simvq_moe.config.schema import ImageTokenizerConfig
 from simvq_moe.models.image_losses import LPIPS, vgg_file
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -71,19 +71,23 @@ class ImageMeasures(nn.Module):
         return means
 
 
-def optional_measures(config: ImageTokenizerConfig, *, lpips: bool, rfid: bool) -> ImageMeasures:
+def optional_measures(config: ImageTokenizerConfig, names: Sequence[str]) -> ImageMeasures:
     """The measures with those asked for.
+
+    Args:
+        config: says where the weights of LPIPS are.
+        names: "lpips", "rfid".
 
     Raises:
         ConfigError: a package or a file of weights is missing.
     """
     network, fid = None, None
-    if lpips:
+    if "lpips" in names:
         file = vgg_file(config.lpips_file)
         if not file.is_file():
-            raise ConfigError(f"--lpips: {_missing(config)}, or drop --lpips")
+            raise ConfigError(f"--lpips: {missing_vgg(config)}, or drop --lpips")
         network = LPIPS.load(file)
-    if rfid:
+    if "rfid" in names:
         if not find_spec("torch_fidelity"):
             raise ConfigError("--rfid needs torch-fidelity: pip install 'simvq-moe[image]'")
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -98,24 +102,8 @@ def optional_measures(config: ImageTokenizerConfig, *, lpips: bool, rfid: bool) 
     return ImageMeasures(network, fid)
 
 
-def lacks_lpips(config: Config) -> bool:
-    """Whether the loss needs VGG16's weights, and they are not at hand."""
-    image = config.image_tokenizer
-    weighted = config.task == "image_tokenizer" and image.lpips_weight
-    return bool(weighted) and not vgg_file(image.lpips_file).is_file()
-
-
-def check_networks(config: Config) -> None:
-    """Raise `ConfigError` where the loss needs a network whose weights are not at hand."""
-    if lacks_lpips(config):
-        image = config.image_tokenizer
-        raise ConfigError(
-            f"image_tokenizer.lpips_weight {image.lpips_weight}: {_missing(image)}, name another "
-            "file by image_tokenizer.lpips_file, or use weight 0"
-        )
-
-
-def _missing(config: ImageTokenizerConfig) -> str:
+def missing_vgg(config: ImageTokenizerConfig) -> str:
+    """What to say where the weights of LPIPS are not at hand."""
     file = vgg_file(config.lpips_file)
     return f"{file} is missing: put torchvision's ImageNet weights of VGG16 there"
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from simvq_moe.core.usage import UsageCounter, counting
 from simvq_moe.engine.world import World
 from simvq_moe.records.usage_metrics import layers_of, usage_metrics
-from simvq_moe.tasks.build import Task
+from simvq_moe.tasks.registry import AnyTask
 
 
 @torch.no_grad()
 def evaluate(
-    task: Task, world: World, batch_size: int
+    task: AnyTask, world: World, batch_size: int
 ) -> tuple[dict[str, float], list[np.ndarray]]:
     """Measures of the held-out set, and each layer's counts on it, over all ranks."""
     task.model.eval()

@@ -44,15 +44,14 @@ from simvq_moe.engine.sharding import ready
 from simvq_moe.engine.step_phases import Phase, Phases, profiled
 from simvq_moe.engine.world import World
 from simvq_moe.files.regular import write_atomically
-from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.records.bank_metrics import Banks
 from simvq_moe.records.progress import Progress
 from simvq_moe.records.run_log import RunLog
 from simvq_moe.records.step_averages import Window, of_this_rank
 from simvq_moe.records.usage_metrics import layers_of, usage_metrics
 from simvq_moe.runs import checkpoint
-from simvq_moe.tasks.build import TOKENIZER, Task, build_task, source_of
-from simvq_moe.tasks.samples import make_samples
+from simvq_moe.tasks.registry import AnyTask, build_task, source_of
+from simvq_moe.tasks.text import TOKENIZER
 from simvq_moe.training.evaluation import evaluate, take_counts
 from simvq_moe.training.probe import Probe
 from simvq_moe.training.watchdog import Watchdog
@@ -90,7 +89,7 @@ class Trainer:
         self.step = 0
         self.position: dict[int, Any] = {}
         self.unread: CorruptDataError | None = None
-        if self.task.start is not None:
+        if self.task.starts_from_data:
             self.reader = Prefetched(self._batches(), 0)
             # before the engine, which copies the parameters
             self.task.start(torch.cat(self._read()).to(world.device))
@@ -103,8 +102,7 @@ class Trainer:
         self.cost = cost_of(self.task.model, config, world.size, run_samples=bool(self.peak))
         self.engine = make_engine(self.task.model, config, world)
         if config.train.compile:
-            assert isinstance(self.task.model, LanguageModel)
-            self.task.model.compile_blocks()  # after the engine, which sets the precision
+            self.task.compile()  # after the engine, which sets the precision
         self.layers = layers_of(self.counters)
         self.checkpoints = config.run_dir / "checkpoints"
         self.train_seconds = 0.0
@@ -350,7 +348,7 @@ class Trainer:
         metrics |= self._speed()
         self.window = Window()
         held_out, held_out_counts = evaluated or ({}, None)
-        samples = make_samples(self.task, self.step, self.world.device) if evaluated else None
+        samples = self.task.samples(self.step, self.world.device) if evaluated else None
         spectra = self.banks.spectra() if evaluated else {}
         if self.log is not None:
             with self._recording():
@@ -358,7 +356,7 @@ class Trainer:
                 self.log.write_spectra(spectra)
                 if samples is not None:
                     self.log.write_pictures(self.step, self.probe.pictures(), self.probe.rows)
-                    samples.write(self.log, self.step, self.task.sample_rate)
+                    samples.write(self.log, self.step)
         return metrics
 
     def _speed(self) -> dict[str, float]:
@@ -434,7 +432,7 @@ class Trainer:
         return steps * self.config.train.batch_size * self.task.tokens_per_sample
 
 
-def _build(config: Config, world: World) -> Task:
+def _build(config: Config, world: World) -> AnyTask:
     if config.moe.expert_parallel > 1:
         # all ranks at once, not in turn
         from simvq_moe.moe.expert_parallel import make_groups
@@ -445,7 +443,7 @@ def _build(config: Config, world: World) -> Task:
     return task
 
 
-def _build_task(config: Config) -> Task:
+def _build_task(config: Config) -> AnyTask:
     try:
         return build_task(config)
     except OSError as error:

@@ -31,7 +31,7 @@ from simvq_moe.moe import MoE
 from simvq_moe.moe import routing_measures as of
 from simvq_moe.moe.routers.base import NOBODY, Routing
 from simvq_moe.records.tensorboard import CELL, heat_map
-from simvq_moe.tasks.build import Task
+from simvq_moe.tasks.registry import AnyTask
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Probe:
     """
 
     def __init__(
-        self, task: Task, train: TrainConfig, world: World, run_dir: Path, step: int
+        self, task: AnyTask, train: TrainConfig, world: World, run_dir: Path, step: int
     ) -> None:
         self.model, self.batch, self.world = task.model, train.eval_batch_size, world
         self.path = run_dir / "probe.npz"

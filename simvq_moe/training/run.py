@@ -52,9 +52,7 @@ from simvq_moe.runs.folder import (
     has_summary,
 )
 from simvq_moe.runs.provenance import provenance
-from simvq_moe.tasks.build import check_source
-from simvq_moe.tasks.codes import fit_to_codes
-from simvq_moe.tasks.image_measures import check_networks
+from simvq_moe.tasks.registry import check_files, fit_to_data
 from simvq_moe.training.loop import Trainer
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 130
@@ -80,7 +78,7 @@ def train(config: Config) -> int:
         ConfigError: the config can't run here; nothing was written.
     """
     adopt_slurm(os.environ)
-    config = with_gates(fit_to_codes(config))
+    config = with_gates(fit_to_data(config))
     _check_settings(config, launched_ranks())
     check_device(config)
     with _signals() as stop_asked, contextlib.ExitStack() as held:
@@ -107,8 +105,7 @@ def train(config: Config) -> int:
 def _take(config: Config, held: contextlib.ExitStack) -> _Found:
     """Check what must be here; rank 0 takes the folder for as long as `held` is open."""
     main = launched_rank() == 0
-    check_source(config)
-    check_networks(config)
+    check_files(config)
     if not main:
         return _Found()
     found = _look(config)
@@ -129,7 +126,7 @@ def _look(config: Config) -> _Found:
 
 def check_launch(config: Config, world_size: int) -> None:
     """Raise `ConfigError` for whatever would keep this config from running on so many ranks."""
-    config = with_gates(fit_to_codes(config))
+    config = with_gates(fit_to_data(config))
     _check_settings(config, world_size)
     _check_files(config)
 
@@ -143,8 +140,7 @@ def _check_settings(config: Config, world_size: int) -> None:
 
 def _check_files(config: Config) -> None:
     """What must be here: data, networks of measures, and no other run in the folder."""
-    check_source(config)
-    check_networks(config)
+    check_files(config)
     check_same_run(config)
 
 
@@ -155,7 +151,7 @@ def dry_run(config: Config, cluster_file: Path | None = None) -> int:
     Args:
         cluster_file: YAML of the machines to predict the step time on.
     """
-    config = with_gates(fit_to_codes(config))
+    config = with_gates(fit_to_data(config))
     check(config)
     cluster = None if cluster_file is None else read_cluster(cluster_file)
     ranks = launched_ranks() if cluster is None else fitting_gpus(config, cluster)[-1]

@@ -14,7 +14,7 @@ from simvq_moe.analysis.spectra import MOST_VALUES, spectra_of
 from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
-from simvq_moe.runs.loading import load_run
+from simvq_moe.tasks.loading import load_run
 from tests.launching import ROOT
 from tests.short_training import train_two_steps
 

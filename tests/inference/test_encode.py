@@ -19,13 +19,13 @@ from simvq_moe.config.loading import ConfigError, merge_files, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.data.codes import MANIFEST, open_codes, read_manifest
 from simvq_moe.engine.world import World
-from simvq_moe.inference.decode import Decoder
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.tasks.build import build_task
-from simvq_moe.tasks.codes import draw_sequences, fit_to_codes
+from simvq_moe.tasks.codes import draw_sequences
+from simvq_moe.tasks.decoder import Decoder
 from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_task, fit_to_data
 from tests.launching import metrics, run
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
@@ -70,7 +70,7 @@ def to(folder: Path) -> list[str]:
 
 def trained(folder: Path) -> tuple[Config, ImageTokenizer | AudioTokenizer]:
     """The tokenizer as it was trained, by another way than the decoder's."""
-    from simvq_moe.runs.loading import load_run
+    from simvq_moe.tasks.loading import load_run
 
     config, weights = load_run(folder / "runs/run")
     model = build_model(config)
@@ -329,7 +329,7 @@ def test_a_language_model_on_codes_is_measured_in_bits_and_draws_new_samples(
 ) -> None:
     codes = encoded[kind] / "codes"
     flags = [*LANGUAGE, "--data.source", str(codes)]
-    config = fit_to_codes(with_flags(Config(), flags, "train"))
+    config = fit_to_data(with_flags(Config(), flags, "train"))
     manifest = read_manifest(codes)
     assert config.data.vocabulary == manifest.codes * manifest.levels + 1
     summary = train_two_steps(config, tmp_path / "runs", world)
@@ -373,11 +373,12 @@ def test_samples_do_not_touch_the_random_numbers_of_the_training(
     encoded: dict[str, Path],
 ) -> None:
     flags = [*LANGUAGE, "--data.source", str(encoded["image"] / "codes")]
-    task = build_task(fit_to_codes(with_flags(Config(), flags, "train")))
-    assert task.picture is not None
-    batch = task.held_out.batch(np.arange(2))
+    task = build_task(fit_to_data(with_flags(Config(), flags, "train")))
     state = torch.get_rng_state()
-    first, again = task.picture(batch), task.picture(batch)
+    device = torch.device("cpu")
+    first, again = (task.samples(step, device).picture for step in (1, 2))
+    assert first is not None
+    assert again is not None
     np.testing.assert_array_equal(first, again)
     assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
 
@@ -396,7 +397,7 @@ def test_settings_that_do_not_fit_the_codes_are_refused(
 ) -> None:
     source = ("--data.source", str(encoded["image"] / "codes"))
     with pytest.raises(ConfigError) as error:
-        fit_to_codes(with_flags(Config(), [*LANGUAGE, *source, *flags], "train"))
+        fit_to_data(with_flags(Config(), [*LANGUAGE, *source, *flags], "train"))
     assert words in str(error.value)
 
 
@@ -412,7 +413,7 @@ def test_codes_whose_tokenizer_is_gone_or_another_are_refused(
     assert "was encoded by the run" in capsys.readouterr().err
     flags = [*LANGUAGE, "--data.source", str(folder / "codes")]
     with pytest.raises(ConfigError, match="which is gone"):
-        fit_to_codes(with_flags(Config(), flags, "train"))
+        fit_to_data(with_flags(Config(), flags, "train"))
     other = with_flags(Config(), [*TOKENIZERS["image"], "--seed", "1"], "train")
     train_two_steps(other, folder / "runs", world)
     assert main([*command, str(tmp_path / "out2")]) == 2
@@ -425,7 +426,7 @@ def test_a_run_on_codes_is_evaluated_on_codes_of_the_same_tokenizer_alone(
 ) -> None:
     folder, photos = encoded["image"], tmp_path / "photos"
     config = with_flags(Config(), [*LANGUAGE, "--data.source", str(folder / "codes")], "train")
-    train_two_steps(fit_to_codes(config), tmp_path / "runs", world)
+    train_two_steps(fit_to_data(config), tmp_path / "runs", world)
     command = ["eval", str(tmp_path / "runs/run"), "--data"]
     photos.mkdir()
     Image.effect_mandelbrot((128, 64), (-2, -1, 1, 1), 60).save(photos / "a.png")
@@ -476,7 +477,7 @@ def test_two_ranks_write_the_bytes_of_one_and_train_on_them(
 def test_new_samples_decode_to_new_images(encoded: dict[str, Path]) -> None:
     decoder = Decoder(encoded["residual"] / "codes", torch.device("cpu"))
     flags = [*LANGUAGE, "--data.source", str(encoded["residual"] / "codes")]
-    model = build_model(fit_to_codes(with_flags(Config(), flags, "train")))
+    model = build_model(fit_to_data(with_flags(Config(), flags, "train")))
     assert isinstance(model, LanguageModel)
     random = torch.Generator().manual_seed(0)
     drawn = draw_sequences(model, decoder.manifest, 2, generator=random)

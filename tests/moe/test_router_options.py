@@ -16,12 +16,13 @@ from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.optimizer import parameter_groups
 from simvq_moe.engine.world import World
-from simvq_moe.inference.fold import fold_weights, without_maps
+from simvq_moe.inference.fold import fold_weights
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.moe.running_mean import after_step
 from simvq_moe.runs import checkpoint
 from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import task_of
 from tests.moe.test_routers import KINDS
 from tests.short_training import train_two_steps
 
@@ -100,7 +101,8 @@ def test_training_moves_biases_and_means_once_a_step(corpus: Path, world: World)
 )
 def test_a_model_with_folded_weights_computes_the_same(arm: str) -> None:
     made = config(ARMS[arm])
-    model, folded = build_model(made).double(), build_model(without_maps(made)).double()
+    model = build_model(made).double()
+    folded = build_model(task_of(made).without_maps(made)).double()
     assert isinstance(model, LanguageModel)
     assert isinstance(folded, LanguageModel)
     with torch.no_grad():

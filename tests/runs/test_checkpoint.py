@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from simvq_moe.config.schema import Config
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import ConfigError, to_yaml
-from simvq_moe.runs import checkpoint
+from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
+from simvq_moe.runs import checkpoint
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.run import check_launch
 from tests.two_ranks import TwoRanks

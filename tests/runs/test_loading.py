@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simvq_moe.cli import main
-from simvq_moe.config.schema import Config
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import ConfigError, merge_files, to_yaml
-from simvq_moe.tasks.models import build_model
+from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
-from simvq_moe.runs.loading import FOLDED, load_model, load_run
+from simvq_moe.runs.loading import FOLDED
+from simvq_moe.tasks.loading import load_model, load_run
+from simvq_moe.tasks.models import build_model
 from tests.short_training import train_two_steps
 
 IMAGE = ("--quantizer.codes", "16", "--image_tokenizer.hidden", "4")

@@ -23,11 +23,11 @@ from simvq_moe.config.schema import (
 )
 from simvq_moe.data.audio import AudioClips, audio_clips, resample
 from simvq_moe.engine.world import World
-from simvq_moe.inference.fold import without_maps
 from simvq_moe.models.audio_spectra import MelDistance
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.tasks.audio_measures import MEL_WINDOWS, AudioMeasures, pesq, si_sdr, stoi
 from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import task_of
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
@@ -97,7 +97,7 @@ def test_counts_of_the_start_follow_accumulation() -> None:
 
 
 def test_the_config_of_a_folded_audio_tokenizer_has_no_map() -> None:
-    assert without_maps(CONFIG).quantizer.kind == "vq"
+    assert task_of(CONFIG).without_maps(CONFIG).quantizer.kind == "vq"
 
 
 @pytest.mark.parametrize(

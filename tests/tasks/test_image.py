@@ -27,14 +27,9 @@ from simvq_moe.config.schema import (
 from simvq_moe.engine.world import World
 from simvq_moe.models.image_losses import LPIPS
 from simvq_moe.models.image_tokenizer import ImageTokenizer
-from simvq_moe.tasks.build import build_task
-from simvq_moe.tasks.image_measures import (
-    ImageMeasures,
-    as_bytes,
-    check_networks,
-    optional_measures,
-)
+from simvq_moe.tasks.image_measures import ImageMeasures, as_bytes, optional_measures
 from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_task, check_files
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
@@ -112,19 +107,19 @@ def test_a_loss_without_its_network_is_named(tmp_path: Path) -> None:
     image = replace(JUDGED, lpips_weight=1.0, lpips_file=str(file))
     config = replace(CONFIG, image_tokenizer=image)
     with pytest.raises(ConfigError, match=r"lpips_weight 1\.0: .*vgg\.pth is missing: put torch"):
-        check_networks(config)
+        check_files(config)
     model = build_model(config)  # which can be evaluated all the same
     assert isinstance(model, ImageTokenizer)
     assert model.distance.lpips is None
     with pytest.raises(ConfigError, match=r"--lpips: .*vgg\.pth is missing"):
-        optional_measures(image, lpips=True, rfid=False)
+        optional_measures(image, ["lpips"])
 
 
 def test_rfid_without_its_package_or_network_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     where = "simvq_moe.tasks.image_measures.find_spec"
     monkeypatch.setattr(where, lambda _: None)
     with pytest.raises(ConfigError, match="--rfid needs torch-fidelity: pip install"):
-        optional_measures(JUDGED, lpips=False, rfid=True)
+        optional_measures(JUDGED, ["rfid"])
 
 
 class Colours(nn.Module):

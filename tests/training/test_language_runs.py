@@ -18,7 +18,8 @@ from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
-from simvq_moe.tasks.build import build_task
+from simvq_moe.tasks.registry import build_task
+from simvq_moe.tasks.text import LanguageModelTask
 from tests.launching import ROOT, metrics, run
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
@@ -85,7 +86,7 @@ def test_samples_continue_held_out_text_alike_at_each_step_and_draw_nothing_else
     assert "    === continuation 4 ===" in shown
     flags = [*TEXT, "--data.source", source, "--data.cache_dir", str(tmp_path / "cache")]
     task = build_task(with_flags(Config(), flags, "train"))
-    assert task.continuations is not None
+    assert isinstance(task, LanguageModelTask)
     state = torch.get_rng_state()
     first, again, later = (task.continuations(step) for step in (1, 1, 2))
     assert first == again != later

@@ -30,7 +30,7 @@ from simvq_moe.moe.routing_measures import (
     label_counts,
     saturation,
 )
-from simvq_moe.tasks.build import Task, build_task
+from simvq_moe.tasks.registry import AnyTask, build_task
 from simvq_moe.training.probe import OTHERS, Probe, choose_tokens, expert_outputs, read
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
@@ -73,12 +73,12 @@ def config(folder: Path, **moe: Any) -> Config:
     )
 
 
-def probe_of(task: Task, folder: Path, world: World, step: int = 0, **train: Any) -> Probe:
+def probe_of(task: AnyTask, folder: Path, world: World, step: int = 0, **train: Any) -> Probe:
     settings = replace(TrainConfig(probe_tokens=160, eval_batch_size=8), **train)
     return Probe(task, settings, world, folder, step)
 
 
-def shake(task: Task) -> None:
+def shake(task: AnyTask) -> None:
     """As if it had been trained: every weight moves."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -86,12 +86,12 @@ def shake(task: Task) -> None:
             p += 0.3 * torch.randn(p.shape, generator=generator)
 
 
-def moe_layers(task: Task) -> list[MoE]:
+def moe_layers(task: AnyTask) -> list[MoE]:
     return [module for module in task.model.modules() if isinstance(module, MoE)]
 
 
 @torch.no_grad()
-def routings(task: Task, windows: Tensor) -> list[Routing]:
+def routings(task: AnyTask, windows: Tensor) -> list[Routing]:
     """Of all windows at once, as the routers themselves say."""
     found: list[Routing] = []
 
@@ -186,7 +186,7 @@ def test_the_probe_leaves_counts_random_numbers_and_methods_as_they_were(
 
 
 @pytest.fixture
-def followed(folder: Path, tmp_path: Path, world: World) -> tuple[Task, Probe]:
+def followed(folder: Path, tmp_path: Path, world: World) -> tuple[AnyTask, Probe]:
     """A probe with three evaluations, each of other weights."""
     task = build_task(config(folder))
     probe = probe_of(task, tmp_path, world)
@@ -198,7 +198,7 @@ def followed(folder: Path, tmp_path: Path, world: World) -> tuple[Task, Probe]:
 
 
 def test_fluctuation_and_saturation_compare_evaluations(
-    followed: tuple[Task, Probe], tmp_path: Path
+    followed: tuple[AnyTask, Probe], tmp_path: Path
 ) -> None:
     _, probe = followed
     with np.load(tmp_path / "probe.npz") as saved:
@@ -219,7 +219,7 @@ def test_fluctuation_and_saturation_compare_evaluations(
 
 
 def test_a_resumed_probe_keeps_what_came_before_its_checkpoint(
-    followed: tuple[Task, Probe], tmp_path: Path, world: World
+    followed: tuple[AnyTask, Probe], tmp_path: Path, world: World
 ) -> None:
     task, probe = followed
     whole = probe.measure(40)

@@ -1,0 +1,152 @@
+"""Audio tokenizers: clips, reconstruction, and what recordings are as files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from simvq_moe.config.schema import Config
+from simvq_moe.core.streams import own_stream
+from simvq_moe.data import audio
+from simvq_moe.data.audio import RecordingWindows, recording_windows
+from simvq_moe.data.code_items import Item
+from simvq_moe.data.hashing import digest_of_both
+from simvq_moe.models.audio_discriminators import Discriminators
+from simvq_moe.models.audio_spectra import MelDistance
+from simvq_moe.models.audio_tokenizer import AudioTokenizer
+from simvq_moe.tasks.audio_measures import AudioMeasures
+from simvq_moe.tasks.models import build_quantizer
+from simvq_moe.tasks.registry import register
+from simvq_moe.tasks.samples import Samples
+from simvq_moe.tasks.tokenizers import Parts, TokenizerTask, check_not_empty
+
+
+@register
+class AudioTokenizerTask(TokenizerTask[AudioTokenizer]):
+    """Clips of recordings, in codes and back."""
+
+    name = "audio_tokenizer"
+    embedded = "spoken-characters"
+    sections = ("quantizer", "audio_tokenizer")
+    depths = ("quantizer.residual_levels",)
+    loss_measure = "val/mel_distance"
+    suffix = "wav"
+
+    @classmethod
+    def check_files(cls, config: Config) -> None:
+        audio.check_source(cls.source(config))
+
+    @classmethod
+    def _model(cls, config: Config) -> AudioTokenizer:
+        with own_stream():
+            quantizer = build_quantizer(config.quantizer)
+        settings, discriminators = config.audio_tokenizer, None
+        names = ("waveform", "spectral", "mel", "adversarial", "feature")
+        if settings.adversarial_weight:
+            with own_stream():
+                discriminators = Discriminators(
+                    settings.discriminator_periods,
+                    settings.discriminator_windows,
+                    settings.discriminator_hidden,
+                    settings.discriminator_bands,
+                )
+        mel = MelDistance(
+            config.data.sample_rate,
+            settings.loss_windows,
+            bands=settings.mel_bands,
+            scale=settings.mel_scale,
+            floor=settings.mel_floor,
+            units=settings.mel_units,
+        )
+        return AudioTokenizer(
+            quantizer,
+            sample_rate=config.data.sample_rate,
+            loss_windows=settings.loss_windows,
+            loss_weights={name: getattr(settings, f"{name}_weight") for name in names},
+            hidden=settings.hidden,
+            strides=settings.strides,
+            dilations=settings.dilations,
+            discriminators=discriminators,
+            # a step is as many forward passes
+            adversarial_start=settings.adversarial_start * config.train.accumulation,
+            mel=mel,
+        )
+
+    @classmethod
+    def numbers_of_a_sample(cls, config: Config) -> int:
+        settings = config.audio_tokenizer
+        return _length(config) * settings.hidden * 4 * (len(settings.dilations) + 1)
+
+    @classmethod
+    def own_measures(cls, config: Config) -> AudioMeasures:
+        return AudioMeasures(config.data.sample_rate)
+
+    @classmethod
+    def crops(cls, config: Config) -> Parts:
+        data = config.data
+        train, held_out = audio.audio_clips(
+            cls.source(config),
+            sample_rate=data.sample_rate,
+            length=_length(config),
+            clips=data.crops,
+            held_out_clips=data.held_out_crops,
+            seed=data.seed,
+            memory=data.decoded_megabytes * 2**20,
+        )
+        return Parts(train, held_out, digest_of_both(train.digest(), held_out.digest()))
+
+    @classmethod
+    def windows(cls, config: Config) -> Parts:
+        train, held_out = recording_windows(
+            cls.source(config), sample_rate=config.data.sample_rate, length=_length(config)
+        )
+        check_not_empty(cls.source(config), train, held_out)
+        digest = train.digest() + held_out.digest()
+        return Parts(train, held_out, digest, (_items(train), _items(held_out)))
+
+    @classmethod
+    def sample_rate(cls, config: Config) -> int:
+        return config.data.sample_rate
+
+    @classmethod
+    def empty(cls, sides: Sequence[int]) -> np.ndarray:
+        return np.zeros(sides, np.float32)
+
+    @classmethod
+    def values(cls, samples: Tensor) -> np.ndarray:
+        return samples.clamp(-1, 1).cpu().numpy()
+
+    @classmethod
+    def _write(cls, values: np.ndarray, file: Path, sample_rate: int) -> None:
+        soundfile.write(file, values, sample_rate)
+
+    @classmethod
+    def shown(cls, samples: Mapping[str, Tensor], *, sample_rate: int) -> Samples:
+        sounds = {name: cls.values(clips) for name, clips in samples.items()}
+        return Samples(sounds=sounds, sample_rate=sample_rate)
+
+    @classmethod
+    def _noise(cls, model: AudioTokenizer, config: Config) -> Tensor:
+        del config
+        return torch.rand(8, 16 * model.hop) * 2 - 1
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return -(-_length(self.config) // self.model.hop)
+
+
+def _length(config: Config) -> int:
+    """Values of a clip."""
+    return round(config.data.audio_seconds * config.data.sample_rate)
+
+
+def _items(windows: RecordingWindows) -> list[Item]:
+    totals = np.bincount(windows.recording_of, windows.lengths, len(windows.names)).astype(int)
+    return [
+        Item(name, (total,)) for name, total in zip(windows.names, totals.tolist(), strict=True)
+    ]

@@ -1,0 +1,105 @@
+"""From codes back to images and sound, by the tokenizer that they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from simvq_moe.config.loading import ConfigError
+from simvq_moe.data.code_items import Item, window_of
+from simvq_moe.data.codes import CodeSequences, Manifest, read_manifest
+from simvq_moe.runs.loading import weights_sha256
+from simvq_moe.tasks.loading import load_run
+from simvq_moe.tasks.samples import Samples
+from simvq_moe.tasks.tokenizers import tokenizer_task
+
+
+class Decoder:
+    """The tokenizer that a folder of token shards refers to.
+
+    Args:
+        folder: of the token shards.
+        device: where the tokenizer runs.
+
+    Raises:
+        ConfigError: the tokenizer's run is gone, or has other weights than those that encoded.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.manifest: Manifest = read_manifest(folder)
+        self.device = device
+        run = tokenizer_run(folder)
+        config, weights = load_run(run)
+        if weights_sha256(weights) != self.manifest.tokenizer.weights_sha256:
+            raise ConfigError(
+                f"{run} has other weights than those that encoded {folder}: put them back, or "
+                "encode again into a new folder"
+            )
+        self.batch_size = config.train.eval_batch_size
+        self.task = tokenizer_task(config, run)
+        self.model = self.task.build_model(self.task.without_networks(config))
+        self.model.load_state_dict(weights)
+        self.model.eval().to(device)
+
+    @torch.no_grad()
+    def decode(
+        self, sequences: Int64[Tensor, "samples window"]
+    ) -> Float[Tensor, "samples axis *axes"]:
+        """Images in (samples, 3, height, width) or clips in (samples, time), in [-1, 1] or near."""
+        samples = self.model.decode(self.manifest.ids(sequences.to(self.device)))
+        # the tokens of a clip cover a little more than it
+        inside = tuple(slice(length) for length in self.manifest.sample_shape)
+        return samples[(slice(None), *inside)]
+
+    def shown(self, sequences: Mapping[str, Int64[Tensor, "samples window"]]) -> Samples:
+        """Decoded batches by name, beside or below each other."""
+        decoded = {name: self.decode(codes) for name, codes in sequences.items()}
+        return self.task.shown(decoded, sample_rate=self.manifest.sample_rate)
+
+    def write(self, sequences: Int64[Tensor, "samples window"], folder: Path, first: int) -> None:
+        """A file each, numbered from `first` on."""
+        for i, sample in enumerate(self.decode(sequences), start=first):
+            self._save(self.task.values(sample[None])[0], folder / self.file_name(i))
+
+    def write_whole(self, sequences: CodeSequences, first: int, item: Item, file: Path) -> None:
+        """An image or a recording of its windows, the first of which is sequence `first`."""
+        window = window_of(self.manifest)
+        grid = item.grid(window)
+        sides = [n * side for n, side in zip(grid, window, strict=True)]
+        whole = self.task.empty(sides)
+        places = np.stack(np.unravel_index(np.arange(prod(grid)), grid), axis=1) * window
+        for start in range(0, len(places), self.batch_size):
+            some = places[start : start + self.batch_size]
+            samples = self.decode(sequences.batch(first + start + np.arange(len(some))))
+            for place, values in zip(some, self.task.values(samples), strict=True):
+                inside = tuple(slice(at, at + side) for at, side in zip(place, window, strict=True))
+                whole[inside] = values
+        self._save(whole[tuple(slice(size) for size in item.size)], file)
+
+    def _save(self, values: np.ndarray, file: Path) -> None:
+        self.task.save(values, file, sample_rate=self.manifest.sample_rate)
+
+    def file_name(self, number: int) -> str:
+        """The name of a sample's file."""
+        return f"{number:06d}.{self.task.suffix}"
+
+
+def tokenizer_run(folder: Path) -> Path:
+    """The run whose codes these are.
+
+    Raises:
+        ConfigError: it is not where the manifest says.
+    """
+    run = (folder.resolve() / read_manifest(folder).tokenizer.run).resolve()
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(
+            f"{folder} was encoded by the run {run}, which is gone: put it back there, or encode "
+            "again into a new folder"
+        )
+    return run

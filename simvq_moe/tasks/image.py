@@ -1,0 +1,190 @@
+"""Image tokenizers: crops, reconstruction, and what images are as files and sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from simvq_moe.config.schema import Config
+from simvq_moe.core.streams import own_stream
+from simvq_moe.data import images
+from simvq_moe.data.code_items import Item
+from simvq_moe.data.hashing import digest_of_both
+from simvq_moe.data.media.image_windows import ImageWindows, image_windows
+from simvq_moe.errors import ConfigError
+from simvq_moe.models.image_discriminator import PatchDiscriminator
+from simvq_moe.models.image_losses import LPIPS, vgg_file
+from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.tasks.image_measures import (
+    ImageMeasures,
+    as_bytes,
+    missing_vgg,
+    optional_measures,
+)
+from simvq_moe.tasks.models import build_quantizer
+from simvq_moe.tasks.registry import register
+from simvq_moe.tasks.samples import Samples
+from simvq_moe.tasks.tokenizers import Parts, TokenizerTask, check_not_empty
+
+
+@register
+class ImageTokenizerTask(TokenizerTask[ImageTokenizer]):
+    """Square crops of images, in codes and back."""
+
+    name = "image_tokenizer"
+    embedded = "photos"
+    sections = ("quantizer", "image_tokenizer")
+    depths = (
+        *("quantizer.residual_levels", "image_tokenizer.residual_blocks"),
+        *("image_tokenizer.downsamplings", "image_tokenizer.discriminator_layers"),
+    )
+    loss_measure = "val/mse"
+    suffix = "png"
+
+    @classmethod
+    def check_files(cls, config: Config) -> None:
+        images.check_source(cls.source(config))
+        if config.data.held_out_source is not None:
+            images.check_source(config.data.held_out_source)
+        if cls.lacks_networks(config):
+            image = config.image_tokenizer
+            raise ConfigError(
+                f"image_tokenizer.lpips_weight {image.lpips_weight}: {missing_vgg(image)}, name "
+                "another file by image_tokenizer.lpips_file, or use weight 0"
+            )
+
+    @classmethod
+    def lacks_networks(cls, config: Config) -> bool:
+        image = config.image_tokenizer
+        return bool(image.lpips_weight) and not vgg_file(image.lpips_file).is_file()
+
+    @classmethod
+    def without_networks(cls, config: Config) -> Config:
+        image = replace(config.image_tokenizer, lpips_weight=0.0, lpips_file=None)
+        return replace(config, image_tokenizer=image)
+
+    @classmethod
+    def _model(cls, config: Config) -> ImageTokenizer:
+        with own_stream():
+            quantizer = build_quantizer(config.quantizer)
+        image, lpips, discriminator = config.image_tokenizer, None, None
+        file = vgg_file(image.lpips_file)
+        if image.lpips_weight and file.is_file():  # training alone misses it, see `check_files`
+            lpips = LPIPS.load(file)
+        if image.adversarial_weight:
+            with own_stream():
+                discriminator = PatchDiscriminator(
+                    image.discriminator_hidden, image.discriminator_layers, image.generator_loss
+                )
+        shape = ("architecture", "hidden", "downsamplings", "residual_blocks")
+        names = ("mse", "l1", "ssim", "lpips", "adversarial")
+        return ImageTokenizer(
+            quantizer,
+            **{name: getattr(image, name) for name in (*shape, "channel_multipliers", "attention")},
+            loss_weights={name: getattr(image, f"{name}_weight") for name in names},
+            lpips=lpips,
+            discriminator=discriminator,
+            adaptive=image.adversarial_weighting == "adaptive",
+            # a step is as many forward passes
+            adversarial_start=image.adversarial_start * config.train.accumulation,
+        )
+
+    @classmethod
+    def numbers_of_a_sample(cls, config: Config) -> int:
+        image = config.image_tokenizer
+        depth = 2 * (image.residual_blocks + 2) * max(image.channel_multipliers, default=1)
+        return config.data.image_size**2 * image.hidden * depth
+
+    @classmethod
+    def own_measures(cls, config: Config) -> ImageMeasures:
+        del config
+        return ImageMeasures()
+
+    @classmethod
+    def of_run(
+        cls, config: Config, *, run_dir: Path, measures: Sequence[str] = ()
+    ) -> ImageTokenizerTask:
+        del run_dir
+        return cls(config, measures=optional_measures(config.image_tokenizer, measures))
+
+    @classmethod
+    def crops(cls, config: Config) -> Parts:
+        data = config.data
+        train, held_out = images.image_crops(
+            cls.source(config),
+            size=data.image_size,
+            crops=data.crops,
+            held_out_crops=data.held_out_crops,
+            seed=data.seed,
+            held_out_source=data.held_out_source,
+            shorter_side=data.shorter_side,
+            memory=data.decoded_megabytes * 2**20,
+        )
+        return Parts(train, held_out, digest_of_both(train.digest(), held_out.digest()))
+
+    @classmethod
+    def windows(cls, config: Config) -> Parts:
+        data = config.data
+        train, held_out = image_windows(
+            cls.source(config),
+            size=data.image_size,
+            held_out_source=data.held_out_source,
+            shorter_side=data.shorter_side,
+        )
+        check_not_empty(cls.source(config), train, held_out)
+        digest = train.digest() + held_out.digest()
+        return Parts(train, held_out, digest, (_items(train), _items(held_out)))
+
+    @classmethod
+    def empty(cls, sides: Sequence[int]) -> np.ndarray:
+        return np.zeros((*sides, 3), np.uint8)
+
+    @classmethod
+    def values(cls, samples: Tensor) -> np.ndarray:
+        return pixels(samples)
+
+    @classmethod
+    def _write(cls, values: np.ndarray, file: Path, sample_rate: int) -> None:
+        del sample_rate
+        Image.fromarray(values).save(file)
+
+    @classmethod
+    def shown(cls, samples: Mapping[str, Tensor], *, sample_rate: int) -> Samples:
+        del sample_rate
+        return Samples(picture=sheet(*samples.values()))
+
+    @classmethod
+    def _noise(cls, model: ImageTokenizer, config: Config) -> Tensor:
+        del model
+        return torch.rand(8, 3, config.data.image_size, config.data.image_size) * 2 - 1
+
+    @property
+    def tokens_per_sample(self) -> int:
+        side = self.config.data.image_size // 2**self.config.image_tokenizer.downsamplings
+        return side**2
+
+
+def _items(windows: ImageWindows) -> list[Item]:
+    sizes = windows.sizes.tolist()
+    return [Item(name, tuple(size)) for name, size in zip(windows.names, sizes, strict=True)]
+
+
+def pixels(
+    images: Float[Tensor, "batch 3 height width"],
+) -> UInt8[np.ndarray, "batch height width 3"]:
+    """Bytes of images in [-1, 1]."""
+    return as_bytes(images).movedim(1, -1).cpu().numpy()
+
+
+def sheet(
+    *rows: Float[Tensor, "batch 3 height width"],
+) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
+    """Images side by side, one row under the other."""
+    return np.concatenate([np.concatenate(list(pixels(row)), axis=1) for row in rows])

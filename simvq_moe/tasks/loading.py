@@ -1,0 +1,74 @@
+"""The model of a run, from its folder, which may be anybody's.
+
+Weights are those of the model that its config describes, or the run is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simvq_moe.config.loading import flatten
+from simvq_moe.config.schema import Config
+from simvq_moe.errors import ConfigError
+from simvq_moe.runs.loading import read_run
+from simvq_moe.tasks.registry import task_of
+
+NOT_BUILT = (ValueError, RuntimeError, TypeError, ArithmeticError, AssertionError, LookupError)
+"""What building raises for sizes that go with no model."""
+
+
+def load_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
+    """The config of a run and the weights of its latest checkpoint, or of a folded model.
+
+    Raises:
+        ConfigError: it is neither, the run has no whole checkpoint, or its files are broken.
+    """
+    config, weights = read_run(run_dir)
+    _check_weights(config, weights, run_dir)
+    return config, weights
+
+
+def load_model(run_dir: Path) -> tuple[Config, nn.Module]:
+    """The config of a run and its model, in evaluation mode on the CPU; see `load_run`."""
+    config, weights = load_run(run_dir)
+    return config, model_of(config, weights).eval()
+
+
+def model_of(config: Config, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model of a config with the weights that `load_run` has found to be its own."""
+    task = task_of(config)
+    model = task.build_model(task.without_networks(config))
+    model.load_state_dict(weights)
+    return model
+
+
+def _check_weights(config: Config, weights: Mapping[str, Tensor], run_dir: Path) -> None:
+    """Raise `ConfigError` unless the weights are those of the config's model, which is described
+    first and not built, for its sizes may be anything."""
+    flat = flatten(config)
+    task = task_of(config)
+    for key in task.depths:
+        if flat[key] > len(weights):
+            raise _misfit(run_dir, f"{key} {flat[key]} with only {len(weights)} tensors")
+    try:
+        with torch.device("meta"):
+            described = task.build_model(task.without_networks(config)).state_dict()
+    except NOT_BUILT as error:
+        raise _misfit(run_dir, f"no such model can be built: {error}") from None
+    for name in sorted(described.keys() ^ weights.keys()):
+        raise _misfit(run_dir, f"{name} is {'missing' if name in described else 'not of it'}")
+    for name, tensor in described.items():
+        if tensor.shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+            raise _misfit(run_dir, f"{name} has the shape {shapes}")
+
+
+def _misfit(run_dir: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{run_dir}: the weights are not those of the model in config.yaml ({reason}): put both "
+        "back as they were, or train again"
+    )
