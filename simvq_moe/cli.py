@@ -78,7 +78,7 @@ def sweep(args: Sequence[str]) -> int:
     """Run arms x paired seeds, resume broken ones, end with the report."""
     options = parse_flags(SweepArgs, args, "simvq-moe sweep")
     from simvq_moe.reports import report
-    from simvq_moe.sweeps import checks, execute, rate_grid
+    from simvq_moe.sweeps import checks, execute, machine, rate_grid
     from simvq_moe.sweeps import plan as sweeps
     from simvq_moe.training.run import check_launch
 
@@ -87,15 +87,15 @@ def sweep(args: Sequence[str]) -> int:
     check_range(count=(options.count, 1, COUNT))
     if not 0 <= options.index < options.count:
         raise ConfigError(f"--index {options.index} must be 0 to --count {options.count} less 1")
-    machine = execute.this_machine(options.ranks, options.parallel)
+    here = machine.this_machine(options.ranks, options.parallel)
     arms = [arm.strip() for arm in options.arms.split(",")] if options.arms else []
     plan = sweeps.plan(options.config, arms)
     runs = (*rate_grid.grid_runs(plan), *rate_grid.with_rates(plan).runs)
     origin = sweeps.origin_of(options.config)
     checks.check_runs(runs, origin, check_launch, options.ranks)
-    own = execute.execute(plan, machine, options.index, options.count)
-    complete = all(sweeps.status(run) == "finished" for run in own)
-    if any(sweeps.status(run) in ("pending", "running") for run in plan.runs):
+    own = execute.execute(plan, here, options.index, options.count)
+    complete = all(run.status == "finished" for run in own)
+    if any(run.status in ("pending", "running") for run in plan.runs):
         print(
             f"the other tasks' runs go on; after them: simvq-moe report {plan.folder} "
             f"--out {plan.folder / 'report'}",

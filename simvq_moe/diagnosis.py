@@ -19,7 +19,7 @@ from simvq_moe.config.loading import with_overrides
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.settings import import_deepspeed
 from simvq_moe.errors import ConfigError
-from simvq_moe.sweeps.execute import launcher
+from simvq_moe.sweeps.machine import launcher
 from simvq_moe.tasks.registry import check_files, tasks
 
 REQUIRED = (

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from simvq_moe.sweeps.execute import free_port
+from simvq_moe.sweeps.machine import free_port
 
 ROOT = Path(__file__).parent.parent
 TIMINGS = ("time", "speed/", "memory/")

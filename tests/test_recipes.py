@@ -13,7 +13,7 @@ from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.inference.encode import encode_run
-from simvq_moe.sweeps.plan import Plan, plan
+from simvq_moe.sweeps.plan import SweepPlan, plan
 from tests.launching import ROOT
 from tests.short_training import train_two_steps
 
@@ -69,7 +69,7 @@ def test_a_config_trains_two_steps(file: Path, tmp_path: Path, world: World, cac
 
 
 @pytest.mark.parametrize(("file", "sweep"), PLANS, ids=lambda case: getattr(case, "stem", ""))
-def test_every_arm_of_a_sweep_is_a_run_that_would_start(file: Path, sweep: Plan) -> None:
+def test_every_arm_of_a_sweep_is_a_run_that_would_start(file: Path, sweep: SweepPlan) -> None:
     assert file in sweep.files
     for run in sweep.runs:
         check(run.config)

@@ -18,7 +18,7 @@ UNCOMPARED_KEYS = ("seed", "name", "arm", "runs_dir")
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One training run: one arm, one seed."""
 
     path: Path
@@ -92,7 +92,7 @@ class Arm:
     label: str
     control: bool
     """An arm that a claim has to beat, rather than one that the claim is about."""
-    runs: tuple[Run, ...]
+    runs: tuple[RunRecord, ...]
 
 
 @dataclass(frozen=True)

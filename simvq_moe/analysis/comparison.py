@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from simvq_moe.analysis import stats
-from simvq_moe.analysis.arms import UNCOMPARED_KEYS, Arm, Group, Run
+from simvq_moe.analysis.arms import UNCOMPARED_KEYS, Arm, Group, RunRecord
 from simvq_moe.analysis.curves import curves_of, loads_of, profiles_of
 from simvq_moe.analysis.outcomes import held_out_tokens, value
 from simvq_moe.analysis.predictions import check_all
@@ -47,7 +47,7 @@ MOST_NULL_SLOTS = 2**22
 """Of more, even chance takes minutes to draw."""
 
 
-def compute(groups: Sequence[Group], out: Path, broken: Sequence[Run] = ()) -> Results:
+def compute(groups: Sequence[Group], out: Path, broken: Sequence[RunRecord] = ()) -> Results:
     """Compute everything that a report in `out` shows about the groups.
 
     Args:
@@ -231,8 +231,8 @@ def _nulls(group: Group, kind: str | None) -> list[Null]:
 
 
 def _config_differences(baseline: Arm, arm: Arm) -> dict[str, list[Any]]:
-    def config(of: Arm) -> dict[str, Any]:
-        return next((run.config for run in of.runs if run.config), {})
+    def config(one: Arm) -> dict[str, Any]:
+        return next((run.config for run in one.runs if run.config), {})
 
     old, new = config(baseline), config(arm)
     if not old or not new:
@@ -260,7 +260,7 @@ def unequal_lengths(group: Group) -> list[str]:
     ]
 
 
-def _run_result(group: Group | None, arm: str, run: Run, out: Path) -> RunResult:
+def _run_result(group: Group | None, arm: str, run: RunRecord, out: Path) -> RunResult:
     command = run.meta.get("command") or ""
     versions = run.meta.get("versions") or {}
     environment = {

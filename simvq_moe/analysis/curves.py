@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simvq_moe.analysis.arms import Arm, Group, Run
+from simvq_moe.analysis.arms import Arm, Group, RunRecord
 from simvq_moe.core.usage import usage
 from simvq_moe.records.catalogue import HELD_OUT, charted, compared_leaves, names
 
@@ -95,7 +95,7 @@ def _saturations(group: Group) -> list[Curve]:
     """Share of the final experts that tokens of the probe have at each evaluation before it."""
     start = HELD_OUT["experts"] + "saturation_at/"
 
-    def series(run: Run) -> Series:
+    def series(run: RunRecord) -> Series:
         names = ((re.fullmatch(f"{start}([0-9]{{1,15}})", n), v) for n, v in run.final.items())
         found = {int(match[1]): v for match, v in names if match and math.isfinite(v)}
         return np.array(sorted(found)), np.array([found[step] for step in sorted(found)])
@@ -138,15 +138,15 @@ def _mean_of_ranks(layers: Sequence[np.ndarray]) -> np.ndarray:
     return np.mean([np.sort(counts / counts.sum())[::-1] for counts in layers], axis=0)
 
 
-def first_counted(arm: Arm) -> Run | None:
+def first_counted(arm: Arm) -> RunRecord | None:
     """The finished run with the lowest seed; without one, any run that has counts."""
     counted = [run for run in arm.runs if run.held_out_counts is not None]
     ended = [run for run in counted if run.status == "finished"]
     return next(iter(ended or counted), None)
 
 
-def _logged(name: str) -> Callable[[Run], Series]:
-    def series(run: Run) -> Series:
+def _logged(name: str) -> Callable[[RunRecord], Series]:
+    def series(run: RunRecord) -> Series:
         steps, values = run.series(name)
         leaf = name.rsplit("/", 1)[-1]
         if len(steps) or leaf not in compared_leaves() or not name.startswith("val/"):
@@ -156,18 +156,18 @@ def _logged(name: str) -> Callable[[Run], Series]:
     return series
 
 
-def _counted(run: Run, leaf: str) -> Series:
+def _counted(run: RunRecord, leaf: str) -> Series:
     """The last evaluation's usage, from its counts: one point, for runs that log no measure."""
     layers = [usage(row).as_dict()[leaf] for row in run.layer_counts() if row.sum()]
     empty = np.empty(0)
     return (np.array([run.step]), np.array([np.mean(layers)])) if layers else (empty, empty)
 
 
-def _mean_of_banks(kind: str, leaf: str) -> Callable[[Run], Series]:
+def _mean_of_banks(kind: str, leaf: str) -> Callable[[RunRecord], Series]:
     """Mean over the banks of one kind, at each step over those that are logged: one whose slots
     were all drawn logs no idle movement."""
 
-    def series(run: Run) -> Series:
+    def series(run: RunRecord) -> Series:
         logged: dict[float, list[float]] = {}
         for name in run.bank_metrics(leaf).get(kind, ()):
             for step, number in zip(*run.series(name), strict=True):
@@ -178,7 +178,7 @@ def _mean_of_banks(kind: str, leaf: str) -> Callable[[Run], Series]:
     return series
 
 
-def _curves(group: Group, name: str, series: Callable[[Run], Series]) -> list[Curve]:
+def _curves(group: Group, name: str, series: Callable[[RunRecord], Series]) -> list[Curve]:
     curves = []
     for arm in group.arms:
         drawn = [(run, *series(run)) for run in arm.runs]

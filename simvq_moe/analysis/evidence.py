@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from simvq_moe.analysis import stats
-from simvq_moe.analysis.arms import UNCOMPARED_KEYS, Arm, Group, Run
+from simvq_moe.analysis.arms import UNCOMPARED_KEYS, Arm, Group, RunRecord
 from simvq_moe.analysis.outcomes import value
 from simvq_moe.analysis.results import Evidence
 from simvq_moe.records.catalogue import label
@@ -40,7 +40,7 @@ def config_of(arm: Arm) -> dict[str, Any]:
     return {key: v for key, v in config.items() if key not in UNCOMPARED_KEYS}
 
 
-def by_seed(arm: Arm, number: Callable[[Run], float | None]) -> dict[int, float]:
+def by_seed(arm: Arm, number: Callable[[RunRecord], float | None]) -> dict[int, float]:
     return {run.seed: x for run in arm.runs if (x := number(run)) is not None}
 
 

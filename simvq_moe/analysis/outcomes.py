@@ -6,14 +6,14 @@ import math
 
 import numpy as np
 
-from simvq_moe.analysis.arms import Run
+from simvq_moe.analysis.arms import RunRecord
 from simvq_moe.core.usage import usage
 from simvq_moe.records.catalogue import HELD_OUT, usage_leaves
 
 MOST_TOKENS = 2**53
 
 
-def value(run: Run, name: str) -> float | None:
+def value(run: RunRecord, name: str) -> float | None:
     """A final number of a finished run; a usage measure not in its summary is recounted."""
     if run.status != "finished":
         return None
@@ -29,7 +29,7 @@ def value(run: Run, name: str) -> float | None:
     return float(np.mean(layers)) if layers else None
 
 
-def early(run: Run, name: str, share: float) -> float | None:
+def early(run: RunRecord, name: str, share: float) -> float | None:
     """Mean over the logged windows in the first `share` of a finished run's steps."""
     steps, values = run.series(name)
     if run.status != "finished" or not len(steps):
@@ -38,7 +38,7 @@ def early(run: Run, name: str, share: float) -> float | None:
     return float(first.mean()) if len(first) else None
 
 
-def mean_of_banks(run: Run, kind: str, leaf: str) -> float | None:
+def mean_of_banks(run: RunRecord, kind: str, leaf: str) -> float | None:
     """Mean over windows and banks of a finished run in which the measure exists.
 
     Args:
@@ -53,7 +53,7 @@ def mean_of_banks(run: Run, kind: str, leaf: str) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def held_out_tokens(run: Run) -> int:
+def held_out_tokens(run: RunRecord) -> int:
     """Tokens of the held-out set, from the summary or from the counts of the first layer."""
     if "val/tokens" in run.final:
         tokens = run.final["val/tokens"]

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from simvq_moe.analysis import stats
-from simvq_moe.analysis.arms import Arm, Group, Run
+from simvq_moe.analysis.arms import Arm, Group, RunRecord
 from simvq_moe.analysis.evidence import (
     CONTRADICTED,
     SUPPORTED,
@@ -240,7 +240,7 @@ def _mean_error(arm: Arm) -> float:
     return float(np.mean(errors)) if errors else math.inf
 
 
-def _layers(run: Run) -> Iterator[tuple[float, float]]:
+def _layers(run: RunRecord) -> Iterator[tuple[float, float]]:
     """Entropy of each layer's use, and effective rank of its logits."""
     for i in range(len(run.layers)):
         pair = [value(run, f"val/moe/{i:02d}/{name}") for name in ("entropy", "logits_rank")]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from simvq_moe.analysis.arms import Arm, Group, Run
+from simvq_moe.analysis.arms import Arm, Group, RunRecord
 from simvq_moe.files.regular import BrokenFileError, printable
 from simvq_moe.moe.routing_measures import co_activation
 from simvq_moe.runs.files import NOBODY, read_probe
@@ -59,7 +59,7 @@ def _first(arm: Arm, left_out: list[str]) -> RoutingOf | None:
     return None
 
 
-def _routing(arm: str, run: Run, probe: dict[str, np.ndarray]) -> RoutingOf:
+def _routing(arm: str, run: RunRecord, probe: dict[str, np.ndarray]) -> RoutingOf:
     layer = probe["ids"].shape[1] // 2
     ids = torch.from_numpy(probe["ids"][-1, layer]).long()
     counts = probe["domain_counts"][-1, layer]

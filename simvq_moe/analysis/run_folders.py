@@ -1,8 +1,8 @@
 """Run directories as they are on disk, grouped into the comparisons they belong to.
 
 A run may be finished, still going, killed in the middle of a line, broken or never started; all of
-them become a `Run`, because a report that drops the failures reports something else. The files of a
-run are described in `simvq_moe.runs.files`; nothing here writes.
+them become a `RunRecord`, because a report that drops the failures reports something else. The
+files of a run are described in `simvq_moe.runs.files`; nothing here writes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from simvq_moe.analysis.arms import Arm, Group, Run
+from simvq_moe.analysis.arms import Arm, Group, RunRecord
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError, is_inside
 from simvq_moe.records.catalogue import names
 from simvq_moe.runs.files import (
+    SavedArm,
     SavedConfig,
-    SweepArm,
-    SweepRun,
+    SavedRun,
     read_config,
     read_held_out_counts,
     read_meta,
@@ -46,7 +46,7 @@ class Found:
     """What there is in some folders."""
 
     groups: list[Group]
-    broken: list[Run]
+    broken: list[RunRecord]
     """Runs and sweeps that can't be read and so belong to no group."""
 
 
@@ -68,7 +68,7 @@ def find(paths: Sequence[Path], baseline: str | None = None) -> Found:
             run is the baseline's.
     """
     groups: list[Group] = []
-    broken: list[Run] = []
+    broken: list[RunRecord] = []
     loose: dict[str, Path] = {}
     for directory, is_sweep in _sweeps_and_runs(paths):
         inside = [directory]
@@ -121,7 +121,9 @@ def run_folders(path: Path) -> Iterator[tuple[Path, bool]]:
         folders[:] = sorted(f for f in folders if not (is_run and f in PARTS))
 
 
-def read_run(path: Path, *, arm: str | None = None, planned: dict[str, Any] | None = None) -> Run:
+def read_run(
+    path: Path, *, arm: str | None = None, planned: dict[str, Any] | None = None
+) -> RunRecord:
     """The run in a directory, whatever is there of it.
 
     Args:
@@ -141,7 +143,7 @@ def read_run(path: Path, *, arm: str | None = None, planned: dict[str, Any] | No
     status = BROKEN if broken else _status(path, meta, planned)
     evaluations = [m for m in metrics if any(key.startswith("val/") for key in m)]
     seeds = (planned.get("seed"), saved.seed, meta.get("seed"), 0)
-    return Run(
+    return RunRecord(
         path=path,
         arm=arm or saved.arm or saved.name or shown(path.name),
         seed=next(seed for seed in seeds if seed is not None),
@@ -194,8 +196,8 @@ def _samples(path: Path) -> tuple[Path, ...]:
     return tuple(sorted(folder.glob("val_*"))) if is_inside(folder, path) else ()
 
 
-def _broken(path: Path, error: BrokenFileError) -> Run:
-    return Run(path=path, arm=shown(path.name), seed=0, status=BROKEN, error=str(error))
+def _broken(path: Path, error: BrokenFileError) -> RunRecord:
+    return RunRecord(path=path, arm=shown(path.name), seed=0, status=BROKEN, error=str(error))
 
 
 def _read_sweep(directory: Path) -> list[Group]:
@@ -218,7 +220,7 @@ def _read_sweep(directory: Path) -> list[Group]:
     ]
 
 
-def _read_arm(directory: Path, arm: SweepArm) -> Arm:
+def _read_arm(directory: Path, arm: SavedArm) -> Arm:
     runs = (_read_planned(directory, arm.name, run) for run in arm.runs)
     return Arm(
         name=arm.name,
@@ -228,7 +230,7 @@ def _read_arm(directory: Path, arm: SweepArm) -> Arm:
     )
 
 
-def _read_planned(directory: Path, arm: str, run: SweepRun) -> Run:
+def _read_planned(directory: Path, arm: str, run: SavedRun) -> RunRecord:
     path = directory / run.dir
     if not is_inside(path, directory):
         error = BrokenFileError(path, f"is a link out of {directory}: its target is not read")
@@ -236,14 +238,14 @@ def _read_planned(directory: Path, arm: str, run: SweepRun) -> Run:
     return read_run(path, arm=arm, planned=run.model_dump())
 
 
-def _group_loose(runs: Sequence[Run], named: set[str], baseline: str | None) -> list[Group]:
+def _group_loose(runs: Sequence[RunRecord], named: set[str], baseline: str | None) -> list[Group]:
     """One group a task. Nobody registered a baseline before the runs, and the group says so.
 
     Args:
         named: real paths that the user gave.
         baseline: the arm, or the folder of a run, that the user gave.
     """
-    tasks: dict[str, list[Run]] = {}
+    tasks: dict[str, list[RunRecord]] = {}
     for run in runs:
         task = run.config.get("task") or run.meta.get("task") or "unknown"
         tasks.setdefault(str(task), []).append(run)
@@ -255,7 +257,7 @@ def _group_loose(runs: Sequence[Run], named: set[str], baseline: str | None) -> 
     return [_group_of(task, of_task, named, baseline) for task, of_task in tasks.items()]
 
 
-def _group_of(task: str, runs: Sequence[Run], named: set[str], baseline: str | None) -> Group:
+def _group_of(task: str, runs: Sequence[RunRecord], named: set[str], baseline: str | None) -> Group:
     names = sorted({run.arm for run in runs})
     first, why = names[0], "it sorts first"
     if os.path.realpath(runs[0].path) in named:
@@ -282,12 +284,12 @@ def _group_of(task: str, runs: Sequence[Run], named: set[str], baseline: str | N
     )
 
 
-def _is(run: Run, name: str) -> bool:
+def _is(run: RunRecord, name: str) -> bool:
     """Whether a name that the user gave means this run: that of its arm, or its folder."""
     return name in (run.arm, run.path.name) or os.path.realpath(name) == os.path.realpath(run.path)
 
 
-def _distinct(runs: Sequence[Run]) -> list[Run]:
+def _distinct(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Runs of the same arm and seed are told apart by their folder, so that none is lost."""
     keys = [(run.arm, run.seed) for run in runs]
     for tell in (lambda run: shown(run.path.name), lambda run: shown(str(run.path))):
@@ -299,7 +301,7 @@ def _distinct(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, arm=arm) for run, (arm, _) in zip(runs, keys, strict=True)]
 
 
-def _outcomes(runs: Sequence[Run]) -> tuple[str, ...]:
+def _outcomes(runs: Sequence[RunRecord]) -> tuple[str, ...]:
     """The first known held-out error that any run has, and for codes the used share."""
     found = {name for run in runs for name in run.final}
     errors = [name for name in names("outcome") if name in found][:1]

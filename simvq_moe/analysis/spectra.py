@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simvq_moe.analysis.arms import Arm, Group, Run, bank_kind
+from simvq_moe.analysis.arms import Arm, Group, RunRecord, bank_kind
 from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.runs.files import read_spectra
 
@@ -68,7 +68,7 @@ def _spectrum(arm: str, kind: str, runs: list[np.ndarray]) -> Spectrum:
     )
 
 
-def _spectra(run: Run, left_out: list[str]) -> dict[int, np.ndarray]:
+def _spectra(run: RunRecord, left_out: list[str]) -> dict[int, np.ndarray]:
     try:
         return read_spectra(run.path) if run.status == "finished" else {}
     except BrokenFileError as error:

@@ -69,7 +69,7 @@ def secondary(
             "on both sides of 0 with": [p for p in pairs if p.interval and p not in clear],
             "without an interval, by": [p for p in pairs if not p.interval],
         }
-        parts = [f"{side} {_with(of, labels)}" for side, of in sides.items() if of]
+        parts = [f"{side} {_with(some, labels)}" for side, some in sides.items() if some]
         if parts:
             start = f"Secondary, {label(name)} by its 95 % interval against {baseline}"
             sentences.append(f"{start}: {'; '.join(parts)}.")

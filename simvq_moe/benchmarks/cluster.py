@@ -35,6 +35,7 @@ from simvq_moe.engine.step_phases import PHASES
 from simvq_moe.engine.world import World
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.models import build_model
+from simvq_moe.text_table import markdown
 
 SMALL = 256
 """Numbers in an all-reduce that is all latency."""
@@ -86,10 +87,8 @@ def bench_cluster(shapes: list[Config], *, ranks: int = 2, rounds: int = 10) -> 
 
 def cluster_table(results: list[MeasuredStep]) -> str:
     """A Markdown table of the results."""
-    lines = [
-        "| shape | ranks | ms a step | predicted | forward, backward | optimizer | communication |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    head = ["shape", "ranks", "ms a step", "predicted"]
+    rows = [[*head, "forward, backward", "optimizer", "communication"]]
     for r in results:
         p = r.prediction
         pairs = (
@@ -97,12 +96,11 @@ def cluster_table(results: list[MeasuredStep]) -> str:
             (r.optimizer_s, p.optimizer_s),
             (r.communication_s, p.communication_s),
         )
-        parts = " | ".join(f"{1e3 * found:.1f} ({1e3 * said:.1f})" for found, said in pairs)
-        lines.append(
-            f"| {r.shape} | {p.gpus} | {1e3 * r.step_s:.1f} | {1e3 * p.step_s:.1f} "
-            f"({100 * (p.step_s / r.step_s - 1):+.0f} %) | {parts} |"
-        )
-    return "\n".join([*lines, "", "In parentheses: predicted."])
+        off = f"{100 * (p.step_s / r.step_s - 1):+.0f} %"
+        steps = [f"{1e3 * r.step_s:.1f}", f"{1e3 * p.step_s:.1f} ({off})"]
+        parts = [f"{1e3 * found:.1f} ({1e3 * said:.1f})" for found, said in pairs]
+        rows.append([r.shape, str(p.gpus), *steps, *parts])
+    return f"{markdown(rows, right=range(1, 7))}\n\nIn parentheses: predicted."
 
 
 def cluster_file(result: MeasuredStep) -> str:

@@ -26,6 +26,7 @@ from simvq_moe.benchmarks.timing import Step, best_of_rounds, installed
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.moe import MoE
 from simvq_moe.moe.experts import ExpertKind, FeedForward
+from simvq_moe.text_table import markdown
 
 Load = Literal["even", "skewed"]
 Dtype = Literal["float32", "bfloat16"]
@@ -273,9 +274,8 @@ def _one_table(shape: MoECase, results: list[MeasuredMoE]) -> str:
         f"Width {shape.width}, hidden {shape.hidden}, top_k {shape.top_k}, {shape.tokens} tokens, "
         f"{shape.dtype}:",
         "",
-        "| times its dense network | " + " | ".join(f"{e} experts, {s}" for e, s in columns) + " |",
-        "|---|" + "--:|" * len(columns),
     ]
+    rows = [["times its dense network", *(f"{e} experts, {s}" for e, s in columns)]]
     for name in dict.fromkeys(r.name for r in results):
         cells = []
         for column in columns:
@@ -286,5 +286,5 @@ def _one_table(shape: MoECase, results: list[MeasuredMoE]) -> str:
                 cells.append(f"{1e3 * r.seconds:.0f} ms")
             else:
                 cells.append(f"{r.relative:.2f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return "\n".join([*lines, markdown(rows, right=range(1, len(columns) + 1))])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from simvq_moe.benchmarks.timing import Step, best_of_rounds, installed, megabytes
 from simvq_moe.quantizers import SimVQ
+from simvq_moe.text_table import markdown
 
 CASES = [(4096, 1024, 64), (4096, 8192, 128), (4096, 65536, 128), (1024, 262144, 128)]
 """Tokens, codes, width."""
@@ -66,17 +67,12 @@ def bench_quantizer(
 
 def table(results: list[Measured]) -> str:
     """A Markdown table of the results."""
-    lines = [
-        "| tokens, codes, width | contestant | seconds | x product | MB |",
-        "|---|---|--:|--:|--:|",
-    ]
+    rows = [["tokens, codes, width", "contestant", "seconds", "x product", "MB"]]
     for r in results:
         memory = "" if r.megabytes is None else f"{r.megabytes:.0f}"
-        lines.append(
-            f"| {r.tokens}, {r.codes}, {r.width} | {r.name} | {r.seconds:.3f} | {r.relative:.2f} "
-            f"| {memory} |"
-        )
-    return "\n".join(lines)
+        case = f"{r.tokens}, {r.codes}, {r.width}"
+        rows.append([case, r.name, f"{r.seconds:.3f}", f"{r.relative:.2f}", memory])
+    return markdown(rows, right=(2, 3, 4))
 
 
 def _product(z: Tensor, q: Tensor) -> Step:

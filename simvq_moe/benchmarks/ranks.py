@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.engine.world import start_distributed
-from simvq_moe.sweeps.execute import free_port
+from simvq_moe.sweeps.machine import free_port
 
 
 def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:

@@ -45,6 +45,7 @@ from simvq_moe.tasks.base import DataSet
 from simvq_moe.tasks.models import build_model
 from simvq_moe.tasks.registry import task_of
 from simvq_moe.tasks.sequences import SequenceTask
+from simvq_moe.text_table import markdown
 from simvq_moe.training.loop import Trainer
 
 OURS, BARE, TRANSFORMERS = "simvq-moe train", "bare PyTorch loop", "transformers Trainer, Mixtral"
@@ -129,15 +130,13 @@ def check_shape(config: Config, command: str) -> None:
 
 def train_table(results: list[MeasuredLoop]) -> str:
     """A Markdown table of the results."""
-    lines = ["| shape | loop | ms a step | tokens/s | times |", "|---|---|--:|--:|--:|"]
+    rows = [["shape", "loop", "ms a step", "tokens/s", "times"]]
     for r in results:
         wall = "" if r.wall_seconds is None else f", {1e3 * r.wall_seconds:.0f} ms wall"
         ranks = "" if r.wall_seconds is None else f", {r.ranks} rank{'s' if r.ranks > 1 else ''}"
-        lines.append(
-            f"| {r.shape} | {r.name}{ranks} | {1e3 * r.seconds:.1f}{wall} | {r.tokens_per_s:,.0f} "
-            f"| {r.relative:.2f} |"
-        )
-    return "\n".join(lines)
+        step, speed = f"{1e3 * r.seconds:.1f}{wall}", f"{r.tokens_per_s:,.0f}"
+        rows.append([r.shape, f"{r.name}{ranks}", step, speed, f"{r.relative:.2f}"])
+    return markdown(rows, right=(2, 3, 4))
 
 
 def mixtral_of(config: Config) -> nn.Module:

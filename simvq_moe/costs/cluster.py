@@ -19,6 +19,7 @@ from math import ceil, log2
 from pathlib import Path
 from typing import Any
 
+from simvq_moe import text_table
 from simvq_moe.config.loading import ConfigError, merge_files
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.rank import PerRank, Plan
@@ -191,11 +192,7 @@ def table(rows: Sequence[Prediction], cluster: Cluster) -> str:
                 f"{100 * row.mfu:.1f} %",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return text_table.columns(lines)
 
 
 def _bandwidth(cluster: Cluster, ranks: int, parallel: int) -> float:

@@ -9,7 +9,6 @@ those of a token's levels one after the other, each level with a range of the vo
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -35,7 +34,7 @@ from simvq_moe.files.regular import (
     printable,
     read_array,
     read_json,
-    write_atomically,
+    write_json,
     written_whole,
 )
 
@@ -268,7 +267,7 @@ def _contradiction(manifest: Manifest) -> str | None:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace manifest.json whole."""
     content = {"format": FORMAT, **asdict(manifest)}
-    write_atomically(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+    write_json(folder / MANIFEST, content)
 
 
 def write_shard(path: Path, rows: Rows) -> None:

@@ -6,6 +6,7 @@ Files of ours are written so that a reader, or a machine that loses power, sees 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import tokenize
@@ -262,6 +263,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file whole: readers see the old content or the new, also after a power cut."""
     with written_whole(path) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Mapping[str, Any], *, apart: str = "") -> None:
+    """Replace a JSON file whole; see `written_whole`."""
+    with written_whole(path, apart=apart) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager

@@ -7,14 +7,13 @@ written first and removed last. Every other file appears whole, by `files.writte
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from simvq_moe.errors import ConfigError
-from simvq_moe.files.regular import read_json, sync_folder, write_atomically
+from simvq_moe.files.regular import read_json, sync_folder, write_json
 
 MARK = "unfinished.json"
 ASIDE = ".tmp-"
@@ -52,7 +51,7 @@ def filling(out: Path, command: str, made_of: Mapping[str, Any]) -> Iterator[Non
                     "remove it"
                 )
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / MARK, json.dumps(wanted, indent=1) + "\n")
+    write_json(out / MARK, wanted)
     yield
     for left_over in out.rglob(f"{ASIDE}*"):
         left_over.unlink(missing_ok=True)

@@ -27,7 +27,6 @@ from simvq_moe.files.regular import (
     read_arrays,
     read_json,
     validate_json,
-    write_atomically,
     written_whole,
 )
 from simvq_moe.records.dead_slots import DeadSlots
@@ -215,13 +214,3 @@ def _step_of(line: bytes) -> float:
         return validate_json(line, _Line, METRICS).step
     except BrokenFileError:
         return float("inf")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file whole."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: a reader never sees half of it."""
-    write_atomically(path, text)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from simvq_moe.analysis.arms import Arm, Run
+from simvq_moe.analysis.arms import Arm, RunRecord
 from simvq_moe.files.regular import BrokenFileError, is_inside, printable
 from simvq_moe.runs.files import read_sample
 
@@ -63,7 +63,7 @@ def sample_of(arm: Arm, left_out: list[str] | None = None) -> Sample | None:
     return None
 
 
-def _sample(arm: Arm, run: Run, file: Path) -> Sample | None:
+def _sample(arm: Arm, run: RunRecord, file: Path) -> Sample | None:
     if file.suffix == ".png":
         return Sample(arm.label, run.seed, image=_image(file, read_sample(run.path, file)))
     if file.suffix == ".txt":
@@ -102,7 +102,7 @@ def _image(file: Path, content: bytes) -> str:
     return _uri("image/jpeg", stream.getvalue())
 
 
-def _sounds(run: Run, folder: Path) -> tuple[tuple[str, str], ...]:
+def _sounds(run: RunRecord, folder: Path) -> tuple[tuple[str, str], ...]:
     """The first clips, each with all its versions; too long ones are left out."""
     found = []
     for number in range(CLIPS):

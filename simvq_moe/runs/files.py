@@ -114,47 +114,47 @@ def _relative(path: str) -> str:
     return path
 
 
-class PlannedRun(_Content):
+class ListedRun(_Content):
     """A run of a sweep: where it is, if it has begun."""
 
     dir: Annotated[str, AfterValidator(_relative)]
 
 
-class PlannedArm(_Content):
-    runs: list[PlannedRun]
+class ListedArm(_Content):
+    runs: list[ListedRun]
 
 
-class PlannedGroup(_Content):
-    arms: list[PlannedArm]
+class ListedGroup(_Content):
+    arms: list[ListedArm]
 
 
-class Plan(_Content):
+class ListedRuns(_Content):
     """sweep.json as far as a watcher needs it."""
 
-    groups: list[PlannedGroup]
+    groups: list[ListedGroup]
 
 
-class SweepRun(PlannedRun):
+class SavedRun(ListedRun):
     seed: Seed
     status: Line | None = None
 
 
-class SweepArm(_Content):
+class SavedArm(_Content):
     """An arm in sweep.json."""
 
     name: Line
     label: Line = ""
     control: bool = False
     lr: dict[Line, Any] | None = None
-    runs: list[SweepRun]
+    runs: list[SavedRun]
 
     @model_validator(mode="after")
-    def _check(self) -> SweepArm:
+    def _check(self) -> SavedArm:
         _unique("seed", [run.seed for run in self.runs])
         return self
 
 
-class SweepGroup(_Content):
+class SavedGroup(_Content):
     """A group in sweep.json."""
 
     name: Line
@@ -164,10 +164,10 @@ class SweepGroup(_Content):
     outcomes: list[Line]
     primary: dict[Line, Line] | None = None
     notes: Line | None = None
-    arms: list[SweepArm]
+    arms: list[SavedArm]
 
     @model_validator(mode="after")
-    def _check(self) -> SweepGroup:
+    def _check(self) -> SavedGroup:
         names = [arm.name for arm in self.arms]
         _unique("arm", names)
         if self.baseline not in names:
@@ -175,13 +175,13 @@ class SweepGroup(_Content):
         return self
 
 
-class Sweep(_Content):
+class SavedSweep(_Content):
     """sweep.json, as `simvq_moe.sweeps.plan.write_plan` writes it."""
 
     name: Line = ""
     title: Line | None = None
     command: Line | None = None
-    groups: Annotated[list[SweepGroup], Field(min_length=1)]
+    groups: Annotated[list[SavedGroup], Field(min_length=1)]
 
 
 def _unique(what: str, values: list[Any]) -> None:
@@ -290,13 +290,13 @@ def _plain(value: Any) -> Any:
 
 def read_plan(folder: Path) -> list[Path]:
     """Folders of the runs that a sweep.json plans."""
-    plan = read_json(folder / "sweep.json", Plan, limit=SMALL, inside=folder)
+    plan = read_json(folder / "sweep.json", ListedRuns, limit=SMALL, inside=folder)
     return [folder / run.dir for group in plan.groups for arm in group.arms for run in arm.runs]
 
 
-def read_sweep(folder: Path) -> Sweep:
+def read_sweep(folder: Path) -> SavedSweep:
     """sweep.json."""
-    return read_json(folder / "sweep.json", Sweep, limit=SMALL, inside=folder)
+    return read_json(folder / "sweep.json", SavedSweep, limit=SMALL, inside=folder)
 
 
 def read_held_out_counts(run: Path, layers: list[dict[str, Any]]) -> np.ndarray | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
 from simvq_moe.config.checks_moe import with_gates
@@ -173,6 +173,18 @@ def _lock(file: IO[bytes], run_dir: Path) -> None:
         )
 
 
+def is_trained(run_dir: Path) -> bool:
+    """Whether a process trains in the folder, where locks can tell."""
+    try:
+        with (run_dir / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # nobody has, or the file system has no locks
+        return False
+    return False
+
+
 def check_shared(run_dir: Path, mark: str) -> None:
     """Raise `ConfigError` unless this rank sees the folder in which rank 0 has left its mark."""
     until = time.monotonic() + SECONDS_TO_APPEAR
@@ -194,6 +206,20 @@ def has_summary(run_dir: Path) -> bool:
     except BrokenFileError:
         return False
     return True
+
+
+def own_meta(run_dir: Path) -> dict[str, Any]:
+    """What a run of ours has written of itself; {}: nothing that is whole."""
+    try:
+        return read_json(run_dir / META, dict)
+    except BrokenFileError:
+        return {}
+
+
+def status_of(run_dir: Path) -> str:
+    """finished, failed, interrupted, running or pending, from the run's own records."""
+    # a summary torn by a power cut is not there
+    return "finished" if has_summary(run_dir) else str(own_meta(run_dir).get("status", "pending"))
 
 
 def check_same_run(config: Config) -> Config | None:

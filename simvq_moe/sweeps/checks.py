@@ -13,7 +13,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from simvq_moe.sweeps.plan import GroupSpec, Run, SweepSpec
+    from simvq_moe.sweeps.plan import GroupSpec, PlannedRun, SweepSpec
 
 GIVEN_BY_THE_SWEEP = ("name", "arm", "seed", "runs_dir")
 """Keys of a config that a run has from its place in the sweep."""
@@ -28,7 +28,7 @@ def check_spec(spec: SweepSpec, origin: str) -> None:
 
 
 def check_runs(
-    runs: Sequence[Run], origin: str, check: Callable[[Config, int], None], ranks: int
+    runs: Sequence[PlannedRun], origin: str, check: Callable[[Config, int], None], ranks: int
 ) -> None:
     """Raise `ConfigError` for the first run that would not start, with its group and arm."""
     for run in runs:

@@ -6,12 +6,10 @@ from where it stopped. A failed run stays in the plan and in the report as faile
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,12 @@ from typing import Any
 from simvq_moe.config.conversion import shown
 from simvq_moe.config.loading import ConfigError, merge_files, suggestion, with_overrides
 from simvq_moe.config.schema import Config
-from simvq_moe.files.regular import BrokenFileError, read_json, written_whole
+from simvq_moe.files.regular import write_json
+from simvq_moe.runs.folder import status_of
 from simvq_moe.sweeps.checks import check_spec
+
+PROCESS = f"{socket.gethostname()}-{os.getpid()}-"
+"""Tells the tasks of a job array apart, which may write the same file at the same time."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class SweepSpec:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One run of the plan."""
 
     group: str
@@ -108,14 +110,19 @@ class Run:
         """Its folder within the sweep's."""
         return self.config.name.partition("/")[2]
 
+    @property
+    def status(self) -> str:
+        """finished, failed, interrupted, running or pending, from the run's own records."""
+        return status_of(self.folder)
+
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """Every run of a sweep, in the order in which they are done."""
 
     spec: SweepSpec
     files: Sequence[Path]
-    runs: list[Run]
+    runs: list[PlannedRun]
     arms: tuple[str, ...] = ()
     """The arms that the sweep was restricted to, as they were asked for; empty: all."""
 
@@ -124,7 +131,7 @@ class Plan:
         return Path(self.spec.runs_dir) / self.spec.name
 
 
-def plan(files: Sequence[Path], arms: Sequence[str] = ()) -> Plan:
+def plan(files: Sequence[Path], arms: Sequence[str] = ()) -> SweepPlan:
     """The runs of a sweep file; later files are merged on top.
 
     Seeds are outermost, so that an unfinished sweep has whole pairs.
@@ -151,7 +158,7 @@ def plan(files: Sequence[Path], arms: Sequence[str] = ()) -> Plan:
         for seed in spec.seeds
         for (group, arm), config in configs.items()
     ]
-    return Plan(spec, files, runs, tuple(arms))
+    return SweepPlan(spec, files, runs, tuple(arms))
 
 
 def origin_of(files: Sequence[Path]) -> str:
@@ -200,31 +207,17 @@ def _configs(
 
 def run_of(
     spec: SweepSpec, group: str, arm: str, seed: int, config: Config, folder: str = ""
-) -> Run:
+) -> PlannedRun:
     """A run of an arm's config in its folder of the sweep's, group/arm/seed unless given."""
     name = f"{spec.name}/{folder or f'{group}/{arm}/seed{seed}'}"
     config = replace(config, name=name, runs_dir=spec.runs_dir, arm=arm, seed=seed)
-    return Run(group, arm, seed, config)
-
-
-def status(run: Run) -> str:
-    """finished, failed, interrupted, running or pending, from the run's own records."""
-    with suppress(BrokenFileError):  # torn by a power cut: not there
-        read_json(run.folder / "summary.json", dict)
-        return "finished"
-    return str(read_meta(run.folder).get("status", "pending"))
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """What a run has written of itself; {}: nothing that is whole."""
-    try:
-        return read_json(folder / "meta.json", dict)
-    except BrokenFileError:
-        return {}
+    return PlannedRun(group, arm, seed, config)
 
 
 def write_plan(
-    plan: Plan, options: Sequence[str] = (), rates: Mapping[str, Mapping[str, Any]] | None = None
+    plan: SweepPlan,
+    options: Sequence[str] = (),
+    rates: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """sweep.json: the groups, arms and runs, for the report.
 
@@ -243,10 +236,10 @@ def write_plan(
         "groups": [_group(plan, name, rates or {}) for name in plan.spec.groups],
     }
     plan.folder.mkdir(parents=True, exist_ok=True)
-    replace_json(plan.folder / "sweep.json", content)
+    write_json(plan.folder / "sweep.json", content, apart=PROCESS)
 
 
-def _group(plan: Plan, name: str, rates: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _group(plan: SweepPlan, name: str, rates: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     group = plan.spec.groups[name]
     arms = [
         {
@@ -259,7 +252,7 @@ def _group(plan: Plan, name: str, rates: Mapping[str, Mapping[str, Any]]) -> dic
                 {
                     "seed": run.seed,
                     "dir": str(run.folder.relative_to(plan.folder)),
-                    "status": status(run),
+                    "status": run.status,
                 }
                 for run in plan.runs
                 if run.group == name and run.arm == arm
@@ -289,13 +282,9 @@ def _dotted(overrides: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file whole; tasks of a job array may do so at the same time."""
-    with written_whole(path, apart=f"{socket.gethostname()}-{os.getpid()}-") as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def share(runs: Sequence[Run], index: int, count: int, *, whole_arms: bool) -> list[Run]:
+def share(
+    runs: Sequence[PlannedRun], index: int, count: int, *, whole_arms: bool
+) -> list[PlannedRun]:
     """What task `index` of `count` does: every count-th run, or every run of every count-th arm."""
     if not whole_arms:
         return list(runs[index::count])

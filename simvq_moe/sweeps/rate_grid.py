@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.files.regular import read_json
+from simvq_moe.files.regular import read_json, write_json
 from simvq_moe.records.catalogue import metric
-from simvq_moe.sweeps.plan import Plan, RateGrid, Run, replace_json, run_of, status
+from simvq_moe.sweeps.plan import PROCESS, PlannedRun, RateGrid, SweepPlan, run_of
 
 FOLDER = "lr_grid"
 
 
-def grid_runs(plan: Plan) -> list[Run]:
+def grid_runs(plan: SweepPlan) -> list[PlannedRun]:
     """The runs of every arm whose rate is not chosen yet; none without a grid.
 
     Raises:
@@ -45,7 +45,7 @@ def grid_runs(plan: Plan) -> list[Run]:
     return runs
 
 
-def choose(plan: Plan, runs: Sequence[Run]) -> None:
+def choose(plan: SweepPlan, runs: Sequence[PlannedRun]) -> None:
     """Choose the rate of every arm of these grid runs, which have ended, and write it down.
 
     Raises:
@@ -62,7 +62,7 @@ def choose(plan: Plan, runs: Sequence[Run]) -> None:
         lr = first.config.optimizer.lr * factor
         rate = {"factor": factor, "lr": lr, "seed": grid.seed, "outcome": outcome}
         rate["values"] = {f"{f:g}": value for f, value in values.items()}
-        replace_json(_file(plan, first), rate)
+        write_json(_file(plan, first), rate, apart=PROCESS)
         tried = ", ".join(
             f"x{f:g} {'failed' if v is None else f'{v:.4g}'}" for f, v in values.items()
         )
@@ -72,7 +72,7 @@ def choose(plan: Plan, runs: Sequence[Run]) -> None:
             f"{'; the end of the grid, a wider one may be better' if edge else ''}",
             file=sys.stderr,
         )
-    replace_json(plan.folder / f"{FOLDER}.json", chosen(plan))
+    write_json(plan.folder / f"{FOLDER}.json", chosen(plan), apart=PROCESS)
 
 
 def best(values: dict[float, float | None], *, higher: bool) -> float:
@@ -83,7 +83,7 @@ def best(values: dict[float, float | None], *, higher: bool) -> float:
     return max(found, key=lambda f: found[f] if higher else -found[f])
 
 
-def chosen(plan: Plan) -> dict[str, dict[str, Any]]:
+def chosen(plan: SweepPlan) -> dict[str, dict[str, Any]]:
     """The rates that are chosen already, by group/arm."""
     if plan.spec.lr_grid is None:
         return {}
@@ -91,13 +91,13 @@ def chosen(plan: Plan) -> dict[str, dict[str, Any]]:
     return {arm: read_json(file, dict) for arm, file in files.items() if file.is_file()}
 
 
-def with_rates(plan: Plan) -> Plan:
+def with_rates(plan: SweepPlan) -> SweepPlan:
     """The plan with the rates that are chosen already."""
     rates = chosen(plan)
     return replace(plan, runs=[_with_rate(run, rates) for run in plan.runs])
 
 
-def _with_rate(run: Run, rates: dict[str, dict[str, Any]]) -> Run:
+def _with_rate(run: PlannedRun, rates: dict[str, dict[str, Any]]) -> PlannedRun:
     rate = rates.get(f"{run.group}/{run.arm}")
     if rate is None:
         return run
@@ -105,7 +105,7 @@ def _with_rate(run: Run, rates: dict[str, dict[str, Any]]) -> Run:
     return replace(run, config=replace(run.config, optimizer=optimizer))
 
 
-def _check_same(plan: Plan, arm: str, rate: dict[str, Any], grid: RateGrid) -> None:
+def _check_same(plan: SweepPlan, arm: str, rate: dict[str, Any], grid: RateGrid) -> None:
     tried = [f"{factor:g}" for factor in grid.factors]
     if (rate["seed"], list(rate["values"])) != (grid.seed, tried):
         raise ConfigError(
@@ -115,8 +115,8 @@ def _check_same(plan: Plan, arm: str, rate: dict[str, Any], grid: RateGrid) -> N
         )
 
 
-def _value(run: Run, outcome: str) -> float | None:
-    if status(run) != "finished":
+def _value(run: PlannedRun, outcome: str) -> float | None:
+    if run.status != "finished":
         return None
     summary = read_json(run.folder / "summary.json", dict)
     if outcome not in summary:
@@ -127,22 +127,22 @@ def _value(run: Run, outcome: str) -> float | None:
     return summary[outcome]
 
 
-def _grid_run(plan: Plan, of: Run, factor: float) -> Run:
+def _grid_run(plan: SweepPlan, like: PlannedRun, factor: float) -> PlannedRun:
     assert plan.spec.lr_grid is not None
     # from the arm's own rate, whatever has been chosen since
-    optimizer = replace(of.config.optimizer, lr=of.config.optimizer.lr * factor)
-    folder = f"{FOLDER}/{of.group}/{of.arm}/x{factor:g}"
-    config = replace(of.config, optimizer=optimizer)
-    return run_of(plan.spec, of.group, of.arm, plan.spec.lr_grid.seed, config, folder)
+    optimizer = replace(like.config.optimizer, lr=like.config.optimizer.lr * factor)
+    folder = f"{FOLDER}/{like.group}/{like.arm}/x{factor:g}"
+    config = replace(like.config, optimizer=optimizer)
+    return run_of(plan.spec, like.group, like.arm, plan.spec.lr_grid.seed, config, folder)
 
 
-def _file(plan: Plan, run: Run) -> Path:
+def _file(plan: SweepPlan, run: PlannedRun) -> Path:
     return plan.folder / FOLDER / run.group / run.arm / "chosen.json"
 
 
-def _one_of_each_arm(plan: Plan) -> list[Run]:
+def _one_of_each_arm(plan: SweepPlan) -> list[PlannedRun]:
     return list({(run.group, run.arm): run for run in reversed(plan.runs)}.values())[::-1]
 
 
-def _of_arm(plan: Plan, like: Run) -> list[Run]:
+def _of_arm(plan: SweepPlan, like: PlannedRun) -> list[PlannedRun]:
     return [run for run in plan.runs if (run.group, run.arm) == (like.group, like.arm)]

@@ -36,9 +36,8 @@ from simvq_moe.engine.settings import check_device, engine_settings, import_deep
 from simvq_moe.engine.slurm import adopt_slurm
 from simvq_moe.engine.world import World, launched_rank, launched_ranks, start_distributed
 from simvq_moe.errors import ConfigError
-from simvq_moe.files.regular import BrokenFileError, read_json, write_atomically
+from simvq_moe.files.regular import BrokenFileError, read_json, write_atomically, write_json
 from simvq_moe.records.catalogue import results
-from simvq_moe.records.run_log import write_json
 from simvq_moe.runs import checkpoint
 from simvq_moe.runs.folder import (
     CONFIG,

@@ -20,8 +20,7 @@ from typing import Literal, NamedTuple, get_args
 from simvq_moe.engine.agreement import writing
 from simvq_moe.engine.step_phases import Phase
 from simvq_moe.engine.world import World
-from simvq_moe.files.regular import BrokenFileError, read_json
-from simvq_moe.records.run_log import write_json
+from simvq_moe.files.regular import BrokenFileError, read_json, write_json
 
 Patient = Literal["evaluation", "records", "checkpoint"]
 """Phases between steps, that may take as long as they do, on one rank or all."""

@@ -11,7 +11,7 @@ import pytest
 
 from simvq_moe.analysis.predictions import REGISTERED, check_all
 from simvq_moe.analysis.results import Prediction
-from simvq_moe.analysis.run_folders import Arm, Group, Run
+from simvq_moe.analysis.run_folders import Arm, Group, RunRecord
 
 PLAIN: dict[str, Any] = {
     "moe.router": "topk",
@@ -78,7 +78,7 @@ def arm(
         if moved is not None:
             lines[-1] |= {"bank/00/indirect_movement": moved, "bank/01/indirect_movement": 7.0}
         runs.append(
-            Run(
+            RunRecord(
                 path=Path(name),
                 arm=name,
                 seed=seed,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from simvq_moe.analysis.run_folders import Arm, Group, Run
+from simvq_moe.analysis.run_folders import Arm, Group, RunRecord
 from simvq_moe.analysis.spectra import MOST_VALUES, spectra_of
 from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config
@@ -30,16 +30,18 @@ def test_a_run_leaves_the_singular_values_of_its_trained_map(tmp_path: Path, wor
     assert not np.allclose(values, 1)  # the identity's
 
 
-def run(folder: Path, seed: int, spectra: dict[str, list[float]], status: str = "finished") -> Run:
+def run(
+    folder: Path, seed: int, spectra: dict[str, list[float]], status: str = "finished"
+) -> RunRecord:
     path = folder / f"seed{seed}"
     path.mkdir()
     arrays: dict[str, Any] = {k: np.array(v) for k, v in spectra.items()}
     np.savez(path / "spectra.npz", **arrays)
     names = ["blocks.0.moe.router", "blocks.0.moe.experts.down", "blocks.1.moe.experts.down"]
-    return Run(path, "mapped", seed, status, meta={"banks": names})
+    return RunRecord(path, "mapped", seed, status, meta={"banks": names})
 
 
-def group(*runs: Run) -> Group:
+def group(*runs: RunRecord) -> Group:
     return Group("g", "?", "mapped", ("val/loss",), (Arm("mapped", "mapped", False, runs),))
 
 

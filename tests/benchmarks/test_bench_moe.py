@@ -76,7 +76,7 @@ def test_every_contestant_is_compared_with_its_dense_network() -> None:
     assert all(r.seconds > 0 for r in results)
     assert all(r.relative == 1 for r in results if r.name == r.limit)
     names = {r.name for r in results}
-    assert moe_table(results).count("\n| ") == 2 * (len(names) + 1)
+    assert moe_table(results).count("\n| ") == 2 * (len(names) + 2)
 
 
 def test_sizes_given_replace_those_of_the_preset() -> None:

@@ -16,10 +16,12 @@ import pytest
 from simvq_moe.config.checks import check
 from simvq_moe.config.loading import ConfigError, first_difference
 from simvq_moe.config.schema import Config
-from simvq_moe.sweeps import execute
+from simvq_moe.runs.folder import is_trained
+from simvq_moe.sweeps import execute, followed
 from simvq_moe.sweeps.checks import check_runs
-from simvq_moe.sweeps.execute import Clock, Machine, command
-from simvq_moe.sweeps.plan import Run, origin_of, plan, share, status
+from simvq_moe.sweeps.followed import Clock
+from simvq_moe.sweeps.machine import Machine, command
+from simvq_moe.sweeps.plan import PlannedRun, origin_of, plan, share
 from tests.launching import ROOT, environment, metrics, run, start
 
 SWEEP = """
@@ -185,19 +187,19 @@ def test_a_run_that_another_process_trains_is_followed_and_gone_on_with_if_it_di
     (first, *_) = plan([folder / "sweep.yaml"]).runs
     first.folder.mkdir(parents=True)
     (first.folder / "meta.json").write_text('{"status": "running"}')
-    assert not execute.is_trained(first.folder)
+    assert not is_trained(first.folder)
     ours = [sys.executable, "-c", HOLDER, str(first.folder), "finishes", "0"]
     started = []
-    monkeypatch.setattr(execute, "command", lambda *_: started.append(1) or ours)
+    monkeypatch.setattr(followed, "command", lambda *_: started.append(1) or ours)
     theirs = [*ours[:4], end, "2"]
     with subprocess.Popen(theirs, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"locked\n"
-        assert execute.is_trained(first.folder)
+        assert is_trained(first.folder)
         pool = execute.Pool(first.folder.parent, Machine(1, 1, 1, ()), [first], lambda: None)
         pool.do([first])
         assert other.wait() == 0
-    assert status(first) == "finished"
+    assert first.status == "finished"
     assert len(started) == (0 if end == "finishes" else 1)
     said = capsys.readouterr().err
     assert "goes on in another process" in said
@@ -213,7 +215,7 @@ def test_records_that_a_power_cut_has_torn_are_those_of_a_run_that_is_not_done(
     for torn in ("", '{"status": "fin', "[]", "7"):
         (run.folder / "summary.json").write_text(torn)
         (run.folder / "meta.json").write_text(torn)
-        assert status(run) == "pending"
+        assert run.status == "pending"
 
 
 def in_background(*args: str, cwd: Path) -> subprocess.Popen[str]:
@@ -332,14 +334,14 @@ def test_a_job_array_does_its_runs_in_tasks_and_the_last_one_reports(folder: Pat
 def test_a_record_that_a_power_cut_has_torn_says_nothing_of_a_run(
     tmp_path: Path, torn: bytes
 ) -> None:
-    run_of_plan = Run("codes", "vq", 0, Config(name="sweep/run", runs_dir=str(tmp_path)))
+    run_of_plan = PlannedRun("codes", "vq", 0, Config(name="sweep/run", runs_dir=str(tmp_path)))
     run_of_plan.folder.mkdir(parents=True)
-    assert status(run_of_plan) == "pending"
+    assert run_of_plan.status == "pending"
     meta, summary = (run_of_plan.folder / name for name in ("meta.json", "summary.json"))
     meta.write_text('{"status": "interrupted"}')
     summary.write_bytes(torn)
-    assert status(run_of_plan) == "interrupted"
+    assert run_of_plan.status == "interrupted"
     meta.write_bytes(torn)
-    assert status(run_of_plan) == "pending"
+    assert run_of_plan.status == "pending"
     summary.write_text("{}")
-    assert status(run_of_plan) == "finished"
+    assert run_of_plan.status == "finished"

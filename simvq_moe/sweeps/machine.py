@@ -1,0 +1,131 @@
+"""The machine that runs of a sweep share: its cores and GPUs, and processes that start and stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from simvq_moe.errors import ConfigError
+
+SECONDS_TO_SAVE = 60.0
+"""Grace of an interrupted run, after which it is killed."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How runs share this machine."""
+
+    ranks: int
+    """Processes of a run."""
+    parallel: int
+    """Runs at a time."""
+    cores: int
+    gpus: tuple[str, ...]
+    """Devices as CUDA_VISIBLE_DEVICES names them; empty: CPUs only."""
+
+    @property
+    def threads(self) -> int:
+        """Of a process."""
+        return max(1, self.cores // (self.ranks * self.parallel))
+
+    def gpus_of(self, slot: int) -> list[str]:
+        """The devices of the run in a slot: none twice in a run, and shared by as few as can be.
+
+        Args:
+            slot: 0 to parallel - 1.
+        """
+        first = slot * self.ranks
+        return [
+            self.gpus[(first + i) % len(self.gpus)] for i in range(self.ranks if self.gpus else 0)
+        ]
+
+
+def this_machine(ranks: int, parallel: int) -> Machine:
+    """What there is here.
+
+    Raises:
+        ConfigError: less than one rank or run, or more ranks than GPUs.
+    """
+    import torch
+
+    for name, value in (("ranks", ranks), ("parallel", parallel)):
+        if value < 1:
+            raise ConfigError(f"--{name} {value} must be at least 1")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(64)))
+    count = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    if 0 < count < ranks:
+        raise ConfigError(f"--ranks {ranks} > {count} GPUs: lower it, or set DS_ACCELERATOR=cpu")
+    gpus = tuple(named.split(",")[:count])
+    return Machine(ranks, parallel, len(os.sched_getaffinity(0)), gpus)
+
+
+def command(config: Path, ranks: int, gpus: Sequence[str] = ()) -> list[str]:
+    """The command line of one run of a config on this machine.
+
+    One rank needs no launcher, which takes seconds to start. The launcher takes the devices from
+    CUDA_VISIBLE_DEVICES unless it is told their number.
+    """
+    train = ["simvq_moe", "train", "--config", str(config)]
+    if ranks == 1:
+        return [sys.executable, "-m", *train]
+    number = () if gpus else ("--num_accelerators", str(ranks))
+    return [launcher(), "-q", *number, "--master_port", str(free_port()), "--module", *train]
+
+
+def launcher() -> str:
+    """Path of the deepspeed launcher that belongs to this Python, or else of the first on PATH."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
+    if found is None:
+        raise ConfigError("the deepspeed launcher is not on PATH: pip install deepspeed")
+    return found
+
+
+def free_port() -> int:
+    """Of this machine, at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(machine: Machine, gpus: Sequence[str]) -> dict[str, str]:
+    """The runs and their ranks share this machine's cores and GPUs."""
+    accelerator = "cuda" if machine.gpus else "cpu"
+    ours = {"OMP_NUM_THREADS": str(machine.threads), "DS_ACCELERATOR": accelerator}
+    dealt = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    return ours | os.environ | dealt
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask every process of these runs to save and stop; kill those that do not."""
+    members: list[psutil.Process] = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # the ranks may outlive the launcher
+            members += [*(p := psutil.Process(process.pid)).children(recursive=True), p]
+    for number in (signal.SIGINT, signal.SIGKILL):
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        until = time.monotonic() + SECONDS_TO_SAVE
+        while any(_is_alive(p) for p in members) and time.monotonic() < until:
+            time.sleep(0.1)
+    for process in processes:
+        process.wait()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
