@@ -10,7 +10,8 @@ from pathlib import Path
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import to_yaml
-from simvq_moe.config.schema import Config, QuantizerConfig
+from simvq_moe.config.quantizer import QuantizerOptions
+from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.records.catalogue import find
 from simvq_moe.tasks.registry import fit_to_data
@@ -74,7 +75,7 @@ def _audio_in_small(config: Config) -> Config:
     return replace(config, quantizer=q, audio_tokenizer=audio, data=data, train=train)
 
 
-def _few_codes(q: QuantizerConfig) -> QuantizerConfig:
+def _few_codes(q: QuantizerOptions) -> QuantizerOptions:
     if q.codes <= 1_024:
         return q
     shapes = {"fsq": {"levels": (8, 5, 5, 5), "width": 4, "codes": 1_000}, "lfq": {"width": 10}}

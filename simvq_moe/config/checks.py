@@ -13,8 +13,9 @@ from simvq_moe.config.checks_moe import (
     whitening_problems,
     with_gates,
 )
-from simvq_moe.config.checks_tokenizers import audio_problems, image_problems, quantizer_problems
+from simvq_moe.config.checks_tokenizers import audio_problems, image_problems
 from simvq_moe.config.checks_values import value_problems
+from simvq_moe.config.registry import components
 from simvq_moe.config.schema import Config, DataConfig, MoEConfig, TrainConfig
 from simvq_moe.errors import ConfigError
 
@@ -47,7 +48,7 @@ def check_ranks(config: Config, world_size: int) -> None:
 def _problems(config: Config) -> Iterator[str]:
     yield from value_problems(config)
     config = with_gates(config)
-    moe, lm, q = config.moe, config.language_model, config.quantizer
+    moe, lm = config.moe, config.language_model
     if moe.top_k > moe.experts:
         yield (
             f"moe.top_k {moe.top_k} > moe.experts {moe.experts}: "
@@ -85,12 +86,8 @@ def _problems(config: Config) -> Iterator[str]:
         if getattr(config.train, name) and config.task != "language_model":
             yield f"train.{name} True with task {config.task!r}: only 'language_model' has it"
     yield from zero_problems(config)
-    yield from quantizer_problems(q)
-    if q.kind == "simvq" and q.transform != "linear" and q.base_width not in (None, q.width):
-        yield (
-            f"quantizer.base_width {q.base_width} != quantizer.width {q.width} with "
-            f"quantizer.transform {q.transform!r}: only 'linear' changes the width"
-        )
+    for key, options in components(config):
+        yield from options.problems(key, config)
     rows = lm.width
     if moe.router == "cosine":
         rows = moe.router_projection or max(1, moe.experts // 2)

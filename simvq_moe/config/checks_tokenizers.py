@@ -1,96 +1,15 @@
-"""Options of quantizers and tokenizers that can't run, or not together; see `config_checks`."""
+"""Options of tokenizers that can't run, or not together; see `config_checks`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from math import prod
 
 from simvq_moe.config.schema import (
     AudioTokenizerConfig,
     Config,
     ImageTokenizerConfig,
-    QuantizerConfig,
 )
-
-BELONGS_TO = {
-    "transform": ("simvq",),
-    "train_base": ("simvq",),
-    "bias": ("simvq",),
-    "base_width": ("simvq",),
-    "groups": ("group_vq",),
-    "levels": ("fsq",),
-    "gradient": ("vq", "ema", "simvq", "cosine_vq", "group_vq", "mlp_vq"),
-    "codebook_weight": ("vq", "simvq", "cosine_vq", "group_vq", "mlp_vq", "ibq"),
-    "commitment_weight": (
-        *("vq", "ema", "simvq", "cosine_vq", "group_vq", "mlp_vq"),
-        *("lfq", "bsq", "ibq"),
-    ),
-    "entropy_weight": ("lfq", "bsq", "ibq"),
-    "decay": ("ema",),
-    "restart": ("vq", "ema", "cosine_vq"),
-}
-"""Kinds of quantizers that have the option; for others only its default is accepted."""
-FORMER_DEFAULTS = {"codebook_weight": 1.0, "commitment_weight": 0.25}
-"""What configs of older runs say where nothing was chosen."""
-WHY_NOT = {"restart": ", whose codes have no free rows: under a map or on a grid none moves alone"}
-"""Why an option means nothing to the others, where the name does not say."""
-OF_ONE_LENGTH = ("cosine_vq", "bsq")
-STARTS = {"data": ("simvq", "group_vq"), "kmeans": ("vq", "ema", "cosine_vq")}
-
-
-def quantizer_problems(q: QuantizerConfig) -> Iterator[str]:
-    """Options that mean nothing to the quantizer, or do not go together."""
-    for name, kinds in BELONGS_TO.items():
-        value, default = getattr(q, name), getattr(QuantizerConfig(), name)
-        if q.kind not in kinds and value not in (default, FORMER_DEFAULTS.get(name)):
-            yield (
-                f"quantizer.{name} {value} means nothing to quantizer.kind {q.kind!r}"
-                f"{WHY_NOT.get(name, '')}: drop it, or use kind {' or '.join(kinds)}"
-            )
-    if not q.restart < 1:
-        yield (
-            f"quantizer.restart {q.restart} is not below 1, the draws a step that a restarted code "
-            "is given: use less, such as 0.1"
-        )
-    if not q.decay < 1:
-        yield f"quantizer.decay {q.decay} is not below 1: use less, or the codes never move"
-    if q.init != "default" and q.kind not in STARTS[q.init]:
-        yield (
-            f"quantizer.init {q.init!r} does not go with quantizer.kind {q.kind!r}: "
-            f"drop it, or use kind {' or '.join(STARTS[q.init])}"
-        )
-    if q.kind == "fsq" and not q.levels:
-        yield (
-            "quantizer.levels () with quantizer.kind 'fsq': give values of each channel, such as "
-            "--quantizer.levels 8 8 8 --quantizer.width 3 --quantizer.codes 512"
-        )
-    if q.kind == "fsq" and (len(q.levels), prod(q.levels)) != (q.width, q.codes):
-        yield (
-            f"quantizer.levels {q.levels} need quantizer.width {len(q.levels)} and "
-            f"quantizer.codes {prod(q.levels)}, not {q.width} and {q.codes}"
-        )
-    if q.kind in ("lfq", "bsq") and q.codes != 2**q.width:
-        yield (
-            f"quantizer.codes {q.codes} must be 2^quantizer.width = {2**q.width} with "
-            f"quantizer.kind {q.kind!r}: a channel is a bit"
-        )
-    if q.residual_levels > 1 and q.kind in OF_ONE_LENGTH:
-        yield (
-            f"quantizer.residual_levels {q.residual_levels} with quantizer.kind {q.kind!r}, whose "
-            "codes are all of length 1 and refine nothing: use 1 level, or another kind"
-        )
-    if q.residual_levels > 1 and q.gradient == "diveq":
-        yield (
-            "quantizer.gradient 'diveq' knows no quantizer.residual_levels "
-            f"{q.residual_levels}: use 'straight_through' or 'rotation'"
-        )
-    if q.kind == "group_vq" and (q.groups is None or q.codes % q.groups):
-        yield (
-            f"quantizer.groups {q.groups} must divide quantizer.codes {q.codes} with "
-            "quantizer.kind 'group_vq': set it"
-        )
-
 
 OF_VQGAN = ("channel_multipliers", "attention")
 OF_JUDGED_IMAGES = (
@@ -101,7 +20,7 @@ OF_JUDGED_IMAGES = (
 
 
 def image_problems(config: Config) -> Iterator[str]:
-    """The same of the image tokenizer and its data."""
+    """Options of the image tokenizer and its data that mean nothing, or do not go together."""
     image, data, default = config.image_tokenizer, config.data, ImageTokenizerConfig()
     if data.image_size % 2**image.downsamplings:
         yield (

@@ -120,7 +120,7 @@ def _unknown_key(flags: Sequence[str], config: Any) -> ConfigError:
     for part in path:
         holder = getattr(holder, part, None)
     if isinstance(holder, Options) and (others := kinds_with(holder, leaf)):
-        given = value if equals else " ".join(flags[1:2])
+        given = printable((value if equals else " ".join(flags[1:2]))[:SHOWN])
         said = of_another_kind(key, given, holder.kind, others)
         return ConfigError(f"--{said}. --help lists every flag")
     return unknown_flags(flags, list(flatten(config)))

@@ -206,7 +206,9 @@ class _Reading:
         if new := new_key(key):
             return self._renamed(key, new)
         if isinstance(base, Options) and (others := kinds_with(base, name)):
-            return ConfigError(f"{self.origin}: {of_another_kind(key, value, base.kind, others)}")
+            return ConfigError(
+                f"{self.origin}: {of_another_kind(key, shown(value), base.kind, others)}"
+            )
         known = {*key_names(self.root), *key_names(schema, inside)}
         hint = suggestion(key, sorted(known))
         return ConfigError(
@@ -249,13 +251,13 @@ def kinds_with(options: Options, name: str) -> list[str]:
     return [k for k, one in kinds(of).items() if name in field_types(one)] if of else []
 
 
-def of_another_kind(key: str, value: Any, kind: str, others: Sequence[str]) -> str:
+def of_another_kind(key: str, value: str, kind: str, others: Sequence[str]) -> str:
     """What to say of an option that the kind does not have."""
     *first, last = [repr(one) for one in others]
     named = f"{', '.join(first)} or {last}" if first else last
     way = "use that kind" if len(others) == 1 else "use one of them"
     return (
-        f"{key} {shown(value)} belongs to {key.rpartition('.')[0]}.kind {named}, not {kind!r}: "
+        f"{key} {value} belongs to {key.rpartition('.')[0]}.kind {named}, not {kind!r}: "
         f"drop it, or {way}"
     )
 

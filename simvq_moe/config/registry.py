@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -147,3 +147,13 @@ def as_options(of: type[T], given: str | T, name: str) -> T:
         return of_kind(of, given, name)()
     except ConfigError as error:
         raise ValueError(str(error)) from None
+
+
+def components(config: Any, prefix: str = "") -> Iterator[tuple[str, Options]]:
+    """Every component of a config with its dotted key, outer ones first."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, Options):
+            yield prefix + f.name, value
+        if is_dataclass(value):
+            yield from components(value, f"{prefix}{f.name}.")

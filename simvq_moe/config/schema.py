@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from simvq_moe.config.quantizer import QuantizerOptions
 from simvq_moe.config.ranges import (
     CHANNELS,
-    COUNT,
     Channels,
     Count,
     CountOr0,
@@ -18,6 +18,7 @@ from simvq_moe.config.ranges import (
     Share,
     Weight,
 )
+from simvq_moe.config.registry import default_of
 
 
 @dataclass(frozen=True)
@@ -78,51 +79,6 @@ class DataConfig:
     """
     prefetch: Annotated[int, Range(0, 1000)] = 2
     """Steps whose batches are read ahead in the background; 0: none."""
-
-
-@dataclass(frozen=True)
-class QuantizerConfig:
-    """The codebook between encoder and decoder."""
-
-    kind: Literal[
-        "vq", "ema", "simvq", "cosine_vq", "group_vq", "mlp_vq", "fsq", "lfq", "bsq", "ibq"
-    ] = "simvq"
-    """simvq: frozen rows under one shared map; the others are baselines, see quantizers/."""
-    codes: Annotated[int, Range(2, COUNT)] = 512
-    """Number of codes."""
-    width: Channels = 32
-    """Channels of a code."""
-    residual_levels: Annotated[int, Range(1, 256)] = 1
-    """Quantizers in a row, each for what the ones before it left over."""
-    transform: Literal["none", "diagonal", "linear"] = "linear"
-    """simvq: shape of the shared map W."""
-    train_base: bool = False
-    """simvq: learn the base rows beside W."""
-    bias: bool = False
-    """simvq: one learned shift of all codes."""
-    base_width: Channels | None = None
-    """simvq: channels of a base row; None: width."""
-    groups: Annotated[int, Range(1, 2**12)] | None = None
-    """group_vq: number of blocks of codes, each with a map of its own."""
-    levels: tuple[Annotated[int, Range(2, 2**16)], ...] = ()
-    """fsq: values of each channel; width is their number and codes their product."""
-    init: Literal["default", "data", "kmeans"] = "default"
-    """From the first batch: data sets W and a bias (simvq, group_vq), kmeans the codes (vq, ema,
-    cosine_vq)."""
-    gradient: Literal["straight_through", "rotation", "diveq"] = "straight_through"
-    """How the decoder's gradient reaches the encoder."""
-    codebook_weight: Weight | None = None
-    """Weight of |e - sg z|^2, where codes are learned by gradient; None: 1, of ibq 0.25."""
-    commitment_weight: Weight | None = None
-    """Weight of |z - sg e|^2; None: 0.25, of ibq 1."""
-    entropy_weight: Weight | None = None
-    """lfq, bsq, ibq: weight of each token's entropy less that of the mean assignment; None: 0.1, of
-    ibq 0.05."""
-    decay: Share = 0.99
-    """ema: weight of the past."""
-    restart: Share = 0.0
-    """vq, ema, cosine_vq: a code drawn less often a step than this, on average, restarts at a
-    latent of the batch; less than 1, and 0: never."""
 
 
 @dataclass(frozen=True)
@@ -413,7 +369,7 @@ class Config:
     runs_dir: str = "runs"
     """Folder of all runs."""
     data: DataConfig = field(default_factory=DataConfig)
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    quantizer: QuantizerOptions = field(default_factory=lambda: default_of(QuantizerOptions))
     image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     audio_tokenizer: AudioTokenizerConfig = field(default_factory=AudioTokenizerConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)

@@ -1,4 +1,4 @@
-"""Moments of what a router sees, and maps that match them, as SimVQ's init "data" does."""
+"""Moments of vectors over the tokens of all ranks, and maps that start from them."""
 
 from __future__ import annotations
 

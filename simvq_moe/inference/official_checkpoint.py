@@ -20,13 +20,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from simvq_moe.config.schema import Config, DataConfig, ImageTokenizerConfig, QuantizerConfig
+from simvq_moe.config.schema import Config, DataConfig, ImageTokenizerConfig
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.files.tensors import read_checkpoint
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.inference.fold import write_model
 from simvq_moe.models.official_layout import image_tokenizer_from, sizes_of
+from simvq_moe.quantizers.simvq import SimVQOptions
 from simvq_moe.runs.loading import weights_sha256
 
 
@@ -58,7 +59,7 @@ def write_run(checkpoint: Path, out: Path, data: DataConfig, *, averages: bool =
         name=out.name,
         runs_dir=str(out.parent),
         data=data,
-        quantizer=QuantizerConfig(
+        quantizer=SimVQOptions(
             codes=len(q),
             width=width,
             base_width=None if q.shape[1] == width else q.shape[1],

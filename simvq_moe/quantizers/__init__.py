@@ -7,11 +7,18 @@ from simvq_moe.quantizers.base import (
     Quantizer,
     SoftAssignment,
 )
+from simvq_moe.quantizers.bsq import BSQ
 from simvq_moe.quantizers.composed import GroupedQuantizer, Projected, ResidualQuantizer
-from simvq_moe.quantizers.mapped import IBQ, MLPVQ, GroupVQ
-from simvq_moe.quantizers.scalar import BSQ, FSQ, LFQ
+from simvq_moe.quantizers.cosine import CosineVQ
+from simvq_moe.quantizers.ema import EMAVQ
+from simvq_moe.quantizers.fsq import FSQ
+from simvq_moe.quantizers.group import GroupVQ
+from simvq_moe.quantizers.ibq import IBQ
+from simvq_moe.quantizers.lfq import LFQ
+from simvq_moe.quantizers.mlp import MLPVQ
+from simvq_moe.quantizers.options import CodebookOptions, LearnedOptions, LevelOptions
 from simvq_moe.quantizers.simvq import SimVQ
-from simvq_moe.quantizers.vq import EMAVQ, VQ, CosineVQ
+from simvq_moe.quantizers.vq import VQ
 
 __all__ = [
     "BSQ",
@@ -23,9 +30,12 @@ __all__ = [
     "PADDING",
     "VQ",
     "AnyQuantizer",
+    "CodebookOptions",
     "CosineVQ",
     "GroupVQ",
     "GroupedQuantizer",
+    "LearnedOptions",
+    "LevelOptions",
     "Projected",
     "Quantized",
     "Quantizer",

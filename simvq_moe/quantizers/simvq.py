@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from simvq_moe.config.quantizer import QuantizerOptions
+from simvq_moe.config.ranges import Channels
+from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank, Transform
 from simvq_moe.core.choices import check_choice
-from simvq_moe.core.collectives import copy_from_rank_0, total
+from simvq_moe.core.collectives import copy_from_rank_0
+from simvq_moe.core.moments import moments
 from simvq_moe.core.nearest import nearest
 from simvq_moe.quantizers.base import Quantizer, random_codebook
-from simvq_moe.quantizers.vq import VQ
+from simvq_moe.quantizers.options import CodebookOptions
+from simvq_moe.quantizers.vq import VQ, VQOptions
 
 MapInit = Literal["identity", "data"]
 
@@ -97,12 +104,46 @@ class SimVQ(Quantizer):
         return folded.train(self.training)
 
 
-def moments(
-    z: Float[Tensor, "tokens width"],
-) -> tuple[Float[Tensor, " width"], Float[Tensor, "width width"]]:
-    """Mean and covariance of the latents of all ranks, in float64."""
-    z = z.double()
-    tokens = total(torch.tensor(len(z), dtype=z.dtype, device=z.device))
-    mean = total(z.sum(0)) / tokens
-    centred = z - mean
-    return mean, total(centred.T @ centred) / tokens
+@register
+@dataclass(frozen=True)
+class SimVQOptions(CodebookOptions):
+    """Frozen rows under one shared map."""
+
+    kind: Literal["simvq"] = "simvq"
+    transform: Literal["none", "diagonal", "linear"] = "linear"
+    """Shape of the shared map W."""
+    train_base: bool = False
+    """Learn the base rows beside W."""
+    bias: bool = False
+    """One learned shift of all codes."""
+    base_width: Channels | None = None
+    """Channels of a base row; None: width."""
+    init: Literal["default", "data"] = "default"
+    """data: W and a bias start from the covariance and mean of the first batch."""
+
+    def level(self) -> SimVQ:
+        return SimVQ(
+            self.codes,
+            self.width,
+            transform=self.transform,
+            train_base=self.train_base,
+            bias=self.bias,
+            base_width=self.base_width,
+            init="identity" if self.init == "default" else self.init,
+            **self.weights(),
+        )
+
+    def folded(self) -> QuantizerOptions:
+        shared = ("codes", "width", "residual_levels")
+        kept = {name: getattr(self, name) for name in shared}
+        return VQOptions(**kept, **self.weights())
+
+    def problems(self, at: str, config: Any) -> Iterator[str]:
+        yield from super().problems(at, config)
+        if self.transform != "linear" and self.base_width not in (None, self.width):
+            yield (
+                f"{at}.base_width {self.base_width} != {at}.width {self.width} with {at}.transform "
+                f"{self.transform!r}: only 'linear' changes the width"
+            )
+        if self.init == "data" and self.transform == "none":
+            yield f"{at}.init 'data' sets W, but {at}.transform 'none' has none: use 'linear'"

@@ -20,7 +20,6 @@ from simvq_moe.models.audio_discriminators import Discriminators
 from simvq_moe.models.audio_spectra import MelDistance
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.tasks.audio_measures import AudioMeasures
-from simvq_moe.tasks.models import build_quantizer
 from simvq_moe.tasks.registry import register
 from simvq_moe.tasks.samples import Samples
 from simvq_moe.tasks.tokenizers import Parts, TokenizerTask, check_not_empty
@@ -44,7 +43,7 @@ class AudioTokenizerTask(TokenizerTask[AudioTokenizer]):
     @classmethod
     def _model(cls, config: Config) -> AudioTokenizer:
         with own_stream():
-            quantizer = build_quantizer(config.quantizer)
+            quantizer = config.quantizer.build()
         settings, discriminators = config.audio_tokenizer, None
         names = ("waveform", "spectral", "mel", "adversarial", "feature")
         if settings.adversarial_weight:

@@ -28,7 +28,6 @@ from simvq_moe.tasks.image_measures import (
     missing_vgg,
     optional_measures,
 )
-from simvq_moe.tasks.models import build_quantizer
 from simvq_moe.tasks.registry import register
 from simvq_moe.tasks.samples import Samples
 from simvq_moe.tasks.tokenizers import Parts, TokenizerTask, check_not_empty
@@ -73,7 +72,7 @@ class ImageTokenizerTask(TokenizerTask[ImageTokenizer]):
     @classmethod
     def _model(cls, config: Config) -> ImageTokenizer:
         with own_stream():
-            quantizer = build_quantizer(config.quantizer)
+            quantizer = config.quantizer.build()
         image, lpips, discriminator = config.image_tokenizer, None, None
         file = vgg_file(image.lpips_file)
         if image.lpips_weight and file.is_file():  # training alone misses it, see `check_files`

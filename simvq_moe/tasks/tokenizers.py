@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.config.schema import Config, QuantizerConfig
+from simvq_moe.config.schema import Config
 from simvq_moe.core.bank import effective_rank
 from simvq_moe.data.code_items import Item
 from simvq_moe.engine.sharding import gathered
@@ -123,14 +123,13 @@ class TokenizerTask(Task[Tokenizer]):
 
     @classmethod
     def without_maps(cls, config: Config) -> Config:
-        q = config.quantizer
-        if q.kind != "simvq":
-            raise ConfigError(f"quantizer.kind {q.kind!r} has no shared map: only simvq folds")
-        shared = ("codes", "width", "residual_levels", "gradient")
-        kept = {
-            name: getattr(q, name) for name in (*shared, "codebook_weight", "commitment_weight")
-        }
-        return replace(config, quantizer=replace(QuantizerConfig(kind="vq"), **kept))
+        folded = config.quantizer.folded()
+        if folded is None:
+            kind = config.quantizer.kind
+            raise ConfigError(
+                f"quantizer.kind {kind!r} has no shared map: there is nothing to fold"
+            )
+        return replace(config, quantizer=folded)
 
     @classmethod
     def outputs_of_noise(cls, model: Tokenizer, config: Config) -> Tensor:

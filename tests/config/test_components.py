@@ -109,7 +109,7 @@ def test_an_option_of_another_kind_is_answered_with_that_kind() -> None:
         "use one of them"
     )
     line = refused_flags("--shape.paint.stripes=3")
-    assert "--shape.paint.stripes '3' belongs to shape.paint.kind 'striped', not 'plain'" in line
+    assert "--shape.paint.stripes 3 belongs to shape.paint.kind 'striped', not 'plain'" in line
     assert "use that kind" in line
     assert "unknown key shape.szie. Did you mean" in refused(szie=1)
     assert "unknown --shape.szie 1. Did you mean shape.size" in refused_flags("--shape.szie", "1")

@@ -27,9 +27,18 @@ def test_later_files_override_earlier_ones_and_flags_override_files(tmp_path: Pa
 
 
 def test_of_a_flag_given_twice_the_last_holds() -> None:
-    flags = ["--seed", "1", "--seed", "2", "--quantizer.levels", "8", "--quantizer.levels", "4"]
+    flags = [
+        "--seed",
+        "1",
+        "--seed",
+        "2",
+        "--audio_tokenizer.strides",
+        "8",
+        "--audio_tokenizer.strides",
+        "4",
+    ]
     config = with_flags(Config(), flags, "train")
-    assert (config.seed, config.quantizer.levels) == (2, (4,))
+    assert (config.seed, config.audio_tokenizer.strides) == (2, (4,))
 
 
 def test_a_number_in_exponent_notation_is_a_float(tmp_path: Path) -> None:

@@ -14,21 +14,32 @@ from simvq_moe.config.checks import check
 from simvq_moe.config.checks_values import LIST
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import ConfigError, flatten, merge_files, to_yaml, with_overrides
+from simvq_moe.config.quantizer import QuantizerOptions
 from simvq_moe.config.ranges import SEED, ranges_of
+from simvq_moe.config.registry import kinds
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.estimate import estimate
+from simvq_moe.quantizers.simvq import SimVQOptions
 from tests.files.test_yaml import TEXT
 
-LEAVES = flatten(Config())
-RANGES = ranges_of(Config())
+CONFIGS = [
+    with_overrides(Config(), {"quantizer": {"kind": kind}}, "here")
+    for kind in kinds(QuantizerOptions)
+]
+"""A config of every kind of component."""
+LEAVES = {key: value for config in CONFIGS for key, value in flatten(config).items()}
+RANGES = {key: bounds for config in CONFIGS for key, bounds in ranges_of(config).items()}
+HAS = {key: config for config in (*CONFIGS, Config()) for key in flatten(config)}
+"""A config that has the key, the default one where it does."""
 
 
 def kind_of(key: str) -> str:
     """The annotation of a leaf."""
-    schema: Any = Config
-    for part in key.split("."):
-        schema = get_type_hints(schema)[part]
-    return str(schema)
+    *path, leaf = key.split(".")
+    holder: Any = HAS[key]
+    for part in path:
+        holder = getattr(holder, part)
+    return str(get_type_hints(type(holder))[leaf])
 
 
 FREE = [key for key in LEAVES if "Literal" not in kind_of(key)]
@@ -50,7 +61,7 @@ def said(key: str, value: Any) -> str | None:
         value = [value, value] if key == "optimizer.betas" else [value]
     line = None
     try:
-        check(with_overrides(Config(), nested(key, value), "flags"))
+        check(with_overrides(HAS[key], nested(key, value), "flags"))
     except ConfigError as error:
         line = str(error)
     assert line is None or "\n" not in line
@@ -141,6 +152,7 @@ def test_a_whole_number_may_be_written_in_any_way(word: str, value: int, tmp_pat
         assert merge_files(Config, [tmp_path / "c.yaml"]).quantizer.codes == value
     flags = ["--quantizer.codes", word, "--quantizer.base_width", word]
     flagged = with_flags(Config(), flags, "train").quantizer
+    assert isinstance(flagged, SimVQOptions)
     assert (flagged.codes, flagged.base_width) == (value, value)
 
 

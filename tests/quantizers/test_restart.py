@@ -136,7 +136,7 @@ def test_thresholds_and_kinds_that_can_not_restart_are_refused() -> None:
             family(8, 2, restart=1.0)
     for kind in ("simvq", "group_vq --quantizer.groups 2", "mlp_vq", "ibq"):
         flags = f"--quantizer.kind {kind} --quantizer.restart 0.1".split()
-        with pytest.raises(ConfigError, match=r"under a map or on a grid none moves alone: drop"):
+        with pytest.raises(ConfigError, match=r"restart .*belongs to .* 'ema'.*: drop it"):
             check(with_flags(Config(), flags, "train"))
     flags = ["--quantizer.kind", "vq", "--quantizer.restart", "1"]
     with pytest.raises(ConfigError, match=r"quantizer\.restart 1\.0 is not below 1"):

@@ -18,13 +18,13 @@ from simvq_moe.config.schema import (
     AudioTokenizerConfig,
     Config,
     DataConfig,
-    QuantizerConfig,
     TrainConfig,
 )
 from simvq_moe.data.audio import AudioClips, audio_clips, resample
 from simvq_moe.engine.world import World
 from simvq_moe.models.audio_spectra import MelDistance
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
+from simvq_moe.quantizers.simvq import SimVQOptions
 from simvq_moe.tasks.audio_measures import MEL_WINDOWS, AudioMeasures, pesq, si_sdr, stoi
 from simvq_moe.tasks.models import build_model
 from simvq_moe.tasks.registry import task_of
@@ -47,7 +47,7 @@ JUDGED = AudioTokenizerConfig(
 CONFIG = Config(
     task="audio_tokenizer",
     data=DataConfig(sample_rate=RATE),
-    quantizer=QuantizerConfig(codes=16, width=4),
+    quantizer=SimVQOptions(codes=16, width=4),
     audio_tokenizer=JUDGED,
     train=TrainConfig(batch_size=4),
 )

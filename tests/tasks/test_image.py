@@ -21,12 +21,12 @@ from simvq_moe.config.schema import (
     Config,
     DataConfig,
     ImageTokenizerConfig,
-    QuantizerConfig,
     TrainConfig,
 )
 from simvq_moe.engine.world import World
 from simvq_moe.models.image_losses import LPIPS
 from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.quantizers.simvq import SimVQOptions
 from simvq_moe.tasks.image_measures import ImageMeasures, as_bytes, optional_measures
 from simvq_moe.tasks.models import build_model
 from simvq_moe.tasks.registry import build_task, check_files
@@ -47,7 +47,7 @@ JUDGED = ImageTokenizerConfig(
     discriminator_layers=2,
 )
 CONFIG = Config(
-    quantizer=QuantizerConfig(codes=16, width=4),
+    quantizer=SimVQOptions(codes=16, width=4),
     image_tokenizer=JUDGED,
     train=TrainConfig(batch_size=4),
 )

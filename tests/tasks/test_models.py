@@ -13,12 +13,14 @@ from torch.testing import assert_close
 from simvq_moe import EMAVQ, FSQ, LFQ, VQ, SimVQ
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
-from simvq_moe.config.schema import Config, QuantizerConfig
+from simvq_moe.config.loading import ConfigError, with_overrides
+from simvq_moe.config.quantizer import QuantizerOptions
+from simvq_moe.config.registry import kinds
+from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.quantizers import BSQ, IBQ, MLPVQ, CosineVQ, GroupVQ, Quantizer
-from simvq_moe.tasks.models import build_model, build_quantizer
+from simvq_moe.tasks.models import build_model
 from tests.short_training import train_two_steps
 
 KINDS = {
@@ -60,9 +62,12 @@ def test_every_kind_of_quantizer_trains_two_steps(kind: str, tmp_path: Path, wor
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--quantizer.kind vq --quantizer.bias True", "quantizer.bias True means nothing to"),
-        ("--quantizer.restart 0.1", "quantizer.restart 0.1 means nothing to quantizer.kind"),
-        ("--quantizer.init kmeans", "quantizer.init 'kmeans' does not go with"),
+        (
+            "--quantizer.kind vq --quantizer.bias True",
+            "quantizer.bias True belongs to quantizer.kind 'simvq', not",
+        ),
+        ("--quantizer.restart 0.1", "quantizer.restart 0.1 belongs to quantizer.kind"),
+        ("--quantizer.init kmeans", "--quantizer.init"),
         ("--quantizer.kind lfq", "quantizer.codes 64 must be 2^quantizer.width = 4294967296"),
         ("--quantizer.kind fsq --quantizer.levels 8 8", "need quantizer.width 2 and"),
         ("--quantizer.kind group_vq", "quantizer.groups None must divide quantizer.codes 64"),
@@ -110,10 +115,19 @@ WEIGHTS = {
 }
 
 
+def of_kind_named(kind: str, **options: Any) -> QuantizerOptions:
+    """Options as a config gives them."""
+    given = {"kind": kind, "codes": 16, "width": 4, **EXTRA.get(kind, {}), **options}
+    return with_overrides(Config(), {"quantizer": given}, "here").quantizer
+
+
+def test_every_kind_is_compared_with_its_class() -> None:
+    assert set(BY_CLASS) == set(kinds(QuantizerOptions))
+
+
 @pytest.mark.parametrize("kind", list(BY_CLASS))
 def test_a_quantizer_by_config_is_that_of_its_class(kind: str) -> None:
-    options: dict[str, Any] = {"kind": kind, "codes": 16, "width": 4, **EXTRA.get(kind, {})}
-    made, own = build_quantizer(QuantizerConfig(**options)), BY_CLASS[kind]
+    made, own = of_kind_named(kind).build(), BY_CLASS[kind]
     assert isinstance(made, Quantizer)
     assert type(made) is type(own)
     assert used_weights(made) == used_weights(own)
@@ -125,14 +139,13 @@ def test_a_quantizer_by_config_is_that_of_its_class(kind: str) -> None:
 @pytest.mark.parametrize("option", list(WEIGHTS))
 @pytest.mark.parametrize("kind", list(BY_CLASS))
 def test_a_weight_reaches_its_kind_and_others_refuse_it_by_name(kind: str, option: str) -> None:
-    options: dict[str, Any] = {"kind": kind, "codes": 16, "width": 4, option: 0.7}
-    quantizer = QuantizerConfig(**options, **EXTRA.get(kind, {}))
     if kind not in WEIGHTS[option]:
-        with pytest.raises(ConfigError, match=rf"quantizer\.{option} 0\.7 means nothing to"):
-            check(Config(quantizer=quantizer))
+        with pytest.raises(ConfigError, match=rf"{option} 0\.7 belongs to quantizer\.kind"):
+            of_kind_named(kind, **{option: 0.7})
         return
-    check(Config(quantizer=quantizer))
-    made = build_quantizer(quantizer)
+    options = of_kind_named(kind, **{option: 0.7})
+    check(Config(quantizer=options))
+    made = options.build()
     assert isinstance(made, Quantizer)
     assert 0.7 in made.weights.values()
 

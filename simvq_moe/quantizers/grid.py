@@ -1,0 +1,39 @@
+"""Quantizers whose codes are points of a grid, without a table.
+
+Each channel is rounded on its own, and an id is the channels' level numbers in a mixed radix,
+computed in int64. There is nothing to search and nothing to collapse. As residual levels grids get
+finer: each is as much smaller as the one before it has values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from simvq_moe.core.gradient import straight_through
+from simvq_moe.quantizers.base import Quantizer
+
+
+class Grid(Quantizer):
+    """A quantizer whose codes follow from their ids."""
+
+    def __init__(self, codes: int, width: int, **options: Any) -> None:
+        super().__init__(codes, width, **options)
+        self.precision = torch.get_default_dtype()
+        """Of its codes; no tensor with it is stored, so that it follows the module's by itself."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.precision = fn(torch.empty(0, dtype=self.precision)).dtype
+        return super()._apply(fn, recurse)
+
+    def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
+        return self.lookup(torch.arange(self.codes, device=self.counter.counts.device), dtype)
+
+    def pass_gradient(
+        self, z: Float[Tensor, "tokens width"], e: Float[Tensor, "tokens width"]
+    ) -> Float[Tensor, "tokens width"]:
+        return straight_through(z, e)
