@@ -83,6 +83,23 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def defaults_of_every_kind(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf that such a config may have, of components of all kinds, with its default.
+
+    Args:
+        config: one with defaults, whose own kinds come first.
+    """
+    found: dict[str, Any] = {}
+    for f in fields(config):
+        value, key = getattr(config, f.name), prefix + f.name
+        family = family_of(type(value)) if isinstance(value, Options) else None
+        others = [kind() for kind in kinds(family).values()] if family else []
+        for one in (value, *others):
+            below = defaults_of_every_kind(one, f"{key}.") if is_dataclass(one) else {key: one}
+            found |= {name: default for name, default in below.items() if name not in found}
+    return found
+
+
 def changed(config: Any, default: Any = None, prefix: str = "") -> dict[str, Any]:
     """Every leaf that differs from its default by its dotted key; of a component whose kind is not
     the default one the kind, and what differs from the defaults of its own kind.

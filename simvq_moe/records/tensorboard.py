@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
-from simvq_moe.config.loading import flatten, mapping_to_yaml
+from simvq_moe.config.loading import defaults_of_every_kind, flatten, mapping_to_yaml
 from simvq_moe.config.schema import Config, without_other_tasks
 from simvq_moe.records.catalogue import usage_leaves
 from simvq_moe.records.dead_slots import DeadSlots
@@ -188,17 +188,15 @@ def heat_map(load: np.ndarray, cell: int = CELL) -> np.ndarray:
 def rows_of_table(config: Config, layers: Sequence[Layer]) -> tuple[Any, Any, Any]:
     """Summaries for the HParams table: its columns, this run's values, and that it is finished.
 
-    The columns are every key of every task, for TensorBoard takes them from one run for all.
+    The columns are every key of every task and kind, because TensorBoard takes them from one run
+    for all.
     """
     mine = without_other_tasks(config)
-    cells = {
-        key: _cell(value, default)
-        for (key, value), default in zip(
-            flatten(config).items(), flatten(Config()).values(), strict=True
-        )
-    }
+    defaults = defaults_of_every_kind(Config())
+    cells = {key: _cell(value, defaults[key]) for key, value in flatten(config).items()}
+    every = {key: _cell(default, default) for key, default in defaults.items()} | cells
     results = dict.fromkeys(result_names(layers), 0.0)
-    columns, _, _ = hparams(cells, results)
+    columns, _, _ = hparams(every, results)
     stored = columns.value[0].metadata.plugin_data
     kind: Any = plugin_data_pb2  # its names are made when it is imported
     table = kind.HParamsPluginData.FromString(stored.content)
