@@ -1,4 +1,4 @@
-"""Options of tokenizers that can't run, or not together; see `config_checks`."""
+"""Options of tokenizers that can't run, or not together; see `checks`."""
 
 from __future__ import annotations
 

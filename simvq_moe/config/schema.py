@@ -1,4 +1,4 @@
-"""The configuration: frozen dataclasses with their defaults; `config_checks` says what can run."""
+"""The configuration: frozen dataclasses with their defaults; `checks` says what can run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Quantizers: one file a family, all with the contract of `AnyQuantizer` and `Quantized`."""
+"""Quantizers: a kind a file, its class, its options and what it refuses; all have the contract of
+`AnyQuantizer`. Nothing here knows what is trained, or writes files.
+"""
 
 from simvq_moe.quantizers.base import (
     PADDING,

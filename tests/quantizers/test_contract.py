@@ -15,6 +15,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
+from simvq_moe.config.docs import field_docs
+from simvq_moe.config.quantizer import QuantizerOptions
+from simvq_moe.config.registry import kinds
+from simvq_moe.config.schema import Config
 from simvq_moe.core.usage import counters, counting
 from simvq_moe.hub import Pretrained
 from simvq_moe.quantizers import (
@@ -64,6 +68,46 @@ FAMILIES: dict[str, Callable[..., AnyQuantizer]] = {
         [ResidualQuantizer([SimVQ(5, 2), SimVQ(6, 2)]) for _ in range(2)], **o
     ),
 }
+
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "group_vq": {"groups": 4},
+    "fsq": {"levels": (4, 4)},
+}
+"""What a kind has no default for."""
+
+
+def test_every_registered_kind_is_under_contract() -> None:
+    made = {type(build()) for build in FAMILIES.values()}
+    for kind in kinds(QuantizerOptions):
+        assert type(of_config(kind).build()) in made, f"{kind}: add it to FAMILIES"
+
+
+@pytest.mark.parametrize("kind", kinds(QuantizerOptions))
+def test_a_kind_of_a_config_builds_what_it_says_and_every_option_has_a_doc_line(kind: str) -> None:
+    options = of_config(kind)
+    assert not list(options.problems("quantizer", Config(quantizer=options)))
+    quantizer = options.build()
+    assert (quantizer.codes, quantizer.width) == (16, options.width)
+    for name, doc in field_docs(type(options)).items():
+        assert doc, f"{kind}.{name} has no doc line"
+    folded = options.folded()
+    assert folded is None or type(quantizer.fold()) is type(folded.build())
+
+
+@pytest.mark.parametrize("kind", kinds(QuantizerOptions))
+def test_residual_levels_of_a_kind_are_built_or_refused_by_its_key(kind: str) -> None:
+    options = of_config(kind, residual_levels=2)
+    problems = list(options.problems("quantizer", Config(quantizer=options)))
+    if problems:
+        assert "quantizer.residual_levels 2" in problems[0]
+    else:
+        assert len(list(options.build())) == 2
+
+
+def of_config(kind: str, **given: Any) -> QuantizerOptions:
+    width = {"fsq": 2}.get(kind, 4)
+    return kinds(QuantizerOptions)[kind](codes=16, width=width, **NEEDED.get(kind, {}), **given)
 
 
 @pytest.fixture
