@@ -178,17 +178,17 @@ def _on_this_rank(world: World, config: Config, rounds: int) -> dict[str, float]
         "small": (lambda: dist.all_reduce(small), 20),
         "reduce": (lambda: dist.all_reduce(large), 2),
         "gather": (lambda: dist.all_gather_into_tensor(large, own), 2),
-        "step": (trainer._update, 2),
+        "step": (trainer.update, 2),
     }
     found: dict[str, list[float]] = {name: [] for name in work}
-    with trainer.phases.collectives_timed():
+    with trainer.recorder.phases.collectives_timed():
         for _ in range(rounds + 2):
             for name, (call, times) in work.items():
                 world.barrier()
-                trainer.phases.take()
+                trainer.recorder.phases.take()
                 found[name].append(wall_seconds(call, device.type, times))
                 if name == "step":
-                    for phase, seconds in trainer.phases.take().items():
+                    for phase, seconds in trainer.recorder.phases.take().items():
                         found.setdefault(phase, []).append(seconds / times)
     trainer.close()
     medians = {name: median(values[2:]) for name, values in found.items()}

@@ -173,7 +173,7 @@ def _loops(config: Config, world: World, steps: int, rounds: int) -> list[Measur
     best = best_of_rounds(loops, rounds, world.device.type)
     best = {name: found / steps for name, found in best.items()}
     tokens = config.train.batch_size * config.data.context
-    best[PRODUCTS] *= tokens * trainer.cost["flops_per_token"] / (2 * SIDE**3)
+    best[PRODUCTS] *= tokens * trainer.recorder.cost["flops_per_token"] / (2 * SIDE**3)
     if installed("transformers") and installed("accelerate"):
         best[TRANSFORMERS] = _transformers_seconds(config, trainer, steps, rounds)
     trainer.close()
@@ -192,10 +192,10 @@ def trainer_of(config: Config, world: World) -> Trainer:
 
 
 def _our_steps(trainer: Trainer, steps: int) -> None:
-    with trainer.phases.collectives_timed():
+    with trainer.recorder.phases.collectives_timed():
         for _ in range(steps):
-            trainer._update()
-        trainer._write_log(None)
+            trainer.update()
+        trainer.write_log()
 
 
 def _bare_loop(config: Config, trainer: Trainer, steps: int) -> Callable[[], None]:

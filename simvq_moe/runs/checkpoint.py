@@ -45,6 +45,20 @@ Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True)
+class LoopState:
+    """What a part of the training loop keeps: tensors, numbers, strings, and containers of them."""
+
+    shared: dict[str, Any]
+    """The same on all ranks; rank 0's is written."""
+    own: dict[str, Any]
+    """Of this rank."""
+
+    def __or__(self, other: LoopState) -> LoopState:
+        """The state of two parts, which have no names in common."""
+        return LoopState(self.shared | other.shared, self.own | other.own)
+
+
+@dataclass(frozen=True)
 class Restored:
     """Where a run goes on."""
 
@@ -62,16 +76,14 @@ def save(
     world: World,
     config: TrainConfig,
     *,
-    shared: dict[str, Any],
-    own: dict[str, Any],
+    state: LoopState,
     config_yaml: str = "",
 ) -> None:
     """Commit the run at this step as folder/<step>, then delete what is not to be kept.
 
     Args:
         config: says which checkpoints are kept.
-        shared: state of the loop that all ranks have in common; rank 0's is written.
-        own: state of the loop on this rank: tensors, numbers, strings, and containers of them.
+        state: of the training loop.
         config_yaml: the run's config, which says whose state this is.
 
     Raises:
@@ -85,10 +97,10 @@ def save(
     temporary = folder / f"{step}.tmp"
     tensors = _own_part(engine_state.whole_tensors(engine), world)
     others: dict[str, Buffer] = {
-        f"rank_{world.rank}.pt": _serialized(own | {"rng": _rng_state(world.device)})
+        f"rank_{world.rank}.pt": _serialized(state.own | {"rng": _rng_state(world.device)})
     }
     if world.is_main:
-        others |= {"trainer.pt": _serialized(shared), CONFIG: config_yaml.encode()}
+        others |= {"trainer.pt": _serialized(state.shared), CONFIG: config_yaml.encode()}
     manifest = {
         "format": FORMAT,
         "step": step,

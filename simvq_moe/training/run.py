@@ -24,7 +24,6 @@ from simvq_moe.config.loading import mapping_to_yaml, to_yaml
 from simvq_moe.config.schema import Config, without_other_tasks
 from simvq_moe.costs.cluster import fitting_gpus, read_cluster
 from simvq_moe.costs.estimate import estimate
-from simvq_moe.data.streaming import TextStream
 from simvq_moe.engine.agreement import (
     Interrupted,
     TrainingFailed,
@@ -210,7 +209,7 @@ class _Record:
             if before != steps:
                 (config.run_dir / SUMMARY).unlink(missing_ok=True)
             write_atomically(config.run_dir / CONFIG, to_yaml(config))
-        self.meta |= _describe(trainer)
+        self.meta |= trainer.description()
         self._write("running", None)
         if trainer.resumed_from:
             print(f"resuming {self._where(trainer.resumed_from)}", file=sys.stderr)
@@ -295,20 +294,6 @@ def describe_result(summary: Mapping[str, float]) -> str:
     """A finished run in one line."""
     parts = [f"{name} {summary[name]:.4g}" for name in results() if name in summary]
     return ", ".join(["finished", *parts])
-
-
-def _describe(trainer: Trainer) -> dict[str, Any]:
-    train = trainer.task.train
-    return {
-        "layers": [vars(layer) for layer in trainer.layers],
-        "banks": trainer.banks.names,
-        **trainer.cost,
-        "samples": {
-            "train": None if isinstance(train, TextStream) else len(train),
-            "held_out": len(trainer.task.held_out),
-        },
-        "tokens_per_sample": trainer.task.tokens_per_sample,
-    }
 
 
 @contextlib.contextmanager

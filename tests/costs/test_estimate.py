@@ -296,9 +296,9 @@ def calls_of_a_step(world: World, folder: Path, flags: list[str]) -> list[tuple[
         return call
 
     with contextlib.closing(Trainer(config, world, lambda: False)) as trainer:
-        trainer._update()
+        trainer.update()
         with exchanged(noted):
-            trainer._update()
+            trainer.update()
     return calls
 
 

@@ -84,9 +84,9 @@ def advance(config: Config, world: World, steps: int) -> Trainer:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, world, lambda: False)
     while trainer.step < steps:
-        trainer._update()
+        trainer.update()
         if trainer.step % config.train.save_every == 0:
-            trainer._save()
+            trainer.save()
     return trainer
 
 
@@ -124,7 +124,7 @@ def go_on(folder: Path, world: World) -> None:
 def finish(config: Config, world: World) -> Trainer:
     """All steps as one window, in the middle of which lies a checkpoint."""
     trainer = advance(config, world, 8)
-    metrics = trainer._write_log(None)
+    metrics = trainer.write_log()
     trainer.close()
     if world.is_main:
         (config.run_dir / "window.json").write_text(json.dumps(metrics))
@@ -216,9 +216,9 @@ def test_every_moment_of_a_save_leaves_a_checkpoint_to_go_on_from(
                 moments.append(tmp_path / "moments" / str(len(moments)))
                 shutil.copytree(trainer.checkpoints, moments[-1])
 
-    trainer._update()
+    trainer.update()
     sys.setprofile(watch)
-    trainer._save()
+    trainer.save()
     sys.setprofile(None)
     trainer.close()
     steps = [checkpoint.latest_step(moment) for moment in moments]
@@ -239,8 +239,8 @@ def test_every_moment_of_a_save_leaves_a_checkpoint_to_go_on_from(
     shutil.copytree(unfinished, trainer.checkpoints)
     again = Trainer(replace(tiny, train=train_config), world, lambda: False)
     assert again.resumed_from == 1
-    again._update()
-    again._save()
+    again.update()
+    again.save()
     again.close()
     names = sorted(p.name for p in trainer.checkpoints.iterdir())
     assert names == ["2", "latest"]
@@ -259,7 +259,7 @@ def test_a_broken_later_checkpoint_does_not_take_the_place_of_a_whole_one(
     trainer = train(config, world, steps=6)
     shutil.copytree(trainer.checkpoints / "6", trainer.checkpoints / "7")
     (trainer.checkpoints / "7" / "model_0.safetensors").unlink()
-    trainer._save()
+    trainer.save()
     assert checkpoint.committed_steps(trainer.checkpoints) == [6]
 
 

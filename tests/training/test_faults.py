@@ -319,8 +319,8 @@ def test_the_rate_of_a_run_with_more_steps_is_that_of_the_longer_run(
     config.run_dir.mkdir(parents=True)
     trainer = Trainer(config, world, lambda: False)
     for _ in range(4):
-        trainer._update()
-    trainer._save()
+        trainer.update()
+    trainer.save()
     trainer.close()
     longer = replace(config, train=replace(config.train, steps=9))
     again = Trainer(longer, world, lambda: False)
@@ -337,16 +337,17 @@ class Spoilt:
     """A reader of batches that are NaN where it is told."""
 
     def __init__(self, trainer: Trainer, spoils: Callable[[], bool]) -> None:
-        self.reader, self.spoils = trainer.reader, spoils
+        self.batches: Any = trainer.reader.batches
+        self.spoils = spoils
 
     def __next__(self) -> StepBatches:
-        found = next(self.reader)
+        found = next(self.batches)
         if not self.spoils():
             return found
         return found._replace(micro_batches=[batch * torch.nan for batch in found.micro_batches])
 
     def close(self) -> None:
-        self.reader.close()
+        self.batches.close()
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -367,15 +368,15 @@ def skips_one_step(config: Config, world: World, spoil: Callable[[Trainer], Any]
     spoil(trainer)
     states = []
     for step in (1, 2, 3, 4):
-        trainer._update()
-        trainer._save()
+        trainer.update()
+        trainer.save()
         states.append(state_of(trainer))
         assert trainer.step == step
     assert_close(states[2], states[1], rtol=0, atol=0)
     assert any(not torch.equal(states[3][name], states[2][name]) for name in states[2])
     assert all(bool(tensor.isfinite().all()) for tensor in states[3].values())
-    assert trainer._write_log(None)["train/skipped_steps"] == 1
-    trainer._save()
+    assert trainer.write_log()["train/skipped_steps"] == 1
+    trainer.save()
     trainer.close()
     again = Trainer(config, world, lambda: False)
     again.close()
@@ -386,8 +387,8 @@ def skips_one_step(config: Config, world: World, spoil: Callable[[Trainer], Any]
 def spoil_batch(trainer: Trainer) -> None:
     """The last rank reads NaN in step 3."""
     here = trainer.world.rank == trainer.world.size - 1
-    reader: Any = Spoilt(trainer, lambda: here and trainer.step == 2)
-    trainer.reader = reader
+    batches: Any = Spoilt(trainer, lambda: here and trainer.step == 2)
+    trainer.reader.batches = batches
 
 
 def spoil_gradient(trainer: Trainer) -> None:
@@ -415,8 +416,8 @@ def test_a_first_step_that_is_skipped_can_be_saved(tmp_path: Path, world: World)
     config = configured(tmp_path, *IMAGE, *SKIP, "--train.steps", "2")
     config.run_dir.mkdir(parents=True)
     trainer = Trainer(config, world, lambda: False)
-    reader: Any = Spoilt(trainer, lambda: trainer.step == 0)
-    trainer.reader = reader
+    batches: Any = Spoilt(trainer, lambda: trainer.step == 0)
+    trainer.reader.batches = batches
     assert trainer.run()["step"] == 2
     trainer.close()
     assert [line["step"] for line in metrics(config.run_dir)] == [2]
@@ -444,8 +445,8 @@ def test_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path, world: World) -
     config = configured(tmp_path, *IMAGE, *SKIP)
     config.run_dir.mkdir(parents=True)
     trainer = Trainer(config, world, lambda: False)
-    reader: Any = Spoilt(trainer, lambda: trainer.step >= 2)
-    trainer.reader = reader
+    batches: Any = Spoilt(trainer, lambda: trainer.step >= 2)
+    trainer.reader.batches = batches
     words = r"steps up to 12: loss not finite, 10 skipped in a row; step 2 was the last good one"
     with pytest.raises(TrainingFailed, match=words):
         trainer.run()
