@@ -1,4 +1,4 @@
-"""What becomes of a step whose loss or gradient is not finite: it ends the run, or changes nothing."""
+"""A step whose loss or gradient is not finite: it ends the run, or changes nothing."""
 
 from __future__ import annotations
 
