@@ -51,9 +51,14 @@ def train(args: Sequence[str]) -> int:
         config = replace(config, train=replace(config.train, profile=True))
     if options.cluster is not None and not options.dry_run:
         raise ConfigError(f"--cluster {options.cluster} is for predictions: add --dry-run")
+    if options.dry_run:
+        from simvq_moe.training.dry_run import dry_run
+
+        dry_run(config, options.cluster)
+        return 0
     from simvq_moe.training import run
 
-    return run.dry_run(config, options.cluster) if options.dry_run else run.train(config)
+    return run.train(config)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def sweep(args: Sequence[str]) -> int:
     from simvq_moe.reports import report
     from simvq_moe.sweeps import checks, execute, machine, rate_grid
     from simvq_moe.sweeps import plan as sweeps
-    from simvq_moe.training.run import check_launch
+    from simvq_moe.training.preflight import check_launch
 
     if not options.config:
         raise ConfigError("sweep needs --config FILE, such as configs/sweeps/quickstart.yaml")

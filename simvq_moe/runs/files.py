@@ -80,7 +80,7 @@ class LayerMeta(_Content):
 
 
 class Meta(_Content):
-    """meta.json, as `simvq_moe.training.run` writes it: what a report and a watcher need of it."""
+    """meta.json, as `simvq_moe.training.meta` writes it: what a report and a watcher need of it."""
 
     status: Literal["running", "finished", "failed", "interrupted", "pending"] | None = None
     error: Line | None = None

@@ -22,7 +22,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.runs import checkpoint
 from simvq_moe.training.loop import Trainer
-from simvq_moe.training.run import check_launch
+from simvq_moe.training.preflight import check_launch
 from tests.two_ranks import TwoRanks
 
 TINY = (

@@ -29,7 +29,7 @@ from simvq_moe.runs import folder as folders
 from simvq_moe.runs.folder import LOCK, NOISE, check_same_run, check_shared, claimed
 from simvq_moe.runs.provenance import commit
 from simvq_moe.training.loop import Trainer
-from simvq_moe.training.run import is_finished
+from simvq_moe.training.preflight import is_finished
 from tests.launching import ROOT, environment, metrics, run, start_tasks
 from tests.short_training import train_flags
 

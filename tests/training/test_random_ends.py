@@ -12,7 +12,7 @@ import pytest
 
 from simvq_moe.config.schema import Config
 from simvq_moe.sweeps.machine import free_port
-from simvq_moe.training.run import is_finished
+from simvq_moe.training.preflight import is_finished
 from tests.forked_commands import start
 from tests.training.test_faults import IMAGE, TEXT, assert_same, write_corpus
 
