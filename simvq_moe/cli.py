@@ -19,6 +19,7 @@ import tyro
 import simvq_moe
 from simvq_moe.config.flags import check_range, parse_flags, with_flags
 from simvq_moe.config.loading import ConfigError, merge_files, suggestion
+from simvq_moe.config.plugins import load_plugins
 from simvq_moe.config.ranges import COUNT, FACTOR, SEED
 from simvq_moe.config.schema import Config
 from simvq_moe.terminal import FAILED, USAGE_ERROR, ending, open_streams
@@ -46,7 +47,7 @@ def train(args: Sequence[str]) -> int:
         TrainArgs, args, "simvq-moe train", return_unknown_args=True, add_help=False
     )
     prog = "simvq-moe train [--config FILE ...] [--profile] [--dry-run [--cluster FILE]]"
-    config = with_flags(merge_files(Config, options.config), flags, prog)
+    config = with_flags(merge_files(Config, options.config, plugins=True), flags, prog)
     if options.profile:
         config = replace(config, train=replace(config.train, profile=True))
     if options.cluster is not None and not options.dry_run:
@@ -191,11 +192,14 @@ class EvalArgs:
     cache_dir: Path | None = None
     """Text: folder of what is derived from the source, such as the run's own data.cache_dir; None:
     .cache here, wherever the run's config says."""
+    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A plug-in that the run needs; give it again for more."""
 
 
 def evaluate(args: Sequence[str]) -> int:
     """Evaluate a run over its whole held-out set, or another source's: JSON."""
     options = parse_flags(EvalArgs, args, "simvq-moe eval")
+    load_plugins(options.plugins)
     from simvq_moe.inference import evaluate as evaluation
 
     measures = [name for name in ("lpips", "rfid") if getattr(options, name)]
@@ -217,11 +221,14 @@ class FoldArgs:
     merge_norms: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Language models: also merge the gain of each norm into the matrices that read its output. The
     gain before a tied head stays, for its matrix is also the embedding."""
+    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A plug-in that the run needs; give it again for more."""
 
 
 def fold(args: Sequence[str]) -> int:
     """Merge a run's shared maps into its weights: model.safetensors."""
     options = parse_flags(FoldArgs, args, "simvq-moe fold")
+    load_plugins(options.plugins)
     from simvq_moe.inference import fold as folding
 
     difference = folding.fold_run(options.run, options.out, merge_norms=options.merge_norms)
@@ -246,11 +253,14 @@ class EncodeArgs:
     recordings, which windows of the size of a crop cover once."""
     shard_samples: int = 16_384
     """Samples of a shard: windows or crops."""
+    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A plug-in that the run needs; give it again for more."""
 
 
 def encode(args: Sequence[str]) -> int:
     """Encode a run's images or audio, or another source's, into token shards."""
     options = parse_flags(EncodeArgs, args, "simvq-moe encode")
+    load_plugins(options.plugins)
     check_range(shard_samples=(options.shard_samples, 1, COUNT))
     from simvq_moe.inference import encode as encoding
 
@@ -274,11 +284,14 @@ class DecodeArgs:
     """Folder of train/000000.png ... and held_out/000000.png ..., or .wav."""
     limit: int | None = None
     """Images, recordings or crops of each part; None: all."""
+    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A plug-in that the run needs; give it again for more."""
 
 
 def decode(args: Sequence[str]) -> int:
     """Decode token shards to png or wav files."""
     options = parse_flags(DecodeArgs, args, "simvq-moe decode")
+    load_plugins(options.plugins)
     check_range(limit=(options.limit, 1, COUNT))
     from simvq_moe.inference import decode as decoding
 
@@ -308,11 +321,14 @@ class GenerateArgs:
     """Draw from so many best tokens; 0: from all."""
     seed: int = 0
     """Seed of the drawing."""
+    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A plug-in that the run needs; give it again for more."""
 
 
 def generate(args: Sequence[str]) -> int:
     """Let a language model's run continue a text, or make images or sound (--out)."""
     options = parse_flags(GenerateArgs, args, "simvq-moe generate")
+    load_plugins(options.plugins)
     check_range(
         tokens=(options.tokens, 1, COUNT),
         samples=(options.samples, 1, COUNT),

@@ -165,7 +165,7 @@ def _bench_train(options: BenchTrainArgs) -> tuple[list[Any], str]:
     check_range(**{name: (value, 1, COUNT) for name, value in numbers.items()})
     shapes = benches.SHAPES
     if options.config:
-        config = merge_files(Config, options.config)
+        config = merge_files(Config, options.config, plugins=True)
         shapes = [replace(config, moe=replace(config.moe, expert="swiglu"))]
     results = benches.bench_train(shapes, start_distributed(), **numbers)
     return results, benches.train_table(results)

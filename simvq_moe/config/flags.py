@@ -32,6 +32,7 @@ from simvq_moe.config.loading import (
     suggestion,
 )
 from simvq_moe.config.old_keys import new_key
+from simvq_moe.config.plugins import load_plugins
 from simvq_moe.config.registry import Options, family_of, kinds, of_kind
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import printable
@@ -60,11 +61,25 @@ def with_flags(config: T, flags: Sequence[str], prog: str) -> T:
     """config with `--section.key value` flags on top; `--help` prints every field."""
     # launchers append the local rank, which every rank also finds in its environment
     own = [flag for flag in flags if not flag.startswith("--local_rank")]
+    load_plugins(_values_of("plugins", own))
     config, own = _with_kinds(config, own)
     whole = {"default": config, "config": (tyro.conf.FlagConversionOff,)}
     found, unknown = parse_flags(type(config), own, prog, return_unknown_args=True, **whole)
     if unknown:
         raise _unknown_key(unknown, config)
+    return found
+
+
+def _values_of(name: str, flags: Sequence[str]) -> list[str]:
+    """The words after a flag, up to the next one."""
+    found: list[str] = []
+    inside = False
+    for word in flags:
+        if word.startswith("--"):
+            inside = word == f"--{name}"
+            found += [word.partition("=")[2]] if word.startswith(f"--{name}=") else []
+        elif inside:
+            found.append(word)
     return found
 
 

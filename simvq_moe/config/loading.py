@@ -21,6 +21,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from simvq_moe.config.conversion import SHOWN, WrongValueError, converted, shown
 from simvq_moe.config.old_keys import new_key
+from simvq_moe.config.plugins import check_loaded, load_plugins, named_plugins
 from simvq_moe.config.registry import (
     Options,
     default_of,
@@ -36,13 +37,20 @@ from simvq_moe.files.yaml import plain_yaml, read_yaml
 T = TypeVar("T")
 
 
-def merge_files(schema: type[T], files: Sequence[Path]) -> T:
-    """The dataclass with its defaults overridden by each YAML file in order."""
+def merge_files(schema: type[T], files: Sequence[Path], *, plugins: bool = False) -> T:
+    """The dataclass with its defaults overridden by each YAML file in order.
+
+    Args:
+        plugins: whether to load the plug-ins that a file names, which is right for files that the
+            user has given; otherwise those that are not loaded yet are refused.
+    """
     config: Any = None
     so_far: Any = {}
     reading = _Reading(schema, "config")
     for file in files:
         content = _read_config(file)
+        named = named_plugins(content)
+        load_plugins(named) if plugins else check_loaded(named, str(file))
         reading = _Reading(schema, str(file))
         if config is None and so_far:
             reading.section(schema, content)  # so that an error names the file

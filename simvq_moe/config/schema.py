@@ -368,6 +368,9 @@ class Config:
     """Seed of initial weights and data order."""
     runs_dir: str = "runs"
     """Folder of all runs."""
+    plugins: tuple[str, ...] = ()
+    """Files that end with .py, or modules, that register components of the user's own; they are
+    code, loaded before the rest of the config is read."""
     data: DataConfig = field(default_factory=DataConfig)
     quantizer: QuantizerOptions = field(default_factory=lambda: default_of(QuantizerOptions))
     image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)

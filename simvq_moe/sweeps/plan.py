@@ -194,7 +194,7 @@ def _configs(
 ) -> dict[str, Config]:
     key = f"{origin}: groups.{name}"
     try:
-        base = merge_files(Config, [folder / group.config])
+        base = merge_files(Config, [folder / group.config], plugins=True)
     except ConfigError as error:
         raise ConfigError(f"{key}.config {shown(group.config)}: {error}") from None
     for where, overrides in ((f"{origin}: set", spec.set), (f"{key}.set", group.set)):
