@@ -1,7 +1,8 @@
 """Save and load whole modules: safetensors beside a config.json that rebuilds them.
 
-The config holds the class name and the constructor's arguments, themselves plain values or modules
-of this kind, and nothing executable: the class is looked up among those that are imported.
+The config holds the class name and the constructor's arguments, themselves plain values, options of
+components or modules of this kind, and nothing executable: classes are looked up among those that
+are imported, and kinds of options among those that are registered.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from simvq_moe.config.registry import Options, family_named, family_of, of_kind
 from simvq_moe.files.regular import (
     BrokenFileError,
     parse_json,
@@ -116,12 +119,19 @@ def _spec(value: Any) -> Any:
     if isinstance(value, Pretrained):
         arguments = {name: _spec(item) for name, item in value.__dict__["arguments"].items()}
         return {"class": type(value).__name__, "arguments": arguments}
+    if isinstance(value, Options):
+        of = family_of(type(value))
+        assert of is not None
+        own = {f.name: _spec(getattr(value, f.name)) for f in fields(value)}
+        return {"options": of.__name__, **own}
     return [_spec(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _build(spec: Any) -> Any:
     if isinstance(spec, list):
         return [_build(item) for item in spec]
+    if isinstance(spec, dict) and "options" in spec:
+        return _options(spec)
     if not isinstance(spec, dict) or "class" not in spec:
         return spec
     known = _subclasses(Pretrained)
@@ -130,6 +140,12 @@ def _build(spec: Any) -> Any:
     if not isinstance(spec.get("arguments"), dict):
         raise ValueError(f"{CONFIG}: class {spec['class']!r} has no arguments")
     return known[spec["class"]](**{name: _build(v) for name, v in spec["arguments"].items()})
+
+
+def _options(spec: dict[str, Any]) -> Options:
+    """The options of a component: its family and kind by name, and the values of its fields."""
+    own = {name: _build(value) for name, value in spec.items() if name != "options"}
+    return of_kind(family_named(spec["options"]), own.get("kind"), f"{CONFIG}: kind")(**own)
 
 
 def _subclasses(cls: type[Pretrained]) -> dict[str, type[Pretrained]]:

@@ -16,12 +16,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text_table": set(),
     "files": {"errors"},
     "core": set(),
-    "hub": {"files"},
+    "hub": {"config", "files"},
     "config": {"errors", "files"},
     "quantizers": {"core", "config", "hub"},
     "moe": {"core", "config", "hub"},
     "data": {"errors", "files", "config"},
-    "models": {"core", "quantizers", "moe", "hub"},
+    "models": {"config", "core", "quantizers", "moe", "hub"},
     "integrations": {"core"},
     "engine": {"errors", "files", "config", *MODELS},
     "runs": {"errors", "files", "config", "engine", "data", *MODELS},
@@ -46,8 +46,6 @@ EXCEPTIONS = {
 """Run folders are read with the same measures that wrote them."""
 TO_GO = {
     ("config", "simvq_moe.data.codes"),
-    ("config", "simvq_moe.moe.routers.base"),
-    ("config", "simvq_moe.moe.routers.build"),
 }
 """Arrows that still point upwards."""
 PACKAGE = ROOT / "simvq_moe"

@@ -63,7 +63,7 @@ CONFIG = {
     "name": "a",
     "data": {"source": "python-stdlib", "vocabulary": 512, "context": 16},
     "language_model": {"width": 16, "layers": 2, "heads": 2},
-    "moe": {"experts": 4, "top_k": 2, "hidden": 8, "expert_out_map": "linear"},
+    "moe": {"experts": 4, "top_k": 2, "hidden": 8, "expert_out_map": {"kind": "linear"}},
     "quantizer": {"kind": "fsq", "levels": [8, 5], "width": 2, "codes": 40},
     "optimizer": {"lr": 1e-3},
     "train": {"steps": 4, "batch_size": 2, "log_every": 1},

@@ -28,11 +28,26 @@ def arms_with(group: Group, wanted: Mapping[str, Any]) -> list[Arm]:
 def arm_like(group: Group, arm: Arm, changes: Mapping[str, Any]) -> Arm | None:
     """The arm of the group that has these changes of another arm's config, and no other.
 
-    A learning rate that a grid has chosen for each arm is no change.
+    A learning rate that a grid has chosen for each arm is no change. Where a kind changes, options
+    that only one of the two kinds has are none either.
     """
     tuned = {"optimizer.lr": None} if group.tuned else {}
-    wanted = config_of(arm) | dict(changes) | tuned
-    return next((a for a in group.arms if config_of(a) | tuned == wanted), None)
+    before = config_of(arm)
+    wanted = before | dict(changes) | tuned
+    of_kinds = tuple(
+        key.removesuffix("kind")
+        for key, value in changes.items()
+        if key.endswith(".kind") and before.get(key) != value
+    )
+    return next((a for a in group.arms if _agree(config_of(a) | tuned, wanted, of_kinds)), None)
+
+
+def _agree(config: Mapping[str, Any], wanted: Mapping[str, Any], of_kinds: Sequence[str]) -> bool:
+    """Whether two configs are equal but for options below these keys that only one of them has."""
+    both = config.keys() & wanted.keys()
+    rest = config.keys() ^ wanted.keys()
+    equal = all(config[key] == wanted[key] for key in both)
+    return equal and all(key.startswith(tuple(of_kinds)) for key in rest)
 
 
 def config_of(arm: Arm) -> dict[str, Any]:

@@ -45,16 +45,15 @@ SMALL_ERROR = 0.005
 EARLY = 0.25
 """Share of the steps."""
 NO_ROUTER_MAP = {
-    "moe.router_map": "none",
-    "moe.train_router_base": True,
-    "moe.router_base_width": None,
+    "moe.router.map.kind": "none",
+    "moe.router.map.train_base": True,
 }
 WITH_ROUTER_MAP = {
-    "moe.router": "topk",
-    "moe.router_map": "linear",
-    "moe.train_router_base": False,
-    "moe.balance": "none",
-    "moe.centre_router_input": False,
+    "moe.router.kind": "topk",
+    "moe.router.map.kind": "linear",
+    "moe.router.map.train_base": False,
+    "moe.balance.kind": "none",
+    "moe.router.centre": False,
 }
 
 
@@ -84,8 +83,10 @@ def _indirect(group: Group) -> list[Evidence]:
     exactly 0 in every other. Contradicted: not so in one run. Without a shared map it is 0 by its
     definition: that half checks the records."""
     found = []
-    for mapped in arms_with(group, {"moe.expert_out_map": "linear"}):
-        others = [arm_like(group, mapped, {"moe.expert_out_map": m}) for m in ("none", "separate")]
+    for mapped in arms_with(group, {"moe.expert_out_map.kind": "linear"}):
+        others = [
+            arm_like(group, mapped, {"moe.expert_out_map.kind": m}) for m in ("none", "separate")
+        ]
         for arm in (mapped, *others):
             if arm is None or all(other is None for other in others):
                 continue
@@ -102,8 +103,10 @@ def _small_change(group: Group) -> list[Evidence]:
     Measure: change of held-out MaxVio. Supported: the mean and its 95 % interval lie within 0.1 of
     0. Contradicted: the interval lies wholly outside."""
     found = []
-    for mapped in arms_with(group, {"moe.expert_out_map": "linear", "moe.balance": "aux"}):
-        plain = arm_like(group, mapped, {"moe.expert_out_map": "none"})
+    for mapped in arms_with(
+        group, {"moe.expert_out_map.kind": "linear", "moe.balance.kind": "aux"}
+    ):
+        plain = arm_like(group, mapped, {"moe.expert_out_map.kind": "none"})
         if plain is not None:
             one = difference(group, mapped, plain, MAX_VIO, margin=SMALL_MAX_VIO)
             found.append(decided_within(one))
@@ -118,7 +121,7 @@ def _narrow_router(group: Group) -> list[Evidence]:
     found = []
     for mapped in arms_with(group, WITH_ROUTER_MAP):
         config = config_of(mapped)
-        width, experts = config.get("moe.router_base_width"), config.get("moe.experts")
+        width, experts = config.get("moe.router.map.base_width"), config.get("moe.experts")
         plain = arm_like(group, mapped, NO_ROUTER_MAP)
         if plain is None or not width or not experts or 4 * width > experts:
             continue
@@ -143,7 +146,7 @@ def _centring(group: Group) -> list[Evidence]:
     found = []
     for mapped in arms_with(group, WITH_ROUTER_MAP):
         plain = arm_like(group, mapped, NO_ROUTER_MAP)
-        centred = plain and arm_like(group, plain, {"moe.centre_router_input": True})
+        centred = plain and arm_like(group, plain, {"moe.router.centre": True})
         if plain is None or centred is None:
             continue
         gain = decided_by_sign(difference(group, mapped, plain, ENTROPY), 1)
@@ -165,9 +168,13 @@ def _equivalence(group: Group) -> list[Evidence]:
     of weight 0.01. Measure: difference of held-out bits per byte. Supported: two one-sided t tests
     claim it within 0.005 (p < 0.05). Contradicted: its 95 % interval lies wholly outside."""
     found = []
-    wanted = {"moe.expert_out_map": "linear", "moe.balance": "aux", "moe.balance_weight": 0.01}
+    wanted = {
+        "moe.expert_out_map.kind": "linear",
+        "moe.balance.kind": "aux",
+        "moe.balance.weight": 0.01,
+    }
     for mapped in arms_with(group, wanted):
-        separate = arm_like(group, mapped, {"moe.expert_out_map": "separate"})
+        separate = arm_like(group, mapped, {"moe.expert_out_map.kind": "separate"})
         if separate is None:
             continue
         one = decided_within(difference(group, mapped, separate, ERROR, margin=SMALL_ERROR))
@@ -217,12 +224,12 @@ def _self_selecting(group: Group) -> list[Evidence]:
     """Arms: self-selecting experts with one map before them, not started from data and without a
     balance method, against the same without the map. Measure: change of held-out entropy.
     Supported: below 0 (p < 0.05) in every such pair. Contradicted: above 0 (p < 0.05) in one."""
-    wanted = {"moe.router": "self_selecting", "moe.expert_in_map": "linear"}
-    wanted |= {"moe.router_init": "default", "moe.balance": "none"}
+    wanted = {"moe.router.kind": "self_selecting", "moe.expert_in_map.kind": "linear"}
+    wanted |= {"moe.router.init": "default", "moe.balance.kind": "none"}
     return [
         decided_by_sign(difference(group, mapped, plain, ENTROPY), -1)
         for mapped in arms_with(group, wanted)
-        if (plain := arm_like(group, mapped, {"moe.expert_in_map": "none"})) is not None
+        if (plain := arm_like(group, mapped, {"moe.expert_in_map.kind": "none"})) is not None
     ]
 
 
@@ -230,9 +237,9 @@ def _pulled_to_data(group: Group) -> list[Evidence]:
     """Arms: self-selecting experts with one map before them that starts from data, against the same
     without a map and without such a start. Measure: change of held-out entropy. Supported: above 0
     (p < 0.05). Contradicted: below 0 (p < 0.05)."""
-    wanted = {"moe.router": "self_selecting", "moe.expert_in_map": "linear"}
-    wanted |= {"moe.router_init": "data", "moe.balance": "none"}
-    plain_keys = {"moe.expert_in_map": "none", "moe.router_init": "default"}
+    wanted = {"moe.router.kind": "self_selecting", "moe.expert_in_map.kind": "linear"}
+    wanted |= {"moe.router.init": "data", "moe.balance.kind": "none"}
+    plain_keys = {"moe.expert_in_map.kind": "none", "moe.router.init": "default"}
     return [
         decided_by_sign(difference(group, mapped, plain, ENTROPY), 1)
         for mapped in arms_with(group, wanted)

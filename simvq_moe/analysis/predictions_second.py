@@ -39,13 +39,13 @@ NOT_WORSE = 0.005
 CLOSE = 0.7
 """Rank correlation."""
 WHITENED: dict[str, Any] = {
-    "moe.whiten_router_input": "full",
-    "moe.whitening_exponent": 1.0,
-    "moe.train_router_base": True,
-    "moe.balance": "none",
+    "moe.router.whiten.kind": "full",
+    "moe.router.whiten.exponent": 1.0,
+    "moe.router.map.train_base": True,
+    "moe.balance.kind": "none",
 }
-PLAIN: dict[str, Any] = {"moe.whiten_router_input": "none"}
-CENTRED = PLAIN | {"moe.centre_router_input": True}
+PLAIN: dict[str, Any] = {"moe.router.whiten.kind": "none"}
+CENTRED = PLAIN | {"moe.router.centre": True}
 LEAST_CODES, MANY_CODES = 512, 8192
 
 
@@ -96,7 +96,7 @@ def _rises_with_the_exponent(group: Group) -> list[Evidence]:
     entropy, the difference between each and the next lower one. Supported: every interval lies
     above 0. Contradicted: one lies below 0."""
     of = {
-        float(config_of(arm)["moe.whitening_exponent"]): arm
+        float(config_of(arm)["moe.router.whiten.exponent"]): arm
         for arm in arms_with(group, {k: v for k, v in WHITENED.items() if "exponent" not in k})
     }
     exponents = sorted(p for p in of if p <= 1)
@@ -113,7 +113,7 @@ def _needs_directions(group: Group) -> list[Evidence]:
     it lies above 0."""
     found = []
     for arm, centred in _pairs(group, CENTRED):
-        diagonal = arm_like(group, arm, {"moe.whiten_router_input": "diagonal"})
+        diagonal = arm_like(group, arm, {"moe.router.whiten.kind": "diagonal"})
         if diagonal is None:
             continue
         runs = [by_seed(one, lambda r: value(r, ENTROPY)) for one in (diagonal, arm, centred)]
@@ -132,7 +132,7 @@ def _follows_the_rank(group: Group) -> list[Evidence]:
     it lies below."""
     if not arms_with(group, WHITENED):
         return []
-    arms = arms_with(group, {"moe.router": "topk"})
+    arms = arms_with(group, {"moe.router.kind": "topk"})
     seeds = sorted({run.seed for arm in arms for run in arm.runs})
     numbers: dict[int, float] = {}
     for seed in seeds:
@@ -228,10 +228,12 @@ def _pairs(group: Group, changes: dict[str, Any]) -> Iterator[tuple[Arm, Arm]]:
 def _is_balanced(arm: Arm, plain: Arm) -> bool:
     """Whether it is the plain arm but for a balance method, of any strength."""
     config, wanted = config_of(arm), config_of(plain)
-    free = ("moe.balance", "moe.balance_weight", "moe.bias_update_rate")
+    free = ("moe.balance.kind", "moe.balance.weight", "moe.balance.rate")
     same = all(config.get(key) == v for key, v in wanted.items() if key not in free)
     return (
-        same and config.get("moe.balance") in ("aux", "loss_free") and _mean_error(arm) < math.inf
+        same
+        and config.get("moe.balance.kind") in ("aux", "loss_free")
+        and _mean_error(arm) < math.inf
     )
 
 

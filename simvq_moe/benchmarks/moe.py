@@ -24,13 +24,15 @@ from torch import Tensor, nn
 
 from simvq_moe.benchmarks.timing import Step, best_of_rounds, installed
 from simvq_moe.config.loading import ConfigError
+from simvq_moe.config.moe import ExpertOptions
+from simvq_moe.config.registry import of_kind
 from simvq_moe.moe import MoE
-from simvq_moe.moe.experts import ExpertKind, FeedForward
+from simvq_moe.moe.experts import FeedForward
 from simvq_moe.text_table import markdown
 
 Load = Literal["even", "skewed"]
 Dtype = Literal["float32", "bfloat16"]
-LIMITS: dict[ExpertKind, str] = {"gelu": "dense GELU network", "swiglu": "dense SwiGLU network"}
+LIMITS: dict[str, str] = {"gelu": "dense GELU network", "swiglu": "dense SwiGLU network"}
 MARGIN = 16.0
 """Logit of a token's experts above the noise of all logits, whose deviation is 1."""
 MAX_PADDED_GIB = 8.0
@@ -131,14 +133,14 @@ def assignments(
 
 def layers(
     case: MoECase, rows: Float[Tensor, "experts width"]
-) -> dict[str, tuple[ExpertKind, Callable[[Tensor], Tensor], nn.Module]]:
+) -> dict[str, tuple[str, Callable[[Tensor], Tensor], nn.Module]]:
     """Contestants by name: kind of expert, what to call on tokens, and its parameters."""
     torch.manual_seed(0)
     sizes = (case.width, case.hidden, case.experts, case.top_k)
-    found: dict[str, tuple[ExpertKind, Any, nn.Module]] = {}
-    kinds: tuple[ExpertKind, ...] = get_args(ExpertKind)
-    for kind in kinds:
-        dense = FeedForward(case.width, case.top_k * case.hidden, kind=kind)
+    found: dict[str, tuple[str, Any, nn.Module]] = {}
+    for kind in LIMITS:
+        expert = of_kind(ExpertOptions, kind, "expert")()
+        dense = FeedForward(case.width, case.top_k * case.hidden, expert=expert)
         ours = _routed(MoE(*sizes, expert=kind), rows)
         found[LIMITS[kind]] = (kind, dense, dense)
         found[f"simvq-moe, {kind}"] = (kind, ours, ours)

@@ -41,6 +41,7 @@ from simvq_moe.config.schema import (
 from simvq_moe.data.streaming import TextStream
 from simvq_moe.engine.world import World
 from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.moe.expert_kinds import SwiGLUExpert
 from simvq_moe.tasks.base import DataSet
 from simvq_moe.tasks.models import build_model
 from simvq_moe.tasks.registry import task_of
@@ -62,7 +63,7 @@ def config_of(width: int, heads: int, layers: int, experts: int, top_k: int, hid
         task="language_model",
         name="bench_train",
         language_model=LanguageModelConfig(width=width, heads=heads, layers=layers),
-        moe=MoEConfig(experts=experts, top_k=top_k, hidden=hidden, expert="swiglu"),
+        moe=MoEConfig(experts=experts, top_k=top_k, hidden=hidden, expert=SwiGLUExpert()),
         optimizer=OptimizerConfig(warmup_steps=0),
         train=TrainConfig(batch_size=16, clip=1.0, probe_tokens=0),
     )

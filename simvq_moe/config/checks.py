@@ -7,16 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from simvq_moe.config.checks_moe import (
-    baseline_problems,
-    router_problems,
-    whitening_problems,
-    with_gates,
-)
+from simvq_moe.config.checks_moe import moe_problems, with_gates
 from simvq_moe.config.checks_tokenizers import audio_problems, image_problems
 from simvq_moe.config.checks_values import value_problems
 from simvq_moe.config.registry import components
-from simvq_moe.config.schema import Config, DataConfig, MoEConfig, TrainConfig
+from simvq_moe.config.schema import Config, DataConfig, TrainConfig
 from simvq_moe.errors import ConfigError
 
 PROFILED_STEPS = 6
@@ -48,21 +43,8 @@ def check_ranks(config: Config, world_size: int) -> None:
 def _problems(config: Config) -> Iterator[str]:
     yield from value_problems(config)
     config = with_gates(config)
-    moe, lm = config.moe, config.language_model
-    if moe.top_k > moe.experts:
-        yield (
-            f"moe.top_k {moe.top_k} > moe.experts {moe.experts}: "
-            "lower moe.top_k or raise moe.experts"
-        )
-    if moe.dispatch == "deepspeed_capacity":
-        yield from baseline_problems(moe)
-    yield from router_problems(moe)
-    yield from whitening_problems(moe, config.language_model.width)
-    if moe.experts % moe.expert_parallel:
-        yield (
-            f"moe.experts {moe.experts} does not divide by moe.expert_parallel "
-            f"{moe.expert_parallel}: change one of them"
-        )
+    lm = config.language_model
+    yield from moe_problems(config)
     if lm.width % lm.heads or (lm.width // lm.heads) % 2:
         yield (
             f"language_model.width {lm.width} / language_model.heads {lm.heads} must be a whole "
@@ -73,14 +55,6 @@ def _problems(config: Config) -> Iterator[str]:
             f"language_model.moe_every {lm.moe_every} > language_model.layers {lm.layers}: no "
             "block would have a mixture: lower it, or use 0 for dense blocks"
         )
-    if lm.moe_every == 0:
-        for name in ("router", "router_map", "expert_out_map", "expert_in_map", "balance"):
-            value, default = getattr(moe, name), getattr(MoEConfig(), name)
-            if value != default:
-                yield (
-                    f"moe.{name} {value!r} with language_model.moe_every 0, which leaves no "
-                    "mixture: drop it, or use 1"
-                )
     yield from _speed_problems(config.train)
     for name in ("activation_checkpointing", "compile"):
         if getattr(config.train, name) and config.task != "language_model":
@@ -88,14 +62,6 @@ def _problems(config: Config) -> Iterator[str]:
     yield from zero_problems(config)
     for key, options in components(config):
         yield from options.problems(key, config)
-    rows = lm.width
-    if moe.router == "cosine":
-        rows = moe.router_projection or max(1, moe.experts // 2)
-    if moe.router_map != "linear" and moe.router_base_width not in (None, rows):
-        yield (
-            f"moe.router_base_width {moe.router_base_width} with moe.router_map "
-            f"{moe.router_map!r}: set moe.router_map to 'linear' or drop it"
-        )
     yield from image_problems(config)
     yield from audio_problems(config)
     yield from _text_problems(config)

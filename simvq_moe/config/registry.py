@@ -104,6 +104,18 @@ def family_of(options: type[Options]) -> type[Options] | None:
     return next((base for base in options.__mro__ if base in _FAMILIES), None)
 
 
+def family_named(name: object) -> type[Options]:
+    """The family whose class has this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    named = {of.__name__: of for of in _FAMILIES}
+    if not isinstance(name, str) or name not in named:
+        raise ConfigError(f"options of {name!r}: use one of {', '.join(map(repr, named))}")
+    return named[name]
+
+
 def kinds(of: type[T]) -> Mapping[str, type[T]]:
     """Every kind of a family by its name."""
     found = _FAMILIES[of]

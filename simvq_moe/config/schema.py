@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from simvq_moe.config.moe import MoEConfig as MoEConfig
 from simvq_moe.config.quantizer import QuantizerOptions
 from simvq_moe.config.ranges import (
     CHANNELS,
@@ -165,101 +166,6 @@ class AudioTokenizerConfig:
     discriminator_bands: tuple[Share, ...] = ()
     """Borders of frequency bands with layers of their own, as shares of half the sample rate; ():
     the spectrum is one band."""
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Mixture-of-experts layers."""
-
-    experts: Channels = 64
-    """Experts of a layer."""
-    top_k: Channels = 4
-    """Experts of a token."""
-    hidden: Channels = 16
-    """Hidden channels of an expert."""
-    expert: Literal["gelu", "swiglu"] = "gelu"
-    """Two projections around a GELU, or three around a gated SiLU."""
-    shared_experts: Annotated[int, Range(0, 2**10)] = 0
-    """Experts of the same size that every token goes through beside its choice."""
-    capacity_factor: Weight = 0.0
-    """Assignments that an expert takes over its fair share of a rank's batch; 0: dropless."""
-    router: Literal[
-        "topk",
-        "noisy_topk",
-        "cosine",
-        "hyper",
-        "distance",
-        "self_selecting",
-        "expert_choice",
-        "hash",
-    ] = "topk"
-    """How a token's experts are chosen; topk: by x R^T; the others are baselines, see moe/."""
-    gates: Literal["default", "softmax_topk", "topk_softmax", "sigmoid"] = "default"
-    """Softmax over all experts before the choice, softmax over the chosen, or normalized sigmoids
-    of the chosen; the gates of the last two sum to 1. default: topk_softmax, but softmax_topk where
-    a token has one expert of several, whose gate would be the constant 1."""
-    router_map: Literal["none", "diagonal", "linear", "low_rank"] = "none"
-    """Shared map W of the router's rows: logits = x (Q W)^T."""
-    router_base_width: Channels | None = None
-    """Channels of Q; None: those of the model."""
-    train_router_base: bool = True
-    """Learn Q, or the keys of self_selecting; False without a map: a frozen random router."""
-    router_projection: Channels | None = None
-    """cosine: channels in which tokens and experts are compared; None: half the experts."""
-    router_codebook_weight: Weight = 1.0
-    """distance: weight of |r - sg x|^2 for the chosen rows r."""
-    router_commitment_weight: Weight = 0.25
-    """distance: weight of |x - sg r|^2 for the chosen rows r."""
-    router_init: Literal["default", "data"] = "default"
-    """data: set from the first batch the shared map of distance (router_map, and a bias), or of
-    self_selecting (expert_in_map)."""
-    self_selecting_rank: Annotated[int, Range(1, 2**12)] = 8
-    """self_selecting: rows of an expert's key, whose activation's norm is its score."""
-    router_bias: bool = False
-    """One learned number an expert in the logits of routers that score by products."""
-    centre_router_input: bool = False
-    """Take a running mean over tokens off the router's input; momentum 0.99 a step."""
-    whiten_router_input: Literal["none", "full", "diagonal", "low_rank"] = "none"
-    """Routers that score by products see (x - m) C^(-1/2) with the running mean and covariance of
-    their input: one map shared by all rows, set by data. diagonal: of the channels' variances;
-    low_rank: of the largest principal directions."""
-    whitening_exponent: Annotated[float, Range(-2, 2)] = 1.0
-    """p of C^(-p/2): 1 whitens, 0 centres alone, -1 is the opposite map."""
-    whitening_decay: Decay = 0.99
-    """Weight of the past in the running moments, a step."""
-    whitening_floor: Annotated[float, Range(1e-9, 1)] = 0.01
-    """Least eigenvalue that counts, as a share of the mean one."""
-    whitening_every: Count = 10
-    """Steps between two updates of moments and map, after as many first steps with one each."""
-    whitening_rank: Channels = 32
-    """low_rank: number of principal directions."""
-    expert_out_map: Literal["none", "diagonal", "linear", "low_rank", "separate"] = "none"
-    """Map W after the gated sum of experts: y = (sum g_i E_i(x)) W; separate: one for each."""
-    train_expert_out_base: bool = True
-    """Learn the experts' last projections beside the map."""
-    expert_out_bias: bool = False
-    """One learned vector added to the sum."""
-    expert_in_map: Literal["none", "diagonal", "linear", "low_rank", "separate"] = "none"
-    """Map A before the experts: E_i(x A); separate: one for each."""
-    train_expert_in_base: bool = True
-    """Learn the experts' first projections beside the map."""
-    map_rank: Annotated[int, Range(1, 2**12)] = 8
-    """Rank of low_rank maps W = I + A B."""
-    dispatch: Literal["sorted", "deepspeed_capacity"] = "sorted"
-    """Ours, without padding, or DeepSpeed's own layer as a baseline: padded to the capacity, or
-    without one to the fullest expert."""
-    expert_parallel: Channels = 1
-    """Ranks that share the experts of a layer, which are exchanged by all-to-all; 1: every rank
-    has all of them."""
-    balance: Literal["none", "aux", "loss_free", "quantile"] = "none"
-    """aux: the load-balance loss N sum f_i P_i of each layer (arXiv:2101.03961); loss_free and
-    quantile: biases that change the choice alone, in steps (arXiv:2408.15664) or to even loads."""
-    balance_weight: Weight = 0.01
-    """Weight of the load-balance loss."""
-    bias_update_rate: Weight = 0.001
-    """loss_free: change of a bias in a step, of scores from 0 to 1."""
-    z_loss_weight: Weight = 0.0
-    """Weight of the mean squared logsumexp of the logits (arXiv:2202.08906)."""
 
 
 @dataclass(frozen=True)

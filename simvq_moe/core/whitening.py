@@ -101,6 +101,11 @@ class Whitening(StepState):
         self.steps += 1
         self._go_on_after(self.steps_done + 1)
 
+    @property
+    def multiply_adds(self) -> int:
+        """Of matrix products, for a vector under the map, and for its second moment."""
+        return 0
+
     def seconds_of(self, centred: Float[Tensor, "tokens width"]) -> Tensor:
         """Sums of second moments."""
         raise NotImplementedError
@@ -169,6 +174,10 @@ class FullWhitening(Whitening):
         super().__init__(width, sums=width**2, **options)
         self.register_average("covariance", torch.zeros(width, width), torch.float64)
         self.register_average("matrix", torch.eye(width), torch.float32)
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.width**2
 
     def seconds_of(self, centred: Float[Tensor, "tokens width"]) -> Tensor:
         return centred.T @ centred
@@ -250,6 +259,10 @@ class LowRankWhitening(Whitening):
         self.register_average("total", torch.zeros(()), torch.float64)
         self.register_average("factors", torch.ones(rank), torch.float32)
         self.register_average("factor", torch.ones(()), torch.float32)
+
+    @property
+    def multiply_adds(self) -> int:
+        return 2 * self.axes.numel()
 
     def seconds_of(self, centred: Float[Tensor, "tokens width"]) -> Tensor:
         along = centred.T @ (centred @ self.axes.to(centred.dtype))

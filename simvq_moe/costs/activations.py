@@ -139,7 +139,7 @@ def _of_norm(width: int, size: int) -> int:
 def _of_mixture(moe: MoE, size: int) -> int:
     width, choices = moe.width, moe.top_k
     # of a choice: sorted row, inside of the expert, output; gate; id, place and order
-    kept = choices * (2 * width + _inside(moe.experts.kind, moe.experts.hidden)) * size
+    kept = choices * (2 * width + moe.experts.expert.kept_numbers * moe.experts.hidden) * size
     kept += choices * (FLOAT32 + 3 * INT64)
     # logits, their softmax and its logarithm, for the choice and the losses of balance
     kept += FLOAT32 * (2 * moe.num_experts + 1)
@@ -155,10 +155,4 @@ def _of_mixture(moe: MoE, size: int) -> int:
 
 
 def _of_network(network: FeedForward, size: int) -> int:
-    return _inside(network.kind, network.down.in_features) * size
-
-
-def _inside(kind: str, hidden: int) -> int:
-    """Numbers kept between the projections: before and after the activation; SwiGLU's gate, its
-    SiLU and the value are three, their product is the fourth."""
-    return 2 * hidden if kind == "gelu" else 4 * hidden
+    return network.expert.kept_numbers * network.down.in_features * size

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from simvq_moe.config.schema import Config
-from simvq_moe.core.bank import Bank
-from simvq_moe.core.whitening import FullWhitening, LowRankWhitening, Whitening
+from simvq_moe.core.products import Product, is_learned, number_of_rows, products_of_map
 from simvq_moe.costs.activations import sample_cost
 from simvq_moe.models.attention import Attention
 from simvq_moe.models.blocks import MoEBlock
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
-from simvq_moe.moe.routers.base import NoisyTopKRouter, Router, TopKRouter
-from simvq_moe.moe.routers.distance import CosineRouter, DistanceRouter
-from simvq_moe.moe.routers.hyper import HyperRouter
+from simvq_moe.moe.routers.base import Router
 
 
 class Parts(NamedTuple):
@@ -31,21 +28,6 @@ class Parts(NamedTuple):
     """The parts of all experts, on whatever ranks."""
     met: Fraction
     """The parts that a token meets: those of top_k experts."""
-
-
-class Product(NamedTuple):
-    """A matrix product, for one token."""
-
-    multiply_adds: float
-    learned: bool = True
-    """Whether both factors have a gradient."""
-    backward: bool = True
-    """Whether one has."""
-
-    @property
-    def flops(self) -> float:
-        """Forward and backward, a multiply-add as two."""
-        return 2.0 * self.multiply_adds * (1 + self.backward + (self.backward and self.learned))
 
 
 def peak_memory(device: torch.device) -> int:
@@ -140,84 +122,18 @@ def _of_layer(
     if isinstance(layer, Attention):
         yield Product(2 * context * layer.out.in_features)  # scores, and the sum that they weigh
     elif isinstance(layer, nn.Linear):
-        yield met(layer.weight, _is_learned(layer.weight))
+        yield met(layer.weight, is_learned(layer.weight))
     elif isinstance(layer, MoE):
         for bank in layer.experts.banks:
-            learned = _is_learned(bank.base)
+            learned = is_learned(bank.base)
             if bank.shared:
                 yield met(bank.base, learned)
-                yield from _map(bank, 1.0)
+                yield from products_of_map(bank, 1.0)
             else:
                 yield met(bank.base, learned=True)
-                yield from _map(bank, _rows(bank) / batch_tokens, learned)
+                yield from products_of_map(bank, number_of_rows(bank) / batch_tokens, learned)
         if layer.router.keys is not None:  # once more than in the router, for the chosen experts
             keys = layer.router.keys.base
-            yield Product(keys.numel() * layer.top_k / len(keys), _is_learned(keys))
+            yield Product(keys.numel() * layer.top_k / len(keys), is_learned(keys))
     elif isinstance(layer, Router):
-        yield from _of_router(layer, batch_tokens)
-
-
-def _of_whitening(whitening: Whitening, batch_tokens: int) -> Iterator[Product]:
-    """The moments of the steps that count."""
-    vectors = (1 + 1 / batch_tokens) / whitening.every
-    if isinstance(whitening, FullWhitening):
-        yield Product(whitening.width**2 * vectors, backward=False)
-    if isinstance(whitening, LowRankWhitening):
-        yield Product(2 * whitening.axes.numel() * vectors, backward=False)
-
-
-def _turned(router: Router, batch_tokens: int, *, learned: bool = True) -> Iterator[Product]:
-    """Rows under the whitening, once a forward pass."""
-    rows = router.num_experts / batch_tokens
-    if isinstance(router.centre, FullWhitening):
-        yield Product(rows * router.centre.width**2, learned=False, backward=learned)
-    if isinstance(router.centre, LowRankWhitening):
-        yield Product(rows * 2 * router.centre.axes.numel(), learned=False, backward=learned)
-
-
-def _of_router(router: Router, batch_tokens: int) -> Iterator[Product]:
-    if isinstance(router.centre, Whitening):
-        yield from _of_whitening(router.centre, batch_tokens)
-    if isinstance(router, HyperRouter):
-        yield Product(router.num_experts * len(router.embedding))
-        yield Product((router.A.numel() + router.B.numel()) / batch_tokens, learned=False)
-        yield from _turned(router, batch_tokens)
-    if isinstance(router, CosineRouter):
-        yield Product(router.projection.numel())
-    if isinstance(router, NoisyTopKRouter):
-        yield Product(router.noise.numel())
-        yield from _turned(router, batch_tokens)
-    bank = router.bank if isinstance(router, TopKRouter) else router.keys
-    if bank is None:
-        return
-    learned = _is_learned(bank.base)
-    if isinstance(router, CosineRouter):
-        yield Product(_rows(bank) * bank.width, learned or bool(bank.maps))
-        yield from _map(bank, _rows(bank) / batch_tokens, learned)
-        return
-    if isinstance(router.centre, Whitening):
-        moves = learned or bool(bank.maps)
-        yield Product(_rows(bank) * bank.width, moves)
-        yield from _map(bank, _rows(bank) / batch_tokens, learned)
-        yield from _turned(router, batch_tokens, learned=moves)
-        return
-    yield Product(bank.base.numel(), learned)
-    yield from _map(bank, 1.0)
-    if isinstance(router, DistanceRouter):  # the lengths of all rows, and the chosen ones
-        yield Product(bank.width, learned=False)  # with the place from which they are measured
-        yield from _map(bank, _rows(bank) / batch_tokens + router.top_k, learned)
-
-
-def _map(bank: Bank, rows: float, learned: bool = True) -> Iterator[Product]:
-    """The map of a bank on so many rows a token; a diagonal one is no matrix product."""
-    if bank.transform != "diagonal":
-        separate = 1 if bank.shared else len(bank.base)
-        yield from (Product(rows * p.numel() / separate, learned) for p in bank.maps)
-
-
-def _rows(bank: Bank) -> int:
-    return bank.base.numel() // bank.base.shape[-1]
-
-
-def _is_learned(weights: Tensor) -> bool:
-    return isinstance(weights, nn.Parameter)
+        yield from layer.products(batch_tokens)

@@ -5,19 +5,20 @@ Both branches are residual and read their input through RMSNorm (arXiv:1910.0746
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from simvq_moe.config.moe import MoEConfig
+from simvq_moe.core.bank import Bank
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.models.attention import Attention, Documents
-from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
-from simvq_moe.moe.layer import MoE, build_moe
-from simvq_moe.moe.routers.base import NoisyTopKRouter, Routing, TopKRouter
+from simvq_moe.moe.experts import Experts
+from simvq_moe.moe.layer import MoE, build_dense, build_mixture
+from simvq_moe.moe.routers.base import Routing
 
 
 class Block(nn.Module):
@@ -67,15 +68,17 @@ class Block(nn.Module):
 class MoEBlock(Block):
     """A block whose second branch is a mixture of experts."""
 
-    def __init__(self, width: int, heads: int, context: int, moe: Mapping[str, Any]) -> None:
+    def __init__(
+        self, width: int, heads: int, context: int, moe: MoEConfig, vocabulary: int
+    ) -> None:
         super().__init__(width, heads, context)
         self.moe_norm = nn.RMSNorm(width)
-        self.moe = build_moe(width, **moe)
+        self.moe = build_mixture(width, moe, vocabulary)
 
     def feed_forward(
         self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Routing]:
-        return self.moe.route_and_run(self.moe_norm(x), token_ids)
+        return self.moe(self.moe_norm(x), token_ids, with_routing=True)
 
     def reset(self, std: float, ending_std: float) -> None:
         super().reset(std, ending_std)
@@ -84,31 +87,25 @@ class MoEBlock(Block):
 
     def merge_norms_(self) -> None:
         moe = self.moe
-        router = moe.router if isinstance(moe, MoE) else moe
-        # one that chooses otherwise may still score by x R^T
-        scores = (TopKRouter.score, NoisyTopKRouter.score)
-        if not isinstance(router, TopKRouter) or type(router).score not in scores:
-            raise ValueError(
-                f"{type(router).__name__} has no rows that a gain on its input can be merged into"
-            )
-        if isinstance(router.centre, Whitening):
+        if not isinstance(moe, MoE):
+            raise ValueError(f"{type(moe).__name__} has no banks that a gain can be merged into")
+        readers = moe.router.linear_readers()
+        if isinstance(moe.router.centre, Whitening):
             raise ValueError(
                 "a router still whitens its input: fold it first, then merge the norms"
             )
-        if router.centre is not None:
+        if moe.router.centre is not None:
             raise ValueError(
-                f"{type(router).__name__} takes a mean off its input, which no gain can be merged "
-                "into"
+                f"{type(moe.router).__name__} takes a mean off its input, which no gain can be "
+                "merged into"
             )
-        assert isinstance(moe, MoE)
-        banks = (router.bank, moe.experts.up)
-        if any(bank.maps for bank in banks):
+        readers.append(moe.experts.up)
+        if any(isinstance(reader, Bank) and reader.maps for reader in readers):
             raise ValueError("a bank still has its map: fold the maps first, then merge the norms")
-        shared = moe.shared_experts
-        readers = [bank.base for bank in banks] + ([] if shared is None else [shared.up.weight])
-        readers += [router.noise] if isinstance(router, NoisyTopKRouter) else []
+        readers += [] if moe.shared_experts is None else [moe.shared_experts.up.weight]
+        weights = [one.base if isinstance(one, Bank) else one for one in readers]
         super().merge_norms_()
-        merge_gain(self.moe_norm, *readers)
+        merge_gain(self.moe_norm, *weights)
 
     @property
     def is_one_graph(self) -> bool:
@@ -123,10 +120,13 @@ class MoEBlock(Block):
 class DenseBlock(Block):
     """A block whose second branch is one network for every token."""
 
-    def __init__(self, width: int, heads: int, context: int, moe: Mapping[str, Any]) -> None:
+    def __init__(
+        self, width: int, heads: int, context: int, moe: MoEConfig, vocabulary: int
+    ) -> None:
+        del vocabulary
         super().__init__(width, heads, context)
         self.dense_norm = nn.RMSNorm(width)
-        self.dense = network_of_equal_cost(width, **moe)
+        self.dense = build_dense(width, moe)
 
     def feed_forward(
         self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
@@ -146,20 +146,6 @@ class DenseBlock(Block):
     @property
     def is_one_graph(self) -> bool:
         return True
-
-
-def network_of_equal_cost(
-    width: int,
-    *,
-    hidden: int,
-    top_k: int,
-    expert: ExpertKind = "gelu",
-    shared_experts: int = 0,
-    **of_mixtures: Any,
-) -> FeedForward:
-    """One network as large as all experts that a token meets in a mixture of these options."""
-    del of_mixtures
-    return FeedForward(width, (top_k + shared_experts) * hidden, kind=expert)
 
 
 def compiled_in_training(module: nn.Module, *inputs: Tensor | Documents | None) -> Any:

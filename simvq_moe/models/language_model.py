@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.core.streams import own_stream
 from simvq_moe.models.attention import documents_of
 from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock, compiled_in_training, merge_gain
-from simvq_moe.moe.balance import mean_losses
+from simvq_moe.moe.losses import mean_losses
 from simvq_moe.moe.routers.base import Routing
 
 INITIAL_STD = 0.02
@@ -31,8 +31,7 @@ class LanguageModel(nn.Module):
         vocabulary: number of tokens.
         context: longest sequence.
         width, layers, heads: of the transformer.
-        moe: arguments of every `MoE` layer but its width.
-        loss_weights: weights of the mean over layers of each loss of `mean_losses`.
+        moe: options of every mixture, also the weights of the means over layers of its losses.
         moe_every: the last of every so many blocks has a mixture, the others a dense network that
             costs a token as much; 0: all are dense.
         tied_head: the embedding is also the matrix of the head.
@@ -53,8 +52,7 @@ class LanguageModel(nn.Module):
         width: int,
         layers: int,
         heads: int,
-        moe: Mapping[str, Any],
-        loss_weights: Mapping[str, float],
+        moe: MoEConfig,
         moe_every: int = 1,
         tied_head: bool = True,
         activation_checkpointing: bool = False,
@@ -62,13 +60,13 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
-        self.loss_weights = dict(loss_weights)
+        self.loss_weights, self.balance = moe.loss_weights, moe.balance
         self.activation_checkpointing = activation_checkpointing
         with own_stream():  # what this draws is drawn again below
             self.embedding = nn.Embedding(vocabulary, width)
             self.blocks = nn.ModuleList(
                 (MoEBlock if moe_every and i % moe_every == 0 else DenseBlock)(
-                    width, heads, context, moe
+                    width, heads, context, moe, vocabulary
                 )
                 for i in range(1, layers + 1)
             )
@@ -98,7 +96,12 @@ class LanguageModel(nn.Module):
         """Scores of the next token, float32 at least, and the MoE losses averaged over layers."""
         x, routings = self._run_blocks(tokens)
         # ranks evaluate different numbers of batches, so no collective call may run there
-        losses = mean_losses(routings, all_ranks=self.training) if routings else {}
+        all_ranks = self.training
+        losses = (
+            mean_losses(routings, all_ranks=all_ranks, balance=self.balance.loss)
+            if routings
+            else {}
+        )
         return self._scores(x), losses
 
     @torch.no_grad()

@@ -14,13 +14,15 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from simvq_moe.config.moe import ExpertOptions
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import UsageCounter
-from simvq_moe.moe.experts import ExpertKind, FeedForward
+from simvq_moe.moe.experts import GELU, FeedForward
+from simvq_moe.moe.mixture import Mixture
 from simvq_moe.moe.routers.base import Routing
 
 
-class DeepSpeedCapacityMoE(nn.Module):
+class DeepSpeedCapacityMoE(Mixture):
     """`deepspeed.moe.layer.MoE` without its random choices, every expert started by itself.
 
     Args:
@@ -28,7 +30,7 @@ class DeepSpeedCapacityMoE(nn.Module):
         hidden: channels inside an expert.
         experts: number of experts.
         top_k: experts of a token.
-        expert: "gelu" or "swiglu", see `Experts`.
+        expert: kind of the networks.
         capacity_factor: an expert takes at most this many times its fair share of this rank's
             batch; 0: as many as the fullest expert has.
     """
@@ -40,7 +42,7 @@ class DeepSpeedCapacityMoE(nn.Module):
         experts: int,
         top_k: int,
         *,
-        expert: ExpertKind = "gelu",
+        expert: ExpertOptions = GELU,
         capacity_factor: float = 0.0,
     ) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class DeepSpeedCapacityMoE(nn.Module):
         with torch.random.fork_rng(devices=[]):  # only `reset` draws, as many as for our layer
             self.inner = DeepSpeedMoE(
                 width,
-                FeedForward(width, hidden, kind=expert),
+                FeedForward(width, hidden, expert=expert),
                 experts,
                 k=top_k,
                 capacity_factor=capacity_factor,
@@ -75,12 +77,14 @@ class DeepSpeedCapacityMoE(nn.Module):
         gate: Any = self.inner.deepspeed_moe.gate
         return gate.wg.weight
 
-    def route_and_run(
+    def forward(
         self,
         x: Float[Tensor, "*batch width"],
         token_ids: Int[Tensor, "*batch"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch width"], Routing]:
-        """Outputs, and how the tokens, flattened, were routed."""
+        *,
+        with_routing: bool = False,
+    ) -> Float[Tensor, "*batch width"] | tuple[Float[Tensor, "*batch width"], Routing]:
+        """Outputs, and on request how the tokens, flattened, were routed."""
         del token_ids
         y, _, _ = self.inner(x)
         flat = x.reshape(-1, self.width).float()
@@ -92,7 +96,17 @@ class DeepSpeedCapacityMoE(nn.Module):
             gates = gates / gates.sum(-1, keepdim=True)
         self.counter.add(top.indices)
         self.kept.add(self.routes.to(torch.int64))
-        return y, Routing(top.indices, gates, logits, {})
+        routing = Routing(top.indices, gates, logits, {})
+        return (y, routing) if with_routing else y
+
+    def rows_of_products(self) -> Float[Tensor, "experts width"]:
+        return self.router_rows
+
+    def expert_outputs(
+        self, x: Float[Tensor, "tokens width"]
+    ) -> Float[Tensor, "experts tokens width"]:
+        experts: Any = self.inner.deepspeed_moe.experts
+        return torch.stack([expert(x) for expert in experts.deepspeed_experts])
 
     @torch.no_grad()
     def reset(self, std: float, ending_std: float) -> None:

@@ -18,6 +18,7 @@ from deepspeed.utils import groups
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from simvq_moe.config.moe import MapOptions
 from simvq_moe.moe.experts import Experts
 
 
@@ -102,8 +103,8 @@ def parallel_experts(
     width: int, hidden: int, experts: int, *, expert_parallel: int, **options: Any
 ) -> ParallelExperts:
     """The class that fits: DeepSpeed's needs something learned in each expert."""
-    learned = options["train_in_base"] or options["train_out_base"]
-    learned = learned or "separate" in (options["in_map"], options["out_map"])
+    maps: tuple[MapOptions, ...] = options["in_map"], options["out_map"]
+    learned = any(one.train_base or not one.is_shared for one in maps)
     family = DeepSpeedExperts if learned else ParallelExperts
     return family(width, hidden, experts, expert_parallel=expert_parallel, **options)
 

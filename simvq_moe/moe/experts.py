@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.core.bank import Bank, Transform
-from simvq_moe.core.choices import check_choice
+from simvq_moe.config.moe import ExpertOptions, MapOptions
+from simvq_moe.core.bank import Bank
 from simvq_moe.core.streams import own_stream
+from simvq_moe.moe.expert_kinds import GeluExpert
+from simvq_moe.moe.maps import NoMap
 
-ExpertKind = Literal["gelu", "swiglu"]
+GELU, PLAIN = GeluExpert(), NoMap()
 
 
 class Experts(nn.Module):
-    """MLPs E_i(x) = gelu(x U_i^T) D_i, or (silu(x G_i^T) * x U_i^T) D_i (arXiv:2002.05202).
+    """MLPs E_i(x) = f(x U_i^T) D_i, or f(x G_i^T, x U_i^T) D_i, f an activation (`expert_kinds`).
 
-    D_i is (hidden, width); the bank `up` holds U_i (hidden, width), for SwiGLU G_i above U_i. A
+    D_i is (hidden, width); the bank `up` holds U_i (hidden, width), of gated kinds G_i above U_i. A
     shared map on the inputs belongs to the rows of `up` (x A^T), one on the outputs to those of
     `down`. Both are linear, so the layer applies them once a token by `enter` and `leave`, and
     `forward` leaves them out; separate maps, one an expert, are part of `forward`.
@@ -28,14 +28,13 @@ class Experts(nn.Module):
         width: channels of a token.
         hidden: channels inside an expert.
         experts: number of experts.
-        kind: "gelu" or "swiglu".
+        expert: kind of the networks.
         in_map, out_map: map of the first and of the last projections.
-        train_in_base, train_out_base: learn the rows beside their map.
         out_bias: one learned vector added to every token's sum of outputs.
         bias: one learned vector added to each expert's outputs, as `fold_` makes of `out_bias`.
-        map_rank: rank of low-rank maps.
-        key_rank: not 0: the first projection, of SwiGLU G_i, is U_i K_i with U_i (hidden, key_rank)
-            and keys K_i (key_rank, width) that `forward` is given, see `SelfSelectingRouter`.
+        key_rank: not 0: the first projection, of gated kinds G_i, is U_i K_i with U_i (hidden,
+            key_rank) and keys K_i (key_rank, width) that `forward` is given, see
+            `SelfSelectingRouter`.
         part: (i, n): hold only the i-th of n equal parts, started as if all were here.
     """
 
@@ -45,33 +44,27 @@ class Experts(nn.Module):
         hidden: int,
         experts: int,
         *,
-        kind: ExpertKind = "gelu",
-        in_map: Transform = "none",
-        out_map: Transform = "none",
-        train_in_base: bool = True,
-        train_out_base: bool = True,
+        expert: ExpertOptions = GELU,
+        in_map: MapOptions = PLAIN,
+        out_map: MapOptions = PLAIN,
         out_bias: bool = False,
         bias: bool = False,
-        map_rank: int = 8,
         key_rank: int = 0,
         part: tuple[int, int] = (0, 1),
     ) -> None:
         nn.Module.__init__(self)  # a subclass has a second parent, which is not to be set up
-        check_choice("expert", kind, ExpertKind)
         self.num_experts = experts
         size = experts // part[1]
         self.mine = slice(part[0] * size, (part[0] + 1) * size)
-        self.kind: ExpertKind = kind
+        self.expert = expert
         self.hidden, self.width, self.key_rank = hidden, width, key_rank
         starts = self._starts(width**-0.5, hidden**-0.5)
-        self.up = Bank(starts["up"], transform=in_map, train_base=train_in_base, rank=map_rank)
-        self.down = Bank(
-            starts["down"], transform=out_map, train_base=train_out_base, rank=map_rank
-        )
+        self.up: Bank = in_map.bank(starts["up"])
+        self.down: Bank = out_map.bank(starts["down"])
         self.gate: Bank | None = None
-        """(experts, hidden, key_rank): what SwiGLU's gate makes of keys; `up` is then the rest."""
+        """(experts, hidden, key_rank): what a gate makes of keys; `up` is then the rest."""
         if "gate" in starts:
-            self.gate = Bank(starts["gate"], transform="none", train_base=train_in_base)
+            self.gate = NoMap(train_base=in_map.train_base).bank(starts["gate"])
         self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
         self.bias = nn.Parameter(torch.zeros(size, width)) if bias else None
         """(experts, width)."""
@@ -101,7 +94,7 @@ class Experts(nn.Module):
         Args:
             keys: of all experts, wherever they are.
         """
-        hidden = activation(self.kind, self._first(x, counts, keys))
+        hidden = self.expert.activate(self._first(x, counts, keys))
         y = grouped_product(hidden, _weights(self.down), counts)
         if self.bias is None:
             return y
@@ -131,14 +124,14 @@ class Experts(nn.Module):
     def _starts(self, std: float, ending_std: float) -> dict[str, Tensor]:
         """Bases of this rank's banks, the same with and without keys where their shapes agree."""
         experts, hidden, width = self.num_experts, self.hidden, self.width
-        up = torch.empty(experts, first_rows(self.kind, hidden), width).normal_(std=std)
+        up = torch.empty(experts, first_rows(self.expert, hidden), width).normal_(std=std)
         down = torch.empty(experts, hidden, width).normal_(std=ending_std)
         starts = {"up": up, "down": down}
         if self.key_rank:
             with torch.random.fork_rng(devices=[]), own_stream():
                 low = torch.empty(experts, hidden, self.key_rank).normal_(std=self.key_rank**-0.5)
-            gelu = self.kind == "gelu"
-            starts |= {"up": low} if gelu else {"gate": low, "up": up[:, hidden:]}
+            gated = self.expert.is_gated
+            starts |= {"gate": low, "up": up[:, hidden:]} if gated else {"up": low}
         return {name: start[self.mine] for name, start in starts.items()}
 
     @torch.no_grad()
@@ -163,19 +156,18 @@ class FeedForward(nn.Module):
     Args:
         width: channels of a token.
         hidden: channels inside.
-        kind: "gelu" or "swiglu", see `Experts`.
+        expert: kind of the network.
     """
 
-    def __init__(self, width: int, hidden: int, *, kind: ExpertKind = "gelu") -> None:
+    def __init__(self, width: int, hidden: int, *, expert: ExpertOptions = GELU) -> None:
         super().__init__()
-        check_choice("expert", kind, ExpertKind)
-        self.kind: ExpertKind = kind
-        self.up = nn.Linear(width, first_rows(kind, hidden), bias=False)
+        self.expert = expert
+        self.up = nn.Linear(width, first_rows(expert, hidden), bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
         self.reset(width**-0.5, hidden**-0.5)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        return self.down(activation(self.kind, self.up(x)))
+        return self.down(self.expert.activate(self.up(x)))
 
     @torch.no_grad()
     def reset(self, std: float, ending_std: float) -> None:
@@ -184,17 +176,9 @@ class FeedForward(nn.Module):
         self.down.weight.normal_(std=ending_std)
 
 
-def first_rows(kind: ExpertKind, hidden: int) -> int:
-    """Rows of the first projection: SwiGLU has two, stacked."""
-    return hidden if kind == "gelu" else 2 * hidden
-
-
-def activation(kind: ExpertKind, x: Float[Tensor, "*batch rows"]) -> Float[Tensor, "*batch hidden"]:
-    """What follows the first projection."""
-    if kind == "gelu":
-        return F.gelu(x)
-    gate, value = x.chunk(2, dim=-1)
-    return F.silu(gate) * value
+def first_rows(expert: ExpertOptions, hidden: int) -> int:
+    """Rows of the first projection: gated kinds have two, stacked."""
+    return 2 * hidden if expert.is_gated else hidden
 
 
 def _weights(bank: Bank) -> Tensor:

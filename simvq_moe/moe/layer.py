@@ -1,12 +1,13 @@
 """A mixture-of-experts layer with a map at the router, the inputs, the outputs, or none.
 
 y = (sum_i g_i E_i(x A^T)) W: shared maps A and W are linear, so each is applied once a token, and
-`fold` merges them, and the router's, into the experts: nothing of them remains at inference.
+`fold` merges them, and the router's, into the rows: nothing of them remains at inference.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,81 +15,61 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from simvq_moe.core.bank import Transform
+from simvq_moe.config.moe import (
+    BalanceOptions,
+    ExpertOptions,
+    Gates,
+    MapOptions,
+    MoEConfig,
+    RouterOptions,
+)
+from simvq_moe.config.registry import as_options
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.ids import as_ids
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import UsageCounter
-from simvq_moe.core.whitening import Whitening, WhiteningKind
 from simvq_moe.hub import Pretrained
 from simvq_moe.moe.dispatch import dispatch, within_capacity
-from simvq_moe.moe.experts import ExpertKind, Experts, FeedForward
-from simvq_moe.moe.routers.base import Gates, Router, Routing, default_gates
-from simvq_moe.moe.routers.build import Balance, RouterInit, RouterKind, build_router
+from simvq_moe.moe.experts import Experts, FeedForward
+from simvq_moe.moe.maps import NoMap
+from simvq_moe.moe.mixture import Mixture
+from simvq_moe.moe.routers.base import Router, Routing
 
 if TYPE_CHECKING:
     from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
 
 
-Dispatch = Literal["sorted", "deepspeed_capacity"]
-
-WITHOUT_MAPS: dict[str, Any] = {
-    "router_map": "none",
-    "router_base_width": None,
-    "train_router_base": True,
-    "router_init": "default",
-    "whiten_router_input": "none",
-    "expert_out_map": "none",
-    "train_expert_out_base": True,
-    "expert_out_bias": False,
-    "expert_in_map": "none",
-    "train_expert_in_base": True,
-}
-"""Arguments of a folded layer."""
-
-
-class MoE(Pretrained):
+class MoE(Pretrained, Mixture):
     """Tokens to their top_k of `experts` networks, weighted by gates.
+
+    A part is given by its options, or by the word for its kind with the defaults of that kind:
+    `MoE(512, 1024, 64, 2, router="cosine", balance=LossFreeBalance(rate=0.01))`.
 
     Args:
         width: channels of a token.
         hidden: channels inside an expert.
         experts: number of experts.
         top_k: experts of a token.
-        expert: "gelu" or "swiglu", see `Experts`.
+        expert: what each expert is, see `expert_kinds`.
         shared_experts: experts of the same size that every token goes through beside its choice,
             outside of the maps (DeepSeekMoE, arXiv:2401.06066, section 3.2).
-        router: how experts are chosen, see `routers`.
-        gates: convention of the gates, see `Router`; "default": see `default_gates`.
-        router_map, router_base_width, train_router_base: bank of the router's rows, R = Q W.
-        router_projection: channels of the prototypes of router "cosine", see `CosineRouter`.
-        router_init: "data": the maps of routers "distance" and "self_selecting" wait for
-            `start_from_data`.
-        self_selecting_rank: rows of an expert's key, see `SelfSelectingRouter`.
-        vocabulary: number of vocabulary ids, for router "hash".
-        router_bias: add one learned number an expert to the logits of a router that scores by
-            products.
-        centre_router_input: take a running mean off the router's input, see `RunningMean`; call
-            `after_step` after each optimizer step.
-        whiten_router_input: "full", "diagonal" or "low_rank": what a router that scores by products
-            sees is whitened, see `Whitening`; call `after_step` here too.
-        whitening_exponent, whitening_decay, whitening_floor, whitening_every: see `Whitening`.
-        whitening_rank: directions of "low_rank".
-        balance: "loss_free" or "quantile": biases of the choice, see `selection_bias`; call
-            `after_step` here too. "aux" is a loss of the model, see `balance`.
-        bias_update_rate: step of the biases of "loss_free".
-        expert_out_map, train_expert_out_base: map W after the gated sum (the conjecture that this
-            project tests) and whether the last projections learn beside it.
+        router: how experts are chosen, see `routers`. Call `after_step` after each optimizer step
+            if its input is centred or whitened. If data start it, it waits for `start_from_data`.
+        gates: convention of the gates, see `Router`; "default": see `RouterOptions.default_gates`.
+        balance: what evens out their use, see `balances`; call `after_step` here too if it has
+            biases. Its loss is one of the model, see `losses`.
+        expert_out_map: map W after the gated sum (the conjecture that this project tests).
         expert_out_bias: one learned vector added to every token's sum.
         expert_bias: one learned vector added to each expert's outputs, which `fold` makes of that.
-        expert_in_map, train_expert_in_base: map A before the experts, and their first projections.
-        map_rank: rank of maps of kind "low_rank".
+        expert_in_map: map A before the experts.
         capacity_factor: an expert takes at most this many times its fair share of this rank's
             batch, the rest is dropped and counted; 0: dropless.
         expert_parallel: ranks that share the experts, see `ParallelExperts`; 1: every rank has all.
+        vocabulary: number of vocabulary ids, for routers that go by them.
 
     Raises:
-        ValueError: top_k > experts, or experts that do not divide over ranks.
+        ValueError: a kind is unknown, parts do not go together, or experts do not divide over
+            ranks.
     """
 
     def __init__(
@@ -98,92 +79,49 @@ class MoE(Pretrained):
         experts: int,
         top_k: int,
         *,
-        expert: ExpertKind = "gelu",
+        expert: str | ExpertOptions = "gelu",
         shared_experts: int = 0,
-        router: RouterKind = "topk",
+        router: str | RouterOptions = "topk",
         gates: Gates | Literal["default"] = "default",
-        router_map: Transform = "none",
-        router_base_width: int | None = None,
-        train_router_base: bool = True,
-        router_projection: int | None = None,
-        router_init: RouterInit = "default",
-        self_selecting_rank: int = 8,
-        vocabulary: int | None = None,
-        router_bias: bool = False,
-        centre_router_input: bool = False,
-        whiten_router_input: Literal["none"] | WhiteningKind = "none",
-        whitening_exponent: float = 1.0,
-        whitening_decay: float = 0.99,
-        whitening_floor: float = 0.01,
-        whitening_every: int = 10,
-        whitening_rank: int = 32,
-        balance: Balance = "none",
-        bias_update_rate: float = 0.001,
-        expert_out_map: Transform = "none",
-        train_expert_out_base: bool = True,
+        balance: str | BalanceOptions = "none",
+        expert_out_map: str | MapOptions = "none",
         expert_out_bias: bool = False,
         expert_bias: bool = False,
-        expert_in_map: Transform = "none",
-        train_expert_in_base: bool = True,
-        map_rank: int = 8,
+        expert_in_map: str | MapOptions = "none",
         capacity_factor: float = 0.0,
         expert_parallel: int = 1,
+        vocabulary: int | None = None,
     ) -> None:
         super().__init__()
-        if top_k > experts:
-            raise ValueError(f"top_k {top_k} > experts {experts}: lower top_k or raise experts")
-        check_choice("expert_out_map", expert_out_map, Transform)
-        if gates == "default":
-            gates = default_gates(router, experts, top_k)
+        check_choice("gates", gates, Literal["default", Gates])
+        options = MoEConfig(
+            experts=experts,
+            top_k=top_k,
+            hidden=hidden,
+            expert=as_options(ExpertOptions, expert, "expert"),
+            shared_experts=shared_experts,
+            capacity_factor=capacity_factor,
+            router=as_options(RouterOptions, router, "router"),
+            gates=gates,
+            balance=as_options(BalanceOptions, balance, "balance"),
+            expert_in_map=as_options(MapOptions, expert_in_map, "expert_in_map"),
+            expert_out_map=as_options(MapOptions, expert_out_map, "expert_out_map"),
+            expert_out_bias=expert_out_bias,
+            expert_parallel=expert_parallel,
+        )
+        _check(options, width)
         self.width, self.num_experts, self.top_k = width, experts, top_k
         self.capacity_factor = capacity_factor
         with own_stream():
-            self.router: Router = build_router(
-                router,
-                width,
-                experts,
-                top_k,
-                gates=gates,
-                router_map=router_map,
-                router_base_width=router_base_width,
-                train_router_base=train_router_base,
-                expert_in_map=expert_in_map,
-                map_rank=map_rank,
-                router_projection=router_projection,
-                router_init=router_init,
-                self_selecting_rank=self_selecting_rank,
-                vocabulary=vocabulary,
-                router_bias=router_bias,
-                centre_router_input=centre_router_input,
-                whiten_router_input=whiten_router_input,
-                whitening_exponent=whitening_exponent,
-                whitening_decay=whitening_decay,
-                whitening_floor=whitening_floor,
-                whitening_every=whitening_every,
-                whitening_rank=whitening_rank,
-                balance=balance,
-                bias_update_rate=bias_update_rate,
-            )
-        selves = router == "self_selecting"
-        self.experts = _experts(
-            width,
-            hidden,
-            experts,
-            kind=expert,
-            in_map="none" if selves else expert_in_map,  # the keys' map comes before both
-            key_rank=self_selecting_rank if selves else 0,
-            out_map=expert_out_map,
-            train_in_base=train_expert_in_base,
-            train_out_base=train_expert_out_base,
-            out_bias=expert_out_bias,
-            bias=expert_bias,
-            map_rank=map_rank,
-            expert_parallel=expert_parallel,
-        )
+            self.router: Router = options.router.build(width, options, vocabulary)
+        self.router.selection = options.balance.biases(experts, top_k)
+        self.experts = _experts(width, options, self.router, expert_bias)
         self.shared_experts: FeedForward | None = None
         if shared_experts:
             with torch.random.fork_rng(devices=[]):  # the same weights elsewhere with and without
-                self.shared_experts = FeedForward(width, shared_experts * hidden, kind=expert)
+                self.shared_experts = FeedForward(
+                    width, shared_experts * hidden, expert=options.expert
+                )
         self.counter = UsageCounter(experts, kind="experts", top_k=top_k)
         self.kept: UsageCounter | None = None
         """Counts after the capacity."""
@@ -199,15 +137,10 @@ class MoE(Pretrained):
         self,
         x: Float[Tensor, "*batch width"],
         token_ids: Integer[Tensor, "*batch"] | None = None,
-    ) -> Float[Tensor, "*batch width"]:
-        return self.route_and_run(x, token_ids)[0]
-
-    def route_and_run(
-        self,
-        x: Float[Tensor, "*batch width"],
-        token_ids: Integer[Tensor, "*batch"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch width"], Routing]:
-        """Outputs, and how the tokens, flattened, were routed.
+        *,
+        with_routing: bool = False,
+    ) -> Float[Tensor, "*batch width"] | tuple[Float[Tensor, "*batch width"], Routing]:
+        """Outputs, and on request how the tokens, flattened, were routed.
 
         Args:
             token_ids: vocabulary ids of the tokens, for routers that go by them.
@@ -233,7 +166,19 @@ class MoE(Pretrained):
         y = self.experts.leave(summed)
         if self.shared_experts is not None:
             y = y + self.shared_experts(flat)
-        return y.view(x.shape), routing
+        y = y.view(x.shape)
+        return (y, routing) if with_routing else y
+
+    def rows_of_products(self) -> Float[Tensor, "experts width"] | None:
+        return self.router.rows_of_products()
+
+    def expert_outputs(
+        self, x: Float[Tensor, "tokens width"]
+    ) -> Float[Tensor, "experts tokens width"]:
+        keys = None if self.router.keys is None else self.router.keys.base
+        rows = self.experts.enter(self.router.enter(x)).repeat(self.num_experts, 1)
+        counts = torch.full((self.num_experts,), len(x), dtype=torch.int64, device=x.device)
+        return self.experts(rows, counts, keys).view(self.num_experts, len(x), -1)
 
     @torch.no_grad()
     def reset(self, std: float, ending_std: float) -> None:
@@ -268,33 +213,80 @@ class MoE(Pretrained):
         folded.experts.fold_(folded.router.keys)
         folded.router.fold_()
         # what `save_pretrained` builds it from again
-        folded.arguments = self.arguments | WITHOUT_MAPS
+        router = as_options(RouterOptions, self.arguments.get("router", "topk"), "router")
+        plain: dict[str, Any] = {"expert_out_map": "none", "expert_in_map": "none"}
+        folded.arguments = self.arguments | plain | {"router": router.folded()}
         if self.experts.out_bias is not None:
-            folded.arguments["expert_bias"] = True
-        if isinstance(self.router.centre, Whitening):
-            folded.arguments["router_bias"] = True
+            folded.arguments |= {"expert_bias": True, "expert_out_bias": False}
         return folded
 
 
-def _experts(
-    width: int, hidden: int, experts: int, *, expert_parallel: int, **options: Any
-) -> Experts:
-    if expert_parallel == 1:
-        return Experts(width, hidden, experts, **options)
-    # imported here, for it takes DeepSpeed and a process group
+def _check(options: MoEConfig, width: int) -> None:
+    for problem in options.misfits(width):
+        raise ValueError(problem)
+    if options.gate_teaches_nothing:
+        warnings.warn(
+            f"top_k 1 with gates {options.convention!r}: the one gate is always 1, so that router "
+            f"{options.router.kind!r} learns nothing from the layer's output: use gates "
+            "'softmax_topk'",
+            stacklevel=4,
+        )
+
+
+def _experts(width: int, options: MoEConfig, router: Router, bias: bool) -> Experts:
+    sizes = width, options.hidden, options.experts
+    in_map, key_rank = options.expert_in_map, 0
+    if router.keys is not None:  # the keys' map comes before both
+        in_map, key_rank = NoMap(train_base=in_map.train_base), router.keys.base.shape[1]
+    networks: dict[str, Any] = {
+        "expert": options.expert,
+        "in_map": in_map,
+        "out_map": options.expert_out_map,
+        "out_bias": options.expert_out_bias,
+        "bias": bias,
+        "key_rank": key_rank,
+    }
+    if options.expert_parallel == 1:
+        return Experts(*sizes, **networks)
+    # imported here, because it takes DeepSpeed and a process group
     from simvq_moe.moe.expert_parallel import parallel_experts
 
-    return parallel_experts(width, hidden, experts, expert_parallel=expert_parallel, **options)
+    return parallel_experts(*sizes, expert_parallel=options.expert_parallel, **networks)
 
 
-def build_moe(
-    width: int, *, dispatch: Dispatch = "sorted", **options: Any
+def build_mixture(
+    width: int, options: MoEConfig, vocabulary: int | None = None
 ) -> MoE | DeepSpeedCapacityMoE:
-    """A layer from its options: ours, or DeepSpeed's own as a baseline."""
-    check_choice("dispatch", dispatch, Dispatch)
-    if dispatch == "sorted":
-        return MoE(width, **options)
-    from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
+    """A layer from its options: ours, or DeepSpeed's own as a baseline.
 
-    names = ("hidden", "experts", "top_k", "expert", "capacity_factor")
-    return DeepSpeedCapacityMoE(width, **{name: options[name] for name in names})
+    Args:
+        width: channels of a token.
+        vocabulary: number of vocabulary ids, for routers that go by them.
+    """
+    sizes = width, options.hidden, options.experts, options.top_k
+    if options.dispatch == "deepspeed_capacity":
+        from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
+
+        return DeepSpeedCapacityMoE(
+            *sizes, expert=options.expert, capacity_factor=options.capacity_factor
+        )
+    return MoE(
+        *sizes,
+        expert=options.expert,
+        shared_experts=options.shared_experts,
+        router=options.router,
+        gates=options.gates,
+        balance=options.balance,
+        expert_out_map=options.expert_out_map,
+        expert_out_bias=options.expert_out_bias,
+        expert_in_map=options.expert_in_map,
+        capacity_factor=options.capacity_factor,
+        expert_parallel=options.expert_parallel,
+        vocabulary=vocabulary,
+    )
+
+
+def build_dense(width: int, options: MoEConfig) -> FeedForward:
+    """One network as large as all experts that a token meets in such a mixture."""
+    met = options.top_k + options.shared_experts
+    return FeedForward(width, met * options.hidden, expert=options.expert)

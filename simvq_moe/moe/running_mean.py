@@ -1,4 +1,4 @@
-"""The state of routers that changes once an optimizer step, see `core.after_step`."""
+"""The running mean of what a router sees, which changes once an optimizer step."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from simvq_moe.core.step_state import StepState, after_step
-
-__all__ = ["RunningMean", "StepState", "after_step"]
+from simvq_moe.core.step_state import StepState
 
 
 class RunningMean(StepState):

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 
-from simvq_moe.config.schema import Config, MoEConfig
+from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.moe.routers.build import start_from_data
+from simvq_moe.moe.routers.base import start_from_data
 from simvq_moe.tasks.base import Task
 
 
@@ -27,32 +27,18 @@ class SequenceTask(Task[LanguageModel]):
 
     @classmethod
     def _model(cls, config: Config) -> LanguageModel:
-        moe = asdict(config.moe)
-        names = ("balance", "z_loss", "router_codebook", "router_commitment")
-        weights = {name.removesuffix("_loss"): moe.pop(f"{name}_weight") for name in names}
-        if config.moe.balance != "aux":
-            weights["balance"] = 0.0
         return LanguageModel(
             config.data.vocabulary,
             config.data.context,
             **asdict(config.language_model),
             activation_checkpointing=config.train.activation_checkpointing,
             document_mask=config.data.document_mask,
-            loss_weights=weights,
-            moe=moe | {"vocabulary": config.data.vocabulary},
+            moe=config.moe,
         )
 
     @classmethod
     def without_maps(cls, config: Config) -> Config:
-        moe = replace(config.moe, router_map="none", expert_out_map="none", expert_in_map="none")
-        moe = replace(moe, router_base_width=None, train_router_base=True, router_init="default")
-        if moe.whiten_router_input != "none":
-            options = ("exponent", "decay", "floor", "every", "rank")
-            defaults = {
-                f"whitening_{name}": getattr(MoEConfig(), f"whitening_{name}") for name in options
-            }
-            moe = replace(moe, whiten_router_input="none", router_bias=True, **defaults)
-        return replace(config, moe=moe)
+        return replace(config, moe=config.moe.folded())
 
     @classmethod
     def merge_norms(cls, model: LanguageModel) -> None:
@@ -67,7 +53,7 @@ class SequenceTask(Task[LanguageModel]):
 
     @property
     def starts_from_data(self) -> bool:
-        return self.config.moe.router_init == "data"
+        return self.config.moe.router.starts_from_data
 
     def start(self, batch: Tensor) -> None:
         start_from_data(self.model, batch)

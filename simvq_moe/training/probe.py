@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from simvq_moe.files.regular import BrokenFileError, Layout, read_arrays, writte
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.moe import routing_measures as of
+from simvq_moe.moe.mixture import Mixture
 from simvq_moe.moe.routers.base import NOBODY, Routing
 from simvq_moe.records.tensorboard import CELL, heat_map
 from simvq_moe.tasks.registry import AnyTask
@@ -44,15 +44,6 @@ LAYOUT = {"steps": Layout("i", 1), "ids": Layout("i", 4), "domain_counts": Layou
 """What is read of probe.npz; the first axis is that of evaluations."""
 WIDEST_PICTURE = 1024
 """Pixels, until an expert is one pixel wide."""
-
-
-@runtime_checkable
-class Mixture(Protocol):
-    """A layer that chooses between experts."""
-
-    num_experts: int
-    top_k: int
-    route_and_run: Callable[[Tensor, Tensor | None], tuple[Tensor, Routing]]
 
 
 @dataclass(frozen=True)
@@ -286,35 +277,31 @@ def read(path: Path) -> list[Evaluation]:
 
 
 class Record:
-    """What enters and leaves a layer, call by call."""
+    """What enters and leaves a layer, call by call: a forward hook."""
 
-    def __init__(self, layer: Mixture) -> None:
-        self.run = layer.route_and_run
+    def __init__(self) -> None:
         self.inputs: list[Tensor] = []
         self.routings: list[Routing] = []
 
-    def route_and_run(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
-        y, routing = self.run(x, token_ids)
-        self.inputs.append(x.flatten(0, -2))
-        self.routings.append(routing)
-        return y, routing
+    def __call__(
+        self, layer: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Routing]
+    ) -> None:
+        del layer
+        self.inputs.append(inputs[0].flatten(0, -2))
+        self.routings.append(output[1])
 
 
 @contextmanager
 def _recorded(layers: Sequence[Mixture]) -> Iterator[list[Record]]:
-    """A record of each layer, of the calls inside.
-
-    A method of the object's own hides its class' until it is deleted: a forward hook would see no
-    routing, and no call of a block that is run by its `forward`.
-    """
-    records = [Record(layer) for layer in layers]
-    for layer, record in zip(layers, records, strict=True):
-        layer.route_and_run = record.route_and_run
+    """A record of each layer, of the calls inside."""
+    records = [Record() for _ in layers]
+    pairs = zip(layers, records, strict=True)
+    hooks = [layer.register_forward_hook(record) for layer, record in pairs]
     try:
         yield records
     finally:
-        for layer in layers:
-            del layer.route_and_run
+        for hook in hooks:
+            hook.remove()
 
 
 def _joined(routings: Sequence[Routing]) -> Routing:
@@ -336,7 +323,7 @@ def _similarities(layer: Mixture, x: Float[Tensor, "tokens width"]) -> dict[str,
     if layer.num_experts == 1:
         return {}
     x = x[torch.linspace(0, len(x) - 1, min(COMPARED_TOKENS, len(x))).long().to(x.device)]
-    outputs = expert_outputs(layer, x)
+    outputs = layer.expert_outputs(x)
     if not isinstance(layer, MoE) or not (layer.experts.down.shared and layer.experts.down.maps):
         return {"output_similarity": of.output_similarity(outputs)}
     return {
@@ -350,27 +337,8 @@ def _geometry(
 ) -> dict[str, float]:
     """Directions of the router's input and logits, and how its rows lie along them, if it has."""
     found = of.geometry(x, routing.logits)
-    baseline: Any = layer
-    if isinstance(layer, MoE):
-        rows = layer.router.rows_of_products()
-    else:
-        rows = baseline.inner.deepspeed_moe.gate.wg.weight
+    rows = layer.rows_of_products()
     if rows is not None:
         found["row_exponent"] = of.row_exponent(x, rows)
     # a table of experts has no logits that vary
     return {name: value for name, value in found.items() if math.isfinite(value)}
-
-
-def expert_outputs(
-    layer: Mixture, x: Float[Tensor, "tokens width"]
-) -> Float[Tensor, "experts tokens width"]:
-    """E_i(x) of every expert for every token, before a shared map at the outputs; ranks that share
-    experts must call it together."""
-    if not isinstance(layer, MoE):
-        baseline: Any = layer
-        experts = baseline.inner.deepspeed_moe.experts.deepspeed_experts
-        return torch.stack([expert(x) for expert in experts])
-    keys = None if layer.router.keys is None else layer.router.keys.base
-    rows = layer.experts.enter(layer.router.enter(x)).repeat(layer.num_experts, 1)
-    counts = torch.full((layer.num_experts,), len(x), dtype=torch.int64, device=x.device)
-    return layer.experts(rows, counts, keys).view(layer.num_experts, len(x), -1)

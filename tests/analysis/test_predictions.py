@@ -14,20 +14,15 @@ from simvq_moe.analysis.results import Prediction
 from simvq_moe.analysis.run_folders import Arm, Group, RunRecord
 
 PLAIN: dict[str, Any] = {
-    "moe.router": "topk",
+    "moe.router.kind": "topk",
     "moe.experts": 64,
-    "moe.router_map": "none",
-    "moe.train_router_base": True,
-    "moe.router_base_width": None,
-    "moe.centre_router_input": False,
-    "moe.whiten_router_input": "none",
-    "moe.whitening_exponent": 1.0,
-    "moe.expert_out_map": "none",
-    "moe.expert_in_map": "none",
-    "moe.router_init": "default",
-    "moe.balance": "none",
-    "moe.balance_weight": 0.01,
-    "moe.bias_update_rate": 0.001,
+    "moe.router.map.kind": "none",
+    "moe.router.map.train_base": True,
+    "moe.router.centre": False,
+    "moe.router.whiten.kind": "none",
+    "moe.expert_out_map.kind": "none",
+    "moe.expert_in_map.kind": "none",
+    "moe.balance.kind": "none",
     "quantizer.kind": "vq",
     "quantizer.codes": 512,
     "quantizer.restart": 0.0,
@@ -37,20 +32,27 @@ PLAIN: dict[str, Any] = {
     "quantizer.init": "default",
     "optimizer.lr": 1e-3,
 }
-AUX = {"moe.balance": "aux"}
-OUT, SEPARATE = {"moe.expert_out_map": "linear"}, {"moe.expert_out_map": "separate"}
-ROUTER = {"moe.router_map": "linear", "moe.train_router_base": False}
-NARROW = ROUTER | {"moe.router_base_width": 8}
-CENTRED = {"moe.centre_router_input": True}
-WHITE, DIAGONAL = ({"moe.whiten_router_input": kind} for kind in ("full", "diagonal"))
-HALF = WHITE | {"moe.whitening_exponent": 0.5}
-STRONG = AUX | {"moe.balance_weight": 0.03}
-FREE = {"moe.balance": "loss_free"}
+AUX = {"moe.balance.kind": "aux", "moe.balance.weight": 0.01}
+OUT, SEPARATE = {"moe.expert_out_map.kind": "linear"}, {"moe.expert_out_map.kind": "separate"}
+ROUTER = {
+    "moe.router.map.kind": "linear",
+    "moe.router.map.train_base": False,
+    "moe.router.map.base_width": None,
+}
+NARROW = ROUTER | {"moe.router.map.base_width": 8}
+CENTRED = {"moe.router.centre": True}
+WHITE, DIAGONAL = (
+    {"moe.router.whiten.kind": kind, "moe.router.whiten.exponent": 1.0}
+    for kind in ("full", "diagonal")
+)
+HALF = WHITE | {"moe.router.whiten.exponent": 0.5}
+STRONG = AUX | {"moe.balance.weight": 0.03}
+FREE = {"moe.balance.kind": "loss_free", "moe.balance.rate": 0.001}
 RESTARTED = {"quantizer.kind": "ema", "quantizer.restart": 0.1}
 MANY = {"quantizer.codes": 8192}
-SELF = {"moe.router": "self_selecting"}
-SELF_MAP = SELF | {"moe.expert_in_map": "linear"}
-SELF_DATA = SELF_MAP | {"moe.router_init": "data"}
+SELF = {"moe.router.kind": "self_selecting", "moe.router.init": "default"}
+SELF_MAP = SELF | {"moe.expert_in_map.kind": "linear"}
+SELF_DATA = SELF_MAP | {"moe.router.init": "data"}
 SIMVQ = {"quantizer.kind": "simvq"}
 BIAS = SIMVQ | {"quantizer.transform": "none", "quantizer.bias": True}
 ENTROPY, MAX_VIO = "val/moe/mean/entropy", "val/moe/mean/max_vio"
@@ -125,9 +127,9 @@ def errors(white: float, strong: float) -> list[tuple[str, dict[str, Any], dict[
 
 
 def exponents(half: float, one: float) -> list[tuple[str, dict[str, Any], dict[str, float]]]:
-    above = WHITE | {"moe.whitening_exponent": 2.0}
+    above = WHITE | {"moe.router.whiten.exponent": 2.0}
     return [
-        ("a", WHITE | {"moe.whitening_exponent": 0.0}, of(ENTROPY, 0.8)),
+        ("a", WHITE | {"moe.router.whiten.exponent": 0.0}, of(ENTROPY, 0.8)),
         ("b", HALF, of(ENTROPY, half)),
         ("c", WHITE, of(ENTROPY, one)),
         ("d", above, of(ENTROPY, 0.1)),
@@ -349,7 +351,7 @@ def test_an_arm_that_differs_in_more_than_the_map_is_no_counterpart():
 
 
 def test_every_case_counts_and_one_that_fails_contradicts():
-    frozen = {"moe.train_router_base": False}
+    frozen = {"moe.router.map.train_base": False}
     arms = [
         arm("a", SELF, of(ENTROPY, 0.80)),
         arm("b", SELF_MAP, of(ENTROPY, 0.75)),

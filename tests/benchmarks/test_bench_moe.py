@@ -22,7 +22,7 @@ from simvq_moe.benchmarks.moe import (
     moe_table,
 )
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.moe.routers.base import TopKRouter
+from simvq_moe.moe.routers.topk import TopKRouter
 
 SMALL = MoECase(width=16, hidden=8, experts=4, top_k=2, tokens=32)
 OTHER_SUMS = {*LIMITS.values(), "DeepSpeed, capacity 1.0"}

@@ -52,7 +52,8 @@ def test_the_local_rank_of_a_launcher_is_ignored(flag: str) -> None:
 
 
 def test_the_written_config_reads_back_equal(tmp_path: Path) -> None:
-    config = with_flags(Config(), ["--moe.router_base_width", "8", "--optimizer.lr", "7e-5"], "t")
+    flags = ["--moe.router.map.kind", "linear", "--moe.router.map.base_width", "8"]
+    config = with_flags(Config(), [*flags, "--optimizer.lr", "7e-5"], "t")
     assert load(tmp_path, to_yaml(config)) == config
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from simvq_moe import MoE
+from simvq_moe.core.step_state import after_step
 from simvq_moe.core.whitening import (
     DiagonalWhitening,
     FullWhitening,
@@ -19,7 +20,8 @@ from simvq_moe.core.whitening import (
     Whitening,
     build_whitening,
 )
-from simvq_moe.moe.running_mean import after_step
+from simvq_moe.moe.routers.topk import TopKOptions
+from simvq_moe.moe.whitening import ChannelVariances, FullCovariance, LargestDirections
 
 WIDTH = 6
 
@@ -158,12 +160,19 @@ def test_a_saved_whitening_goes_on_to_the_bit(kind: Any) -> None:
     assert int(whole.steps) == 9
 
 
-@pytest.mark.parametrize("kind", ["full", "diagonal", "low_rank"])
+WHITENINGS = {
+    "full": FullCovariance(),
+    "diagonal": ChannelVariances(),
+    "low_rank": LargestDirections(rank=2),
+}
+
+
+@pytest.mark.parametrize("kind", WHITENINGS)
 def test_before_the_first_step_nothing_is_changed_and_evaluation_counts_nothing(kind: Any) -> None:
     torch.manual_seed(0)
     plain = MoE(WIDTH, 4, 5, 2)
     torch.manual_seed(0)
-    whitened = MoE(WIDTH, 4, 5, 2, whiten_router_input=kind, whitening_rank=2)
+    whitened = MoE(WIDTH, 4, 5, 2, router=TopKOptions(whiten=WHITENINGS[kind]))
     x = torch.randn(30, WIDTH)
     assert_close(whitened(x), plain(x))
     whitened.eval()
@@ -186,7 +195,7 @@ def test_inputs_without_spread_or_tokens_give_a_finite_map(kind: Any) -> None:
 
 def test_folded_rows_and_biases_give_the_logits_of_float64() -> None:
     torch.manual_seed(0)
-    moe = MoE(WIDTH, 4, 5, 2, whiten_router_input="full")
+    moe = MoE(WIDTH, 4, 5, 2, router=TopKOptions(whiten=FullCovariance()))
     for batch in inputs(4):
         moe(batch.float())
         after_step(moe)

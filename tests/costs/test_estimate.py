@@ -61,10 +61,10 @@ def plan(flags: str = "") -> Plan:
     ("flags", "dtype"),
     [
         ("", torch.float32),
-        ("--moe.expert swiglu", torch.float32),
-        ("--moe.expert swiglu", torch.bfloat16),
+        ("--moe.expert.kind swiglu", torch.float32),
+        ("--moe.expert.kind swiglu", torch.bfloat16),
         ("--moe.shared_experts 1 --moe.gates sigmoid", torch.float32),
-        ("--moe.expert_out_map linear --moe.expert_in_map low_rank", torch.float32),
+        ("--moe.expert_out_map.kind linear --moe.expert_in_map.kind low_rank", torch.float32),
         ("--language_model.moe_every 0", torch.bfloat16),
         ("--language_model.moe_every 2 --language_model.tied_head False", torch.float32),
     ],

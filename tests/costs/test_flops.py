@@ -21,28 +21,31 @@ SMALL = (
     *("--language_model.width", "16", "--language_model.layers", "2", "--moe.experts", "6"),
     *("--moe.top_k", "2", "--moe.hidden", "4", "--train.batch_size", "3"),
 )
-LOW_RANK = "--moe.whiten_router_input low_rank --moe.whitening_rank 3 --moe.whitening_every 1"
+W, M = "--moe.router.whiten", "--moe.router.map"
+LOW_RANK = f"{W}.kind low_rank {W}.rank 3 {W}.every 1"
+MAPS = "--moe.expert_out_map.kind linear --moe.expert_in_map.kind low_rank"
+SEPARATE = "--moe.expert_out_map.kind separate"
 ARMS = {
     "plain": "",
     "dense": "--language_model.moe_every 0",
     "every second": "--language_model.moe_every 2 --language_model.tied_head False",
-    "swiglu": "--moe.expert swiglu --moe.shared_experts 1",
-    "shared maps": "--moe.expert_out_map linear --moe.expert_in_map low_rank --moe.map_rank 3",
-    "router map": "--moe.router_map linear --moe.router_base_width 5 --moe.train_router_base False",
-    "separate maps": "--moe.expert_out_map separate --moe.expert_in_map separate",
-    "frozen": "--moe.train_expert_out_base False --moe.train_expert_in_base False",
-    "separate, frozen": "--moe.expert_out_map separate --moe.train_expert_out_base False",
-    "noisy": "--moe.router noisy_topk",
-    "whitened": "--moe.whiten_router_input full --moe.whitening_every 1 --moe.router_map linear",
-    "whitened, frozen": f"{LOW_RANK} --moe.train_router_base False",
-    "whitened, hyper": "--moe.router hyper --moe.whiten_router_input diagonal",
-    "whitened, noisy": f"{LOW_RANK} --moe.router noisy_topk",
-    "cosine": "--moe.router cosine --moe.router_map linear --moe.router_base_width 5",
-    "cosine, frozen": "--moe.router cosine --moe.router_map linear --moe.train_router_base False",
-    "distance": "--moe.router distance --moe.router_map linear",
-    "self-selecting": "--moe.router self_selecting --moe.expert_in_map linear",
-    "self-selecting swiglu": "--moe.router self_selecting --moe.expert swiglu",
-    "hash": "--moe.router hash",
+    "swiglu": "--moe.expert.kind swiglu --moe.shared_experts 1",
+    "shared maps": f"{MAPS} --moe.expert_in_map.rank 3",
+    "router map": f"{M}.kind linear {M}.base_width 5 {M}.train_base False",
+    "separate maps": "--moe.expert_out_map.kind separate --moe.expert_in_map.kind separate",
+    "frozen": "--moe.expert_out_map.train_base False --moe.expert_in_map.train_base False",
+    "separate, frozen": f"{SEPARATE} --moe.expert_out_map.train_base False",
+    "noisy": "--moe.router.kind noisy_topk",
+    "whitened": f"{W}.kind full {W}.every 1 {M}.kind linear",
+    "whitened, frozen": f"{LOW_RANK} --moe.router.map.train_base False",
+    "whitened, hyper": "--moe.router.kind hyper --moe.router.whiten.kind diagonal",
+    "whitened, noisy": f"{LOW_RANK} --moe.router.kind noisy_topk",
+    "cosine": "--moe.router.kind cosine --moe.router.map.kind linear --moe.router.map.base_width 5",
+    "cosine, frozen": f"--moe.router.kind cosine {M}.kind linear {M}.train_base False",
+    "distance": "--moe.router.kind distance --moe.router.map.kind linear",
+    "self-selecting": "--moe.router.kind self_selecting --moe.expert_in_map.kind linear",
+    "self-selecting swiglu": "--moe.router.kind self_selecting --moe.expert.kind swiglu",
+    "hash": "--moe.router.kind hash",
 }
 
 
@@ -65,7 +68,7 @@ def test_the_flops_of_a_token_are_those_that_ran(arm: str) -> None:
 
 def test_a_dense_block_costs_as_much_as_a_mixture_without_its_router() -> None:
     for kind in ("gelu", "swiglu"):
-        options = f"--moe.expert {kind} --moe.shared_experts 1"
+        options = f"--moe.expert.kind {kind} --moe.shared_experts 1"
         moe, dense = model(options), model(f"{options} --language_model.moe_every 0")
         router = 2 * 6 * 16
         active = parameter_counts(moe)["active"]
@@ -77,10 +80,14 @@ def test_a_dense_block_costs_as_much_as_a_mixture_without_its_router() -> None:
     ("arm", "of_an_expert", "in_every_layer"),
     [
         ("", 2 * 4 * 16, 6 * 16),
-        ("--moe.expert swiglu --moe.shared_experts 3", 3 * 4 * 16, 6 * 16 + 9 * 4 * 16),
-        ("--moe.expert_out_map separate", 2 * 4 * 16 + 16 * 16, 6 * 16),
-        ("--moe.expert_out_map separate --moe.train_expert_out_base False", 4 * 16 + 256, 6 * 16),
-        ("--moe.expert_out_map linear", 2 * 4 * 16, 6 * 16 + 256),
+        ("--moe.expert.kind swiglu --moe.shared_experts 3", 3 * 4 * 16, 6 * 16 + 9 * 4 * 16),
+        ("--moe.expert_out_map.kind separate", 2 * 4 * 16 + 16 * 16, 6 * 16),
+        (
+            f"{SEPARATE} --moe.expert_out_map.train_base False",
+            4 * 16 + 256,
+            6 * 16,
+        ),
+        ("--moe.expert_out_map.kind linear", 2 * 4 * 16, 6 * 16 + 256),
         ("--moe.dispatch deepspeed_capacity", 2 * 4 * 16, 6 * 16),
         ("--language_model.tied_head False", 2 * 4 * 16, 6 * 16 + 260 * 16 // 2),
     ],

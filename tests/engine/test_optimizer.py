@@ -13,7 +13,8 @@ from simvq_moe.engine.world import World
 from simvq_moe.tasks.models import build_model
 
 MAPPED = (
-    *("--task", "language_model", "--moe.router_map", "linear", "--moe.expert_out_map", "linear"),
+    *("--task", "language_model", "--moe.router.map.kind", "linear"),
+    *("--moe.expert_out_map.kind", "linear"),
     *("--optimizer.map_lr_multiplier", "5", "--optimizer.router_lr_multiplier", "0.1"),
     *("--optimizer.weight_decay", "0.1", "--optimizer.lr", "0.01"),
 )

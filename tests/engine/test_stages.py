@@ -41,7 +41,7 @@ IMAGE = (
 )
 RUNS = {
     "dense": (*TEXT, "--language_model.moe_every", "0", "--language_model.tied_head", "False"),
-    "mixture": (*TEXT, "--moe.expert_out_map", "linear", "--moe.balance", "aux"),
+    "mixture": (*TEXT, "--moe.expert_out_map.kind", "linear", "--moe.balance.kind", "aux"),
     "simvq": IMAGE,
     "ema": (*IMAGE, "--quantizer.kind", "ema"),
 }

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from simvq_moe.cli import main
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import ConfigError, merge_files, to_yaml
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.schema import Config
 from simvq_moe.data.codes import MANIFEST, open_codes, read_manifest
 from simvq_moe.engine.world import World
@@ -359,8 +360,8 @@ def test_a_language_model_on_codes_is_measured_in_bits_and_draws_new_samples(
 
 def test_every_code_is_drawn_from_the_range_of_its_level() -> None:
     torch.manual_seed(0)
-    moe = {"experts": 4, "top_k": 2, "hidden": 8}
-    size = {"width": 16, "layers": 1, "heads": 2, "moe": moe, "loss_weights": {}}
+    moe = MoEConfig(experts=4, top_k=2, hidden=8)
+    size = {"width": 16, "layers": 1, "heads": 2, "moe": moe}
     model = LanguageModel(11, 6, **size)
     start = torch.full((64, 1), 10)
     ranges = (range(5), range(5, 10))

@@ -21,9 +21,9 @@ FLAGS = {
     "image": ("--quantizer.codes", "32", "--quantizer.bias", "True", "--optimizer.lr", "0.01"),
     "residual": ("--quantizer.codes", "32", "--quantizer.residual_levels", "2"),
     "text": (
-        *("--task", "language_model", "--moe.expert_out_map", "linear", "--moe.experts", "8"),
-        *("--moe.router_map", "linear", "--moe.router_base_width", "4"),
-        *("--moe.expert_in_map", "diagonal", "--optimizer.lr", "0.01"),
+        *("--task", "language_model", "--moe.expert_out_map.kind", "linear", "--moe.experts", "8"),
+        *("--moe.router.map.kind", "linear", "--moe.router.map.base_width", "4"),
+        *("--moe.expert_in_map.kind", "diagonal", "--optimizer.lr", "0.01"),
     ),
 }
 

@@ -42,6 +42,8 @@ from simvq_moe.integrations.transformers import (
     moe_blocks,
     usage_by_layer,
 )
+from simvq_moe.moe.maps import LinearMap
+from simvq_moe.moe.routers.topk import TopKOptions
 
 VOCABULARY, WIDTH, EXPERTS, TOP_K = 40, 16, 8, 2
 SHAPE: dict[str, Any] = {
@@ -438,7 +440,9 @@ def test_a_mixtral_block_with_maps_is_our_layer_with_them() -> None:
     add_shared_maps(model, **EVERYWHERE)
     train(model)
     block, maps = moe_blocks(model)["model.layers.0.mlp"], model.shared_maps[0]
-    ours = MoE(WIDTH, 24, EXPERTS, TOP_K, expert="swiglu", **EVERYWHERE)
+    maps_of_ours: dict[str, Any] = {"expert_out_map": "linear", "expert_in_map": "linear"}
+    maps_of_ours["router"] = TopKOptions(map=LinearMap())
+    ours = MoE(WIDTH, 24, EXPERTS, TOP_K, expert="swiglu", **maps_of_ours)
     ours.load_state_dict(
         {
             "router.bank.base": block.get_parameter("gate.weight"),

@@ -10,17 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from simvq_moe import EMAVQ, FSQ, SimVQ
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.models.audio_discriminators import Discriminators
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_discriminator import PatchDiscriminator
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.moe.balances.aux import AuxBalance
+from simvq_moe.moe.balances.quantile import QuantileBalance
 
 
 def language_model(**options: Any) -> LanguageModel:
-    moe = {"hidden": 4, "experts": 4, "top_k": 2, "vocabulary": 17, **options}
+    own = {"hidden": 4, "experts": 4, "top_k": 2, "balance": AuxBalance(weight=0.01)}
+    moe = MoEConfig(**own | options)
     shape = {"width": 16, "layers": 2, "heads": 2, "document_mask": True}
-    return LanguageModel(17, 8, **shape, moe=moe, loss_weights={"balance": 0.01})
+    return LanguageModel(17, 8, **shape, moe=moe)
 
 
 def audio_tokenizer() -> AudioTokenizer:
@@ -38,7 +42,10 @@ def audio_tokenizer() -> AudioTokenizer:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "language model": (language_model, lambda: torch.randint(17, (2, 9))),
-    "quantile": (lambda: language_model(balance="quantile"), lambda: torch.randint(17, (2, 9))),
+    "quantile": (
+        lambda: language_model(balance=QuantileBalance()),
+        lambda: torch.randint(17, (2, 9)),
+    ),
     "image tokenizer": (
         lambda: ImageTokenizer(FSQ([4, 2]), hidden=4),
         lambda: torch.randn(2, 3, 16, 16),

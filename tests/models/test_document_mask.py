@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.models.attention import documents_of
 from simvq_moe.models.language_model import LanguageModel
 
@@ -23,8 +24,7 @@ def model(mask: bool = True, **options: Any) -> LanguageModel:
         width=16,
         layers=2,
         heads=2,
-        moe={"experts": 6, "top_k": 2, "hidden": 8},
-        loss_weights={},
+        moe=MoEConfig(experts=6, top_k=2, hidden=8),
         document_mask=mask,
         **options,
     )

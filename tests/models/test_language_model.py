@@ -13,10 +13,24 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters as dynamo_counters
 from torch.testing import assert_close
 
+from simvq_moe.config.moe import MoEConfig
+from simvq_moe.core.step_state import StepState
 from simvq_moe.core.usage import counters
 from simvq_moe.models.blocks import DenseBlock, MoEBlock
 from simvq_moe.models.language_model import LanguageModel, draw
-from simvq_moe.moe.running_mean import StepState
+from simvq_moe.moe.balances.aux import AuxBalance
+from simvq_moe.moe.balances.loss_free import LossFreeBalance
+from simvq_moe.moe.balances.none import NoBalance
+from simvq_moe.moe.balances.quantile import QuantileBalance
+from simvq_moe.moe.expert_kinds import GeluExpert, SwiGLUExpert
+from simvq_moe.moe.maps import LinearMap
+from simvq_moe.moe.routers.cosine import CosineOptions
+from simvq_moe.moe.routers.distance import DistanceOptions
+from simvq_moe.moe.routers.expert_choice import ExpertChoiceOptions
+from simvq_moe.moe.routers.hash import HashOptions
+from simvq_moe.moe.routers.hyper import HyperOptions
+from simvq_moe.moe.routers.noisy_topk import NoisyTopKOptions
+from simvq_moe.moe.routers.topk import TopKOptions
 
 OF_THE_MODEL = ("layers", "moe_every", "tied_head", "activation_checkpointing")
 
@@ -26,11 +40,9 @@ def model(**options: Any) -> LanguageModel:
     of_model: dict[str, Any] = {"layers": 2} | {
         k: v for k, v in options.items() if k in OF_THE_MODEL
     }
-    moe = {"experts": 6, "top_k": 2, "hidden": 8}
+    moe = {"experts": 6, "top_k": 2, "hidden": 8, "balance": AuxBalance(weight=0.5)}
     moe |= {k: v for k, v in options.items() if k not in OF_THE_MODEL}
-    return LanguageModel(
-        50, 12, width=16, heads=2, moe=moe, loss_weights={"balance": 0.5}, **of_model
-    )
+    return LanguageModel(50, 12, width=16, heads=2, moe=MoEConfig(**moe), **of_model)
 
 
 def test_a_later_token_changes_no_earlier_score() -> None:
@@ -56,9 +68,9 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token_plus_the_weighted_balan
 def test_arms_start_from_the_same_weights_and_the_same_first_loss() -> None:
     window = torch.randint(50, (3, 13))
     base = model()
-    for moe in ({"expert_out_map": "linear"}, {"router_map": "linear"}):
+    for moe in ({"expert_out_map": LinearMap()}, {"router": TopKOptions(map=LinearMap())}):
         assert_close(model(**moe)(window), base(window), rtol=0, atol=0)
-    narrow = model(router_map="linear", router_base_width=4)
+    narrow = model(router=TopKOptions(map=LinearMap(base_width=4)))
     for name, weight in base.state_dict().items():
         if "router" not in name:
             assert_close(narrow.state_dict()[name], weight, rtol=0, atol=0)
@@ -71,8 +83,8 @@ def test_the_last_of_every_so_many_blocks_has_a_mixture() -> None:
         assert [type(block) for block in lm.blocks] == expected
 
 
-@pytest.mark.parametrize("expert", ["gelu", "swiglu"])
-def test_a_dense_block_is_as_wide_as_the_experts_that_a_token_meets(expert: str) -> None:
+@pytest.mark.parametrize("expert", [GeluExpert(), SwiGLUExpert()])
+def test_a_dense_block_is_as_wide_as_the_experts_that_a_token_meets(expert: Any) -> None:
     block = model(moe_every=0, expert=expert, top_k=3, shared_experts=2).blocks[0]
     assert isinstance(block, DenseBlock)
     assert block.dense.down.weight.shape == (16, (3 + 2) * 8)
@@ -85,7 +97,7 @@ def test_blocks_of_all_arms_start_from_the_same_attention_whatever_follows_it() 
         {"moe_every": 2},
         {"experts": 9, "hidden": 4, "shared_experts": 1},
         {"tied_head": False},
-        {"router": "hash", "vocabulary": 50},
+        {"router": HashOptions(), "balance": NoBalance()},
     )
     for options in arms:
         other = model(layers=3, **options).state_dict()
@@ -113,9 +125,9 @@ def test_an_untied_head_has_a_matrix_of_its_own() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"balance": "loss_free", "centre_router_input": True},
-        {"router": "noisy_topk", "moe_every": 2},
-        {"balance": "quantile", "capacity_factor": 1.0, "expert_out_map": "linear"},
+        {"balance": LossFreeBalance(), "router": TopKOptions(centre=True)},
+        {"router": NoisyTopKOptions(), "moe_every": 2},
+        {"balance": QuantileBalance(), "capacity_factor": 1.0, "expert_out_map": LinearMap()},
         {"moe_every": 0},
     ],
     ids=["loss_free", "noisy", "capacity", "dense"],
@@ -159,7 +171,7 @@ def untyped() -> Iterator[None]:
     [
         (torch.float32, {}),
         (torch.float32, {"moe_every": 2, "activation_checkpointing": True}),
-        (torch.bfloat16, {"balance": "loss_free", "shared_experts": 1}),
+        (torch.bfloat16, {"balance": LossFreeBalance(), "shared_experts": 1}),
     ],
     ids=["attention", "dense and checkpointed", "mixtures"],
 )
@@ -227,7 +239,7 @@ def test_generated_tokens_are_drawn_by_temperature_from_the_best() -> None:
 
 
 def test_generation_repeats_with_its_seed_counts_nothing_and_leaves_the_rest_as_it_was() -> None:
-    lm = model(balance="loss_free")
+    lm = model(balance=LossFreeBalance())
     tokens, state = torch.tensor([[3, 1, 4]]), torch.get_rng_state()
     found = [
         lm.generate(tokens, 20, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
@@ -250,9 +262,9 @@ def test_generation_needs_a_beginning() -> None:
     [
         {},
         {"moe_every": 2, "tied_head": False},
-        {"expert": "swiglu", "shared_experts": 1, "capacity_factor": 1.0},
-        {"router": "noisy_topk"},
-        {"router": "expert_choice", "gates": "softmax_topk"},
+        {"expert": SwiGLUExpert(), "shared_experts": 1, "capacity_factor": 1.0},
+        {"router": NoisyTopKOptions()},
+        {"router": ExpertChoiceOptions()},
     ],
     ids=["plain", "untied", "swiglu", "noisy_topk", "expert_choice"],
 )
@@ -272,11 +284,11 @@ def test_merged_norms_leave_ones_and_the_same_scores(options: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"router": "cosine"}, "CosineRouter has no rows"),
-        ({"router": "distance"}, "DistanceRouter has no rows"),
-        ({"router": "hyper"}, "HyperRouter has no rows"),
-        ({"centre_router_input": True}, "TopKRouter takes a mean off its input"),
-        ({"expert_in_map": "linear"}, "fold the maps first"),
+        ({"router": CosineOptions()}, "CosineRouter has no rows"),
+        ({"router": DistanceOptions()}, "DistanceRouter has no rows"),
+        ({"router": HyperOptions()}, "HyperRouter has no rows"),
+        ({"router": TopKOptions(centre=True)}, "TopKRouter takes a mean off its input"),
+        ({"expert_in_map": LinearMap()}, "fold the maps first"),
     ],
     ids=["cosine", "distance", "hyper", "centred", "mapped"],
 )

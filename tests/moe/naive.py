@@ -10,11 +10,15 @@ from torch import Tensor
 
 from simvq_moe import MoE
 from simvq_moe.core.whitening import Whitening
-from simvq_moe.moe.routers.base import NoisyTopKRouter, TopKRouter
-from simvq_moe.moe.routers.distance import CosineRouter, DistanceRouter
-from simvq_moe.moe.routers.expert_choice import ExpertChoiceRouter, HashRouter
+from simvq_moe.moe.routers.cosine import CosineRouter
+from simvq_moe.moe.routers.distance import DistanceRouter
+from simvq_moe.moe.routers.expert_choice import ExpertChoiceRouter
+from simvq_moe.moe.routers.hash import HashRouter
 from simvq_moe.moe.routers.hyper import HyperRouter
+from simvq_moe.moe.routers.noisy_topk import NoisyTopKRouter
+from simvq_moe.moe.routers.rows import RowRouter
 from simvq_moe.moe.routers.self_selecting import SelfSelectingRouter
+from simvq_moe.moe.routers.topk import TopKRouter
 
 
 def map_of(moe: MoE) -> Tensor:
@@ -38,7 +42,7 @@ def score(moe: MoE, x: Tensor, noise: Tensor) -> Tensor:
         rows = [hidden @ part for part in router.B.split(moe.width, dim=1)]
         logits = torch.stack([row @ x for row in rows])
         return logits if router.bias is None else logits + router.bias
-    assert isinstance(router, TopKRouter)
+    assert isinstance(router, RowRouter)
     rows = router.bank.rows()
     if isinstance(router, CosineRouter):
         h = router.projection @ x
@@ -46,6 +50,7 @@ def score(moe: MoE, x: Tensor, noise: Tensor) -> Tensor:
         return torch.stack([h @ row / (h.norm() * row.norm()) / t for row in rows])
     if isinstance(router, DistanceRouter):
         return torch.stack([-(x - row).square().sum() / len(x) ** 0.5 for row in rows])
+    assert isinstance(router, TopKRouter)
     logits = torch.stack([row @ x for row in rows])
     if router.bias is not None:
         logits = logits + router.bias
@@ -96,7 +101,7 @@ def expert(moe: MoE, e: int, x: Tensor) -> Tensor:
         first = low @ (key @ x)
         if experts.gate is not None:
             first = torch.cat([first, up @ map_of(moe) @ x])
-    if experts.kind == "gelu":
+    if experts.expert.kind == "gelu":
         hidden = F.gelu(first)
     else:
         half = len(first) // 2

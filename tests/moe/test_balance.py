@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from simvq_moe.config.moe import MoEConfig
+from simvq_moe.core.step_state import after_step
 from simvq_moe.core.usage import usage
-from simvq_moe.moe.balance import load_balance_loss, mean_losses, z_loss
+from simvq_moe.moe.balances.base import load_balance_loss
+from simvq_moe.moe.balances.loss_free import LossFreeBalance, LossFreeBias
+from simvq_moe.moe.balances.quantile import QuantileBalance, QuantileBias
+from simvq_moe.moe.losses import mean_losses, z_loss
 from simvq_moe.moe.routers.base import Router, Routing
-from simvq_moe.moe.routers.build import build_router
-from simvq_moe.moe.running_mean import after_step
-from simvq_moe.moe.selection_bias import LossFreeBias, QuantileBias
 
 
 def counts(ids: torch.Tensor, experts: int) -> torch.Tensor:
@@ -85,22 +87,23 @@ def test_quantile_biases_are_the_quantiles_of_the_scores_that_would_have_been_ne
     assert_close(bias.bias, needed - needed.mean(), rtol=0.036, atol=1e-3)
 
 
-def skewed(balance: Any, gates: Any, **options: Any) -> tuple[Router, torch.Tensor]:
+def skewed(balance: Any, gates: Any) -> tuple[Router, torch.Tensor]:
     """A router whose input leans to one side, so that a few experts get most tokens."""
     torch.manual_seed(0)
-    router = build_router("topk", 16, 16, 2, gates=gates, balance=balance, **options)
+    layer = MoEConfig(experts=16, top_k=2, gates=gates)
+    router: Router = layer.router.build(16, layer, None)
+    router.selection = balance.biases(16, 2)
     return router, torch.randn(2000, 16) + torch.randn(16)
 
 
 @pytest.mark.parametrize("gates", ["softmax_topk", "topk_softmax", "sigmoid"])
 @pytest.mark.parametrize(
-    ("balance", "options", "steps"),
-    [("loss_free", {"bias_update_rate": 0.002}, 500), ("quantile", {}, 5)],
+    ("balance", "steps"), [(LossFreeBalance(rate=0.002), 500), (QuantileBalance(), 5)]
 )
 def test_biases_even_out_a_skewed_router_and_leave_its_gates_alone(
-    balance: str, options: dict[str, Any], steps: int, gates: Any
+    balance: Any, steps: int, gates: Any
 ) -> None:
-    router, x = skewed(balance, gates, **options)
+    router, x = skewed(balance, gates)
     before = usage(router(x).counts)
     after_step(router)
     for _ in range(steps - 1):

@@ -14,18 +14,23 @@ from simvq_moe import MoE
 from simvq_moe.core.bank import Bank
 from simvq_moe.engine.world import World
 from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
+from simvq_moe.moe.maps import LinearMap, NoMap
+from simvq_moe.moe.routers.topk import TopKOptions
 from tests.two_ranks import TwoRanks
 
 RANKS, WIDTH, EXPERTS = 2, 8, 6
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "maps": {"expert_out_map": "linear", "expert_in_map": "low_rank", "router_map": "linear"},
+    "maps": {
+        "expert_out_map": "linear",
+        "expert_in_map": "low_rank",
+        "router": TopKOptions(map=LinearMap()),
+    },
     "per expert": {"expert_out_map": "separate", "expert_in_map": "separate"},
     "swiglu": {"expert": "swiglu", "shared_experts": 1, "expert_in_map": "diagonal"},
     "frozen experts": {
-        "train_expert_in_base": False,
-        "train_expert_out_base": False,
-        "expert_out_map": "linear",
+        "expert_in_map": NoMap(train_base=False),
+        "expert_out_map": LinearMap(train_base=False),
     },
     "capacity": {"capacity_factor": 4.0},
     "self-selecting": {"router": "self_selecting", "expert_in_map": "linear"},
@@ -121,7 +126,7 @@ def test_deepspeeds_layer_without_drops_equals_ours(
         torch.manual_seed(1)
         moe.reset(0.5, 0.5)
     x = torch.randn(3, 10, WIDTH)
-    (y, routing), (z, same) = ours.route_and_run(x), theirs.route_and_run(x)
+    (y, routing), (z, same) = (m(x, with_routing=True) for m in (ours, theirs))
     assert_close(z, y)
     assert_close(same.ids, routing.ids)
     assert_close(same.gates, routing.gates)
@@ -138,7 +143,7 @@ def test_deepspeeds_layer_without_drops_equals_ours(
 def test_deepspeeds_layer_counts_what_it_drops(world: World) -> None:
     assert world.size == 1
     moe = DeepSpeedCapacityMoE(WIDTH, 4, EXPERTS, 2, capacity_factor=0.5)
-    moe.route_and_run(torch.randn(30, WIDTH))
+    moe(torch.randn(30, WIDTH))
     assert int(moe.usage.sum()) == 60
     assert int(moe.kept.counts.max()) <= 5
     assert 0 < int(moe.kept.counts.sum()) < 60

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from simvq_moe import MoE
-from simvq_moe.core.bank import Bank, Transform
+from simvq_moe.config.moe import MapOptions
+from simvq_moe.config.registry import kinds
+from simvq_moe.core.bank import Bank
 from simvq_moe.moe.dispatch import within_capacity
 from simvq_moe.moe.experts import grouped_product
-from simvq_moe.moe.routers.base import TopKRouter
+from simvq_moe.moe.maps import LinearMap, LowRankMap
+from simvq_moe.moe.routers.topk import TopKOptions, TopKRouter
 
 WIDTH, HIDDEN, EXPERTS, TOP_K = 8, 6, 5, 2
 MAPS: list[dict[str, Any]] = [
@@ -25,14 +28,22 @@ MAPS: list[dict[str, Any]] = [
     {"expert_out_map": "linear"},
     {"expert_out_map": "diagonal"},
     {"expert_in_map": "linear"},
-    {"router_map": "linear", "router_base_width": 3, "train_router_base": False},
-    {"expert_out_map": "linear", "expert_in_map": "diagonal", "router_map": "linear"},
+    {"router": TopKOptions(map=LinearMap(base_width=3, train_base=False))},
+    {
+        "expert_out_map": "linear",
+        "expert_in_map": "diagonal",
+        "router": TopKOptions(map=LinearMap()),
+    },
     {"expert_out_map": "linear", "gates": "softmax_topk"},
-    {"expert_out_map": "low_rank", "expert_in_map": "separate", "map_rank": 2},
-    {"expert_out_map": "separate", "router_map": "low_rank", "gates": "sigmoid"},
+    {"expert_out_map": LowRankMap(rank=2), "expert_in_map": "separate"},
+    {
+        "expert_out_map": "separate",
+        "router": TopKOptions(map=LowRankMap()),
+        "gates": "sigmoid",
+    },
     {"expert": "swiglu", "expert_in_map": "linear", "expert_out_map": "diagonal"},
     {"expert": "swiglu", "expert_in_map": "separate", "shared_experts": 2},
-    {"expert_out_bias": True, "expert_out_map": "linear", "train_expert_out_base": False},
+    {"expert_out_bias": True, "expert_out_map": LinearMap(train_base=False)},
 ]
 MAP_PARAMETERS = {"W", "A", "B", "out_bias"}
 
@@ -64,10 +75,10 @@ def by_hand(moe: MoE, x: Tensor) -> Tensor:
         chosen = scores.argsort(descending=True)[:TOP_K]
         y = torch.zeros_like(token)
         for g, e in zip(gates_by_hand(moe, scores, chosen), chosen, strict=True):
-            y = y + g * (activated(moe.experts.kind, up[e] @ token) @ down[e])
+            y = y + g * (activated(moe.experts.expert.kind, up[e] @ token) @ down[e])
         if moe.shared_experts is not None:
             first, last = moe.shared_experts.up.weight, moe.shared_experts.down.weight
-            y = y + last @ activated(moe.experts.kind, first @ token)
+            y = y + last @ activated(moe.experts.expert.kind, first @ token)
         out.append(y + bias)
     return torch.stack(out)
 
@@ -137,18 +148,22 @@ def test_map_after_the_sum_equals_sum_of_mapped_experts() -> None:
     ("site", "kind"),
     [
         (site, kind)
-        for site in ("expert_out_map", "expert_in_map", "router_map")
-        for kind in ("linear", "diagonal", "low_rank", "separate")
-        if (site, kind) != ("router_map", "separate")
+        for site in ("expert_out_map", "expert_in_map", "router")
+        for kind in kinds(MapOptions)
+        if (site, kind) != ("router", "separate")
     ],
 )
 def test_a_map_starts_as_the_identity_so_that_step_0_equals_the_baseline(
-    site: str, kind: Transform
+    site: str, kind: str
 ) -> None:
     torch.manual_seed(1)
     plain = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K)
     torch.manual_seed(1)
-    mapped = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, **{site: kind})  # pyright: ignore[reportArgumentType]
+    made = kinds(MapOptions)[kind]()
+    mapped = MoE(
+        *(WIDTH, HIDDEN, EXPERTS, TOP_K),
+        **{site: TopKOptions(map=made) if site == "router" else made},  # pyright: ignore[reportArgumentType]
+    )
     x = torch.randn(11, WIDTH)
     assert_close(mapped(x), plain(x), rtol=0, atol=0)
 
@@ -157,7 +172,8 @@ def test_a_router_of_another_width_leaves_the_experts_start_alone() -> None:
     torch.manual_seed(1)
     plain = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K)
     torch.manual_seed(1)
-    narrow = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router_map="linear", router_base_width=3)
+    options = TopKOptions(map=LinearMap(base_width=3))
+    narrow = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router=options)
     assert_close(narrow.experts.up.base, plain.experts.up.base, rtol=0, atol=0)
     assert_close(torch.randn(3), torch.randn(3, generator=_same_stream()), rtol=0, atol=0)
 
@@ -224,7 +240,8 @@ def test_too_many_choices_are_refused() -> None:
 
 
 def test_a_frozen_router_base_is_no_parameter() -> None:
-    moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router_map="linear", train_router_base=False)
+    options = TopKOptions(map=LinearMap(train_base=False))
+    moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router=options)
     assert "router.bank.base" not in dict(moe.named_parameters())
     assert isinstance(bank_of(moe).W, nn.Parameter)
 

@@ -13,17 +13,18 @@ from simvq_moe.config.checks import check
 from simvq_moe.config.checks_moe import with_gates
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import ConfigError
+from simvq_moe.config.moe import RouterOptions
+from simvq_moe.config.registry import kinds
 from simvq_moe.config.schema import Config
+from simvq_moe.core.step_state import after_step
 from simvq_moe.engine.optimizer import parameter_groups
 from simvq_moe.engine.world import World
 from simvq_moe.inference.fold import fold_weights
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
-from simvq_moe.moe.running_mean import after_step
 from simvq_moe.runs import checkpoint
 from simvq_moe.tasks.models import build_model
 from simvq_moe.tasks.registry import task_of
-from tests.moe.test_routers import KINDS
 from tests.short_training import train_two_steps
 
 TINY = (
@@ -32,30 +33,30 @@ TINY = (
     *("--language_model.heads", "2", "--train.batch_size", "8", "--moe.experts", "8"),
     *("--moe.top_k", "2", "--moe.hidden", "8"),
 )
+WHITE = "--moe.router.whiten.kind"
 ARMS = {
-    **{kind: f"--moe.router {kind}" for kind in KINDS},
-    "expert_choice": "--moe.router expert_choice --moe.gates softmax_topk",
-    "frozen": "--moe.train_router_base False",
-    "centred": "--moe.centre_router_input True",
-    "whitened": "--moe.whiten_router_input full --moe.balance loss_free --train.accumulation 2",
+    **{kind: f"--moe.router.kind {kind}" for kind in kinds(RouterOptions)},
+    "frozen": "--moe.router.map.train_base False",
+    "centred": "--moe.router.centre True",
+    "whitened": f"{WHITE} full --moe.balance.kind loss_free --train.accumulation 2",
     "whitened by low rank": (
-        "--moe.whiten_router_input low_rank --moe.whitening_rank 4 --moe.router noisy_topk "
-        "--moe.router_map linear --moe.router_base_width 3 --train.dtype bf16"
+        f"--moe.router.kind noisy_topk {WHITE} low_rank --moe.router.whiten.rank 4 "
+        "--moe.router.map.kind linear --moe.router.map.base_width 3 --train.dtype bf16"
     ),
-    "aux": "--moe.balance aux --moe.z_loss_weight 0.001",
-    "loss_free": "--moe.balance loss_free --moe.gates sigmoid",
-    "quantile": "--moe.balance quantile --train.accumulation 2 --train.dtype bf16",
+    "aux": "--moe.balance.kind aux --moe.z_loss_weight 0.001",
+    "loss_free": "--moe.balance.kind loss_free --moe.gates sigmoid",
+    "quantile": "--moe.balance.kind quantile --train.accumulation 2 --train.dtype bf16",
     "distance, data": (
-        "--moe.router distance --moe.router_map linear --moe.train_router_base False "
-        "--moe.router_init data --moe.balance aux"
+        "--moe.router.kind distance --moe.router.map.kind linear --moe.router.map.train_base False "
+        "--moe.router.init data --moe.balance.kind aux"
     ),
     "selves, data": (
-        "--moe.router self_selecting --moe.expert_in_map linear --moe.router_init data "
-        "--moe.expert swiglu"
+        "--moe.router.kind self_selecting --moe.expert_in_map.kind linear --moe.router.init data "
+        "--moe.expert.kind swiglu"
     ),
     "cosine, Q W": (
-        "--moe.router cosine --moe.router_map linear --moe.router_base_width 3 "
-        "--moe.router_projection 6 --moe.balance loss_free --moe.centre_router_input True"
+        "--moe.router.kind cosine --moe.router.map.kind linear --moe.router.map.base_width 3 "
+        "--moe.router.projection 6 --moe.balance.kind loss_free --moe.router.centre True"
     ),
 }
 
@@ -83,7 +84,7 @@ def test_every_router_and_balance_trains_two_steps(arm: str, corpus: Path, world
 
 
 def test_training_moves_biases_and_means_once_a_step(corpus: Path, world: World) -> None:
-    flags = "--moe.balance loss_free --moe.centre_router_input True --train.accumulation 2"
+    flags = "--moe.balance.kind loss_free --moe.router.centre True --train.accumulation 2"
     made = config(flags, "--data.source", str(corpus), "--name", "steps")
     train_two_steps(made, corpus.parent / "runs", world)
     state = checkpoint.load_weights(corpus.parent / "runs" / "steps" / "checkpoints" / "2")
@@ -118,43 +119,78 @@ def test_a_model_with_folded_weights_computes_the_same(arm: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--moe.router hash --moe.router_map linear", "router_map linear means nothing to"),
-        ("--moe.router hyper --moe.train_router_base False", "train_router_base False means"),
+        # options of other kinds
+        ("--moe.router.kind hash --moe.router.map.kind linear", "moe.router.map.kind linear"),
+        ("--moe.router.kind hyper --moe.router.map.train_base False", "moe.router.map.train_base"),
+        (f"--moe.router.kind distance {WHITE} full", "moe.router.whiten.kind full"),
+        ("--moe.router.kind cosine --moe.router.bias True", "moe.router.bias 'True' belongs to"),
+        ("--moe.router.whiten.every 2", "belongs to moe.router.whiten.kind 'full', 'diagonal' or"),
         (
-            "--moe.router distance --moe.whiten_router_input full",
-            "moe.whiten_router_input full means",
+            f"{WHITE} full --moe.router.whiten.rank 2",
+            "belongs to moe.router.whiten.kind 'low_rank'",
         ),
-        ("--moe.router cosine --moe.router_bias True", "moe.router_bias True means nothing to"),
-        ("--moe.whitening_every 2", "moe.whitening_every 2 with moe.whiten_router_input 'none'"),
+        ("--moe.router.projection 4", "belongs to moe.router.kind 'cosine', not 'topk': drop it"),
+        ("--moe.router.rank 4", "belongs to moe.router.kind 'self_selecting'"),
+        ("--moe.router.codebook_weight 2", "belongs to moe.router.kind 'distance'"),
+        ("--moe.router.commitment_weight 2", "belongs to moe.router.kind 'distance'"),
+        ("--moe.router.init data", "belongs to moe.router.kind 'distance' or 'self_selecting'"),
+        ("--moe.router.kind hash --moe.router.centre True", "moe.router.centre 'True' belongs to"),
+        ("--moe.balance.rate 0.1", "belongs to moe.balance.kind 'loss_free', not 'none': drop it"),
         (
-            "--moe.whiten_router_input full --moe.whitening_rank 2",
-            "moe.whitening_rank 2 with moe.whiten_router_input 'full': drop it, or use 'low_rank'",
+            "--moe.router.kind cosine --moe.router.map.base_width 16",
+            "belongs to moe.router.map.kind 'linear', not 'none'",
         ),
-        ("--moe.whiten_router_input low_rank", "moe.whitening_rank 32 >= language_model.width 16"),
-        ("--moe.whiten_router_input full --moe.centre_router_input True", "centres as well"),
-        ("--moe.whiten_router_input full --moe.whitening_decay 1", "moe.whitening_decay 1"),
-        ("--moe.whiten_router_input full --moe.whitening_floor 0", "moe.whitening_floor 0"),
-        ("--moe.whiten_router_input full --moe.whitening_exponent nan", "whitening_exponent nan"),
-        ("--moe.router_projection 4", "moe.router_projection 4 means nothing to moe.router 'topk'"),
-        ("--moe.self_selecting_rank 4", "drop it, or use router self_selecting"),
-        ("--moe.router_codebook_weight 2", "drop it, or use router distance"),
-        ("--moe.router_commitment_weight 2", "drop it, or use router distance"),
-        ("--moe.router_init data", "drop it, or use router distance or self_selecting"),
-        ("--moe.router distance --moe.router_init data", "sets moe.router_map, which is 'none'"),
-        ("--moe.router self_selecting --moe.router_init data", "sets moe.expert_in_map"),
-        ("--moe.router hash --moe.centre_router_input True", "moe.centre_router_input True means"),
-        ("--moe.router hash --moe.z_loss_weight 1", "moe.z_loss_weight 1.0 means nothing to"),
-        ("--moe.router hash --moe.balance aux", "moe.balance aux means nothing to moe.router 'h"),
-        ("--moe.router hash --moe.gates softmax_topk", "its gates are equal and sum to 1: set"),
-        ("--moe.router expert_choice", "its gates are the softmax over all experts: set"),
+        # values
+        (f"{WHITE} full --moe.router.whiten.decay 1", "moe.router.whiten.decay 1"),
+        (f"{WHITE} full --moe.router.whiten.floor 0", "moe.router.whiten.floor 0"),
+        (f"{WHITE} full --moe.router.whiten.exponent nan", "moe.router.whiten.exponent nan"),
+        ("--moe.balance.rate -1 --moe.balance.kind loss_free", "moe.balance.rate -1.0 < 0"),
+        # what does not go together
+        (f"{WHITE} low_rank", "moe.router.whiten.rank 32 >= width 16 of the model: lower it"),
+        (f"{WHITE} full --moe.router.centre True", "which centres as well: drop moe.router.centre"),
+        (
+            "--moe.router.kind distance --moe.router.init data",
+            "moe.router.init 'data' sets moe.router.map, whose kind is 'none': use 'linear' or",
+        ),
+        (
+            "--moe.router.kind self_selecting --moe.router.init data",
+            "moe.router.init 'data' sets moe.expert_in_map, whose kind is 'none'",
+        ),
+        ("--moe.router.map.kind separate", "moe.router.map.kind 'separate': a router's rows are"),
+        (
+            "--moe.expert_in_map.kind linear --moe.expert_in_map.base_width 4",
+            "moe.expert_in_map.base_width 4: projections of experts have the width of the model",
+        ),
+        (
+            "--moe.router.kind hash --moe.z_loss_weight 1",
+            "moe.z_loss_weight 1.0 means nothing to moe.router.kind 'hash', which has no scores",
+        ),
+        (
+            "--moe.router.kind hash --moe.balance.kind aux",
+            "moe.balance.kind 'aux' means nothing to moe.router.kind 'hash'",
+        ),
+        (
+            "--moe.router.kind hash --moe.gates softmax_topk",
+            "its gates are equal and sum to 1: set 'topk_softmax'",
+        ),
+        (
+            "--moe.router.kind expert_choice --moe.gates topk_softmax",
+            "its gates are the softmax over all experts: set 'softmax_topk'",
+        ),
         (f"{ARMS['expert_choice']} --moe.capacity_factor 2", "moe.capacity_factor 2.0 means"),
-        (f"{ARMS['expert_choice']} --moe.balance loss_free", "moe.balance loss_free means"),
-        ("--moe.router self_selecting --moe.expert_in_map separate", "keys are separate already"),
-        ("--moe.balance quantile --moe.top_k 8", "every expert is chosen: lower moe.top_k"),
-        ("--moe.bias_update_rate 0.1", "drop it, or use moe.balance 'loss_free'"),
-        ("--moe.bias_update_rate -1 --moe.balance loss_free", "moe.bias_update_rate -1.0 < 0"),
-        ("--moe.router cosine --moe.router_base_width 16", "moe.router_base_width 16 with"),
-        ("--moe.dispatch deepspeed_capacity --moe.router hash", "moe.router hash with"),
+        (
+            f"{ARMS['expert_choice']} --moe.balance.kind loss_free",
+            "moe.balance.kind 'loss_free' means nothing to",
+        ),
+        (
+            "--moe.router.kind self_selecting --moe.expert_in_map.kind separate",
+            "keys are separate already",
+        ),
+        ("--moe.balance.kind quantile --moe.top_k 8", "every expert is chosen: lower moe.top_k"),
+        (
+            "--moe.dispatch deepspeed_capacity --moe.router.kind hash",
+            "moe.router.kind hash with moe.dispatch 'deepspeed_capacity'",
+        ),
     ],
 )
 def test_options_that_mean_nothing_together_are_refused(flags: str, message: str) -> None:
@@ -167,7 +203,7 @@ def test_options_that_mean_nothing_together_are_refused(flags: str, message: str
 ONE_OF_EIGHT = "--moe.top_k 1 --moe.experts 8"
 
 
-@pytest.mark.parametrize("more", ["", "--moe.balance aux", "--moe.balance loss_free"])
+@pytest.mark.parametrize("more", ["", "--moe.balance.kind aux", "--moe.balance.kind loss_free"])
 def test_one_chosen_expert_has_a_gate_that_teaches_the_router(more: str) -> None:
     made = config(f"{ONE_OF_EIGHT} {more}")
     check(made)
@@ -186,16 +222,18 @@ def test_one_chosen_expert_has_a_gate_that_teaches_the_router(more: str) -> None
 @pytest.mark.parametrize("router", ["topk", "noisy_topk", "cosine", "hyper"])
 def test_a_constant_gate_is_refused_by_name(router: str, gates: str) -> None:
     with pytest.raises(ConfigError, match=rf"moe.gates '{gates}' with moe.top_k 1: .*softmax_topk"):
-        check(config(f"{ONE_OF_EIGHT} --moe.router {router} --moe.gates {gates}"))
+        check(config(f"{ONE_OF_EIGHT} --moe.router.kind {router} --moe.gates {gates}"))
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         "--moe.top_k 1 --moe.experts 1 --moe.gates topk_softmax",  # nothing to choose
-        f"{ONE_OF_EIGHT} --moe.gates sigmoid --moe.train_router_base False",  # frozen on purpose
-        f"{ONE_OF_EIGHT} --moe.gates sigmoid --moe.router distance",  # learns by its own losses
-        f"{ONE_OF_EIGHT} --moe.router hash",
+        # frozen on purpose
+        f"{ONE_OF_EIGHT} --moe.gates sigmoid --moe.router.map.train_base False",
+        # learns by its own losses
+        f"{ONE_OF_EIGHT} --moe.gates sigmoid --moe.router.kind distance",
+        f"{ONE_OF_EIGHT} --moe.router.kind hash",
         f"{ONE_OF_EIGHT} --moe.dispatch deepspeed_capacity",
     ],
 )
@@ -204,16 +242,16 @@ def test_a_router_that_needs_no_gate_to_learn_is_left_alone(flags: str) -> None:
 
 
 def test_gates_that_are_spelled_out_are_those_of_the_layer() -> None:
-    for flags in ("", ONE_OF_EIGHT, "--moe.router hash --moe.top_k 1"):
+    for flags in ("", ONE_OF_EIGHT, "--moe.router.kind hash --moe.top_k 1"):
         made = with_gates(config(flags))
         layer = next(m for m in build_model(config(flags)).modules() if isinstance(m, MoE))
         assert layer.router.gates == made.moe.gates != "default"
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hash"])
+@pytest.mark.parametrize("kind", [kind for kind in kinds(RouterOptions) if kind != "hash"])
 def test_the_factor_of_routers_covers_all_of_them_but_their_maps(kind: str) -> None:
-    mapped = {"hyper": "", "self_selecting": "--moe.expert_in_map linear"}
-    flags = f"{ARMS[kind]} {mapped.get(kind, '--moe.router_map linear')}"
+    mapped = {"hyper": "", "self_selecting": "--moe.expert_in_map.kind linear"}
+    flags = f"{ARMS[kind]} {mapped.get(kind, '--moe.router.map.kind linear')}"
     factors = "--optimizer.lr 1 --optimizer.router_lr_multiplier 0.1 --optimizer.weight_decay 0.1"
     made = config(f"{flags} {factors} --optimizer.map_lr_multiplier 5")
     model = build_model(made)

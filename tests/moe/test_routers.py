@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,75 +15,83 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from simvq_moe import MoE
+from simvq_moe.config.moe import ExpertOptions, MapOptions, RouterOptions
+from simvq_moe.config.registry import kinds, of_kind
+from simvq_moe.core.step_state import after_step
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.engine.world import World
-from simvq_moe.moe.balance import load_balance_loss, z_loss
-from simvq_moe.moe.routers.base import NOBODY, NoisyTopKRouter, Router, Routing, TopKRouter
-from simvq_moe.moe.routers.build import RouterKind, start_from_data
-from simvq_moe.moe.routers.distance import DistanceRouter
-from simvq_moe.moe.routers.expert_choice import HashRouter
-from simvq_moe.moe.running_mean import RunningMean, after_step
+from simvq_moe.moe.balances.base import load_balance_loss
+from simvq_moe.moe.balances.loss_free import LossFreeBalance
+from simvq_moe.moe.losses import z_loss
+from simvq_moe.moe.maps import LinearMap, NoMap, SeparateMaps
+from simvq_moe.moe.routers.base import NOBODY, Router, Routing, start_from_data
+from simvq_moe.moe.routers.cosine import CosineOptions
+from simvq_moe.moe.routers.distance import DistanceOptions, DistanceRouter
+from simvq_moe.moe.routers.expert_choice import ExpertChoiceOptions
+from simvq_moe.moe.routers.hash import HashRouter
+from simvq_moe.moe.routers.hyper import HyperOptions
+from simvq_moe.moe.routers.noisy_topk import NoisyTopKOptions, NoisyTopKRouter
+from simvq_moe.moe.routers.self_selecting import SelfSelectingOptions
+from simvq_moe.moe.routers.topk import TopKOptions, TopKRouter
+from simvq_moe.moe.running_mean import RunningMean
+from simvq_moe.moe.whitening import ChannelVariances, FullCovariance, LargestDirections
 from tests.moe import naive
 from tests.two_ranks import TwoRanks
 
 WIDTH, HIDDEN, EXPERTS, TOP_K, VOCABULARY, TOKENS = 8, 6, 5, 2, 23, 7
-NARROW = {"router_map": "linear", "router_base_width": 3, "train_router_base": False}
-SELVES = {"router": "self_selecting", "self_selecting_rank": 3}
-CHOICE = {"router": "expert_choice", "gates": "softmax_topk"}
-LOW_RANK = {"whiten_router_input": "low_rank", "whitening_rank": 3}
+NARROW = LinearMap(base_width=3, train_base=False)
+LOW_RANK = LargestDirections(rank=3)
+SELVES = SelfSelectingOptions(rank=3)
 CASES: dict[str, dict[str, Any]] = {
     "topk": {},
-    "topk, frozen": {"train_router_base": False},
-    "topk, Q W": NARROW,
-    "topk, centred": {"centre_router_input": True, "gates": "sigmoid"},
+    "topk, frozen": {"router": TopKOptions(map=NoMap(train_base=False))},
+    "topk, Q W": {"router": TopKOptions(map=NARROW)},
+    "topk, centred": {"router": TopKOptions(centre=True), "gates": "sigmoid"},
     "topk, loss free": {"balance": "loss_free", "gates": "softmax_topk"},
     "topk, quantile": {"balance": "quantile", "gates": "sigmoid"},
     "noisy": {"router": "noisy_topk"},
-    "noisy, Q W": {"router": "noisy_topk", "router_map": "linear", "gates": "sigmoid"},
+    "noisy, Q W": {"router": NoisyTopKOptions(map=LinearMap()), "gates": "sigmoid"},
     "cosine": {"router": "cosine"},
-    "cosine, Q W": {"router": "cosine", "router_projection": 4, **NARROW},
+    "cosine, Q W": {"router": CosineOptions(projection=4, map=NARROW)},
     "cosine, loss free": {"router": "cosine", "balance": "loss_free"},
     "hyper": {"router": "hyper"},
-    "hyper, centred": {"router": "hyper", "centre_router_input": True, "gates": "softmax_topk"},
+    "hyper, centred": {"router": HyperOptions(centre=True), "gates": "softmax_topk"},
     "distance": {"router": "distance"},
-    "distance, Q W": {"router": "distance", **NARROW},
+    "distance, Q W": {"router": DistanceOptions(map=NARROW)},
     "distance, Q W + b": {
-        "router": "distance",
-        "router_map": "linear",
-        "router_init": "data",
-        "centre_router_input": True,
+        "router": DistanceOptions(map=LinearMap(), init="data", centre=True),
     },
-    "selves": SELVES,
-    "selves, frozen": {**SELVES, "train_router_base": False, "expert_in_map": "linear"},
-    "selves, A": {**SELVES, "expert_in_map": "linear", "expert_out_map": "linear"},
-    "selves, A, swiglu": {**SELVES, "expert_in_map": "low_rank", "expert": "swiglu"},
+    "selves": {"router": SELVES},
+    "selves, frozen": {"router": replace(SELVES, train_base=False), "expert_in_map": "linear"},
+    "selves, A": {"router": SELVES, "expert_in_map": "linear", "expert_out_map": "linear"},
+    "selves, A, swiglu": {"router": SELVES, "expert_in_map": "low_rank", "expert": "swiglu"},
     "selves, centred": {
-        **SELVES,
+        "router": replace(SELVES, centre=True),
         "expert": "swiglu",
         "expert_in_map": "diagonal",
-        "centre_router_input": True,
         "gates": "softmax_topk",
     },
-    "selves, quantile": {**SELVES, "balance": "quantile"},
-    "topk, bias": {"router_bias": True},
-    "topk, whitened": {"whiten_router_input": "full", "router_bias": True},
-    "topk, Q W, whitened": {**NARROW, "whiten_router_input": "diagonal", "gates": "sigmoid"},
-    "topk, low rank, loss free": {**LOW_RANK, "balance": "loss_free"},
-    "noisy, whitened": {"router": "noisy_topk", "whiten_router_input": "full"},
-    "noisy, bias, whitened": {"router": "noisy_topk", "router_bias": True, **LOW_RANK},
-    "hyper, whitened": {"router": "hyper", "whiten_router_input": "full"},
-    "hyper, bias, whitened": {"router": "hyper", "router_bias": True, **LOW_RANK},
-    "expert choice": CHOICE,
-    "expert choice, whitened": {**CHOICE, "whiten_router_input": "full"},
-    "expert choice, Q W": {**CHOICE, **NARROW, "centre_router_input": True},
+    "selves, quantile": {"router": SELVES, "balance": "quantile"},
+    "topk, bias": {"router": TopKOptions(bias=True)},
+    "topk, whitened": {"router": TopKOptions(whiten=FullCovariance(), bias=True)},
+    "topk, Q W, whitened": {
+        "router": TopKOptions(map=NARROW, whiten=ChannelVariances()),
+        "gates": "sigmoid",
+    },
+    "topk, low rank, loss free": {
+        "router": TopKOptions(whiten=LOW_RANK),
+        "balance": "loss_free",
+    },
+    "noisy, whitened": {"router": NoisyTopKOptions(whiten=FullCovariance())},
+    "noisy, bias, whitened": {"router": NoisyTopKOptions(whiten=LOW_RANK, bias=True)},
+    "hyper, whitened": {"router": HyperOptions(whiten=FullCovariance())},
+    "hyper, bias, whitened": {"router": HyperOptions(whiten=LOW_RANK, bias=True)},
+    "expert choice": {"router": "expert_choice"},
+    "expert choice, whitened": {"router": ExpertChoiceOptions(whiten=FullCovariance())},
+    "expert choice, Q W": {"router": ExpertChoiceOptions(map=NARROW, centre=True)},
     "hash": {"router": "hash"},
     "hash, capacity": {"router": "hash", "capacity_factor": 3.0},
 }
-KINDS: tuple[RouterKind, ...] = (
-    *("topk", "noisy_topk", "cosine", "hyper", "distance", "self_selecting", "expert_choice"),
-    "hash",
-)
-NEEDS: dict[str, dict[str, Any]] = {"expert_choice": {"gates": "softmax_topk"}}
 
 
 def layer(**options: Any) -> MoE:
@@ -127,7 +136,7 @@ def test_outputs_choices_losses_and_gradients_are_those_of_a_loop(case: str) -> 
     moe, (x, ids) = layer(**CASES[case]), batch()
     expected_y, logits, chosen, losses = naive.run(moe, x, ids, noise_of(3))
     torch.manual_seed(3)
-    y, routing = moe.route_and_run(x, ids)
+    y, routing = moe(x, ids, with_routing=True)
     assert_close(y, expected_y)
     assert_close(routing.logits, logits)
     assert [[e for e in row if e != NOBODY] for row in routing.ids.tolist()] == chosen
@@ -176,9 +185,9 @@ def test_the_folded_layer_is_the_same_without_maps(case: str, training: bool) ->
     moe, (x, ids) = layer(**CASES[case]).train(training), batch()
     folded = moe.fold()
     torch.manual_seed(3)
-    expected = moe.route_and_run(x, ids)
+    expected = moe(x, ids, with_routing=True)
     torch.manual_seed(3)
-    got = folded.route_and_run(x, ids)
+    got = folded(x, ids, with_routing=True)
     assert_close(got[0], expected[0])
     assert_close(tuple(got[1])[:3], tuple(expected[1])[:3])
     left = [name for name, _ in folded.named_parameters() if name.split(".")[-1] in "WAB"]
@@ -202,14 +211,14 @@ def test_a_compiled_router_is_one_graph_with_the_same_results(case: str) -> None
     assert_close(dict(twin.named_buffers()), dict(moe.router.named_buffers()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("expert", ["gelu", "swiglu"])
-def test_experts_start_the_same_whatever_the_router(kind: RouterKind, expert: Any) -> None:
+@pytest.mark.parametrize("kind", kinds(RouterOptions))
+@pytest.mark.parametrize("expert", kinds(ExpertOptions))
+def test_experts_start_the_same_whatever_the_router(kind: str, expert: str) -> None:
     starts = []
     for router in ("topk", kind):
         torch.manual_seed(0)
         options: dict[str, Any] = {"vocabulary": VOCABULARY, "expert": expert, "shared_experts": 1}
-        moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router=router, **options, **NEEDS.get(router, {}))
+        moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router=router, **options)
         moe.reset(0.1, 0.2)
         after = torch.randn(3)
         starts.append((moe.experts.down.base, moe.experts.up.base, moe.shared_experts, after))
@@ -254,9 +263,9 @@ def test_a_hash_is_balanced_over_the_vocabulary_and_repeats(
 
 def test_expert_choice_gives_every_expert_its_share_and_leaves_tokens_out() -> None:
     torch.manual_seed(0)
-    moe = MoE(WIDTH, HIDDEN, EXPERTS, 1, router="expert_choice", gates="softmax_topk")
+    moe = MoE(WIDTH, HIDDEN, EXPERTS, 1, router="expert_choice")
     x = torch.randn(31, WIDTH)
-    y, routing = moe.route_and_run(x)
+    y, routing = moe(x, with_routing=True)
     assert_close(routing.counts, torch.full((EXPERTS,), 7))
     nobody = (routing.ids == NOBODY).all(1)
     assert nobody.any()
@@ -282,7 +291,7 @@ def test_a_running_mean_is_the_weighted_mean_of_all_steps_and_0_before_them() ->
 
 @pytest.mark.parametrize("balance", ["loss_free", "quantile"])
 def test_activations_that_are_computed_again_count_once(balance: Any) -> None:
-    moe, (x, _) = layer(balance=balance, centre_router_input=True), batch()
+    moe, (x, _) = layer(balance=balance, router=TopKOptions(centre=True)), batch()
     twin = copy.deepcopy(moe)
     moe(x).sum().backward()
     y: Any = checkpoint(twin, x, use_reentrant=False)
@@ -293,16 +302,20 @@ def test_activations_that_are_computed_again_count_once(balance: Any) -> None:
 
 
 def test_a_checkpoint_holds_biases_and_means_and_nothing_that_waits() -> None:
-    names = set(layer(balance="quantile", centre_router_input=True).router.state_dict())
+    names = set(layer(balance="quantile", router=TopKOptions(centre=True)).router.state_dict())
     assert names == {"bank.base", "centre.mean", "centre.steps", "selection.bias"}
 
 
-STEPPED = (
-    {"balance": "loss_free", "bias_update_rate": 0.05, "centre_router_input": True},
-    {"balance": "quantile", **SELVES, "expert_in_map": "linear", "centre_router_input": True},
-    {"whiten_router_input": "full", "balance": "loss_free"},
-    {"whiten_router_input": "diagonal", "whitening_every": 2},
-    LOW_RANK,
+STEPPED: tuple[dict[str, Any], ...] = (
+    {"balance": LossFreeBalance(rate=0.05), "router": TopKOptions(centre=True)},
+    {
+        "balance": "quantile",
+        "router": replace(SELVES, centre=True),
+        "expert_in_map": "linear",
+    },
+    {"router": TopKOptions(whiten=FullCovariance()), "balance": "loss_free"},
+    {"router": TopKOptions(whiten=ChannelVariances(every=2))},
+    {"router": TopKOptions(whiten=LOW_RANK)},
 )
 
 
@@ -337,8 +350,8 @@ def test_two_ranks_get_the_biases_and_means_of_one_process(
 @pytest.mark.parametrize("kind", ["linear", "diagonal"])
 def test_a_distance_router_starts_with_the_moments_of_its_input(kind: Any) -> None:
     torch.manual_seed(0)
-    options = {"transform": kind, "train_base": False, "bias": True}
-    router = DistanceRouter(WIDTH, 4000, TOP_K, **options).double()
+    options = DistanceOptions(map=of_kind(MapOptions, kind, "map")(train_base=False), init="data")
+    router = DistanceRouter(WIDTH, 4000, TOP_K, options=options).double()
     scales = torch.arange(1, WIDTH + 1)
     x = torch.randn(4000, WIDTH, dtype=torch.float64) * scales + 3
     router.start(x)
@@ -350,7 +363,7 @@ def test_a_distance_router_starts_with_the_moments_of_its_input(kind: Any) -> No
 
 @pytest.mark.parametrize("kind", ["linear", "diagonal"])
 def test_keys_start_along_the_directions_in_which_inputs_vary(kind: Any) -> None:
-    options = {**SELVES, "expert_in_map": kind, "router_init": "data"}
+    options: dict[str, Any] = {"router": replace(SELVES, init="data"), "expert_in_map": kind}
     moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, **options).double()
     scales = torch.arange(1, WIDTH + 1, dtype=torch.float64)
     x = torch.randn(4000, WIDTH, dtype=torch.float64) * scales + 3
@@ -369,18 +382,30 @@ def test_keys_start_along_the_directions_in_which_inputs_vary(kind: Any) -> None
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"router": "expert_choice"}, "its gates are the softmax over all experts"),
+        (
+            {"router": "expert_choice", "gates": "sigmoid"},
+            "gates 'sigmoid' with router.kind 'expert_choice': its gates are the softmax over all",
+        ),
         ({"router": "hash", "gates": "softmax_topk"}, "its gates are equal and sum to 1"),
         ({"router": "hash", "vocabulary": None}, "a table over the vocabulary: give its size"),
-        ({"router": "hash", "balance": "quantile"}, "whose choice knows no bias: use 'none'"),
-        ({**CHOICE, "balance": "loss_free"}, "whose choice knows no bias: use 'none'"),
-        ({"router": "hash", "centre_router_input": True}, "sees no input"),
-        ({"router": "distance", "whiten_router_input": "full"}, "are no products with rows"),
-        ({**SELVES, "router_bias": True}, "are no products with rows"),
-        ({"whiten_router_input": "full", "centre_router_input": True}, "which centres as well"),
-        ({"whiten_router_input": "low_rank", "whitening_rank": WIDTH}, "rank 8 of a low-rank"),
-        ({**SELVES, "expert_in_map": "separate"}, "its keys are separate already"),
-        ({"balance": "quantile", "top_k": EXPERTS}, "leaves nothing to choose"),
+        ({"router": "hash", "balance": "quantile"}, "has no choice by biased scores: use 'none'"),
+        ({"router": "hash", "balance": "aux"}, "has no scores: use 'none'"),
+        (
+            {"router": "expert_choice", "balance": "loss_free"},
+            "balance.kind 'loss_free' means nothing to router.kind 'expert_choice'",
+        ),
+        ({"router": "expert_choice", "capacity_factor": 2.0}, "whose loads are even already"),
+        (
+            {"router": TopKOptions(whiten=FullCovariance(), centre=True)},
+            "which centres as well: drop router.centre",
+        ),
+        ({"router": TopKOptions(whiten=LargestDirections(rank=WIDTH))}, "rank 8 >= width 8"),
+        ({"router": TopKOptions(map=SeparateMaps())}, "rows are separate already"),
+        ({"router": SELVES, "expert_in_map": "separate"}, "its keys are separate already"),
+        ({"router": replace(SELVES, init="data")}, "sets expert_in_map, whose kind is 'none'"),
+        ({"router": DistanceOptions(init="data")}, "sets router.map, whose kind is 'none'"),
+        ({"expert_out_map": LinearMap(base_width=3)}, "expert_out_map.base_width 3"),
+        ({"balance": "quantile", "top_k": EXPERTS}, "every expert is chosen: lower top_k"),
     ],
 )
 def test_what_can_not_be_built_says_why(options: dict[str, Any], reason: str) -> None:

@@ -25,6 +25,8 @@ from tensorboard.plugins.hparams.metadata import (
 from simvq_moe.config.loading import defaults_of_every_kind, flatten
 from simvq_moe.config.schema import Config, MoEConfig, TrainConfig
 from simvq_moe.core.usage import usage
+from simvq_moe.moe.maps import LinearMap
+from simvq_moe.moe.routers.topk import TopKOptions
 from simvq_moe.records.dead_slots import DeadSlots, ranges
 from simvq_moe.records.run_log import RunLog
 from simvq_moe.records.tensorboard import TOP_LOAD, heat_map, loads, rows_of_table
@@ -133,7 +135,9 @@ def test_an_overview_repeats_a_few_metrics_and_the_layout_begins_with_it() -> No
 
 
 def test_the_table_has_a_column_for_every_key_and_a_row_of_what_matters_to_the_task() -> None:
-    config = Config(moe=MoEConfig(router_base_width=8), task="language_model")
+    config = Config(
+        moe=MoEConfig(router=TopKOptions(map=LinearMap(base_width=8))), task="language_model"
+    )
     columns, row, _ = rows_of_table(config, EXPERTS)
     content = [s.value[0].metadata.plugin_data.content for s in (columns, row)]
     table = parse_experiment_plugin_data(content[0])
@@ -143,7 +147,7 @@ def test_the_table_has_a_column_for_every_key_and_a_row_of_what_matters_to_the_t
     assert set(known) == set(defaults_of_every_kind(config)) > set(flatten(config))
     assert "val/bits_per_byte" in [m.name.tag for m in table.metric_infos]
     values = parse_session_start_info_plugin_data(content[1]).hparams
-    assert values["moe.router_base_width"].string_value == "8"
+    assert values["moe.router.map.base_width"].string_value == "8"
     assert values["optimizer.lr"].number_value == 1e-3
     assert not any(name.startswith(("quantizer", "audio_tokenizer")) for name in values)
 

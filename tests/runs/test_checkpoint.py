@@ -34,15 +34,22 @@ TEXT = (
     *("--task", "language_model", "--data.vocabulary", "300", "--data.context", "16"),
     *("--language_model.width", "16", "--language_model.heads", "2"),
     *("--language_model.layers", "2", "--moe.experts", "8", "--moe.top_k", "2"),
-    *("--moe.expert_out_map", "linear", "--moe.expert_in_map", "separate"),
-    *("--moe.router_map", "linear", "--moe.balance", "aux", "--optimizer.weight_decay", "0.1"),
+    *("--moe.expert_out_map.kind", "linear", "--moe.expert_in_map.kind", "separate"),
+    *(
+        "--moe.router.map.kind",
+        "linear",
+        "--moe.balance.kind",
+        "aux",
+        "--optimizer.weight_decay",
+        "0.1",
+    ),
     *("--optimizer.map_lr_multiplier", "2", "--optimizer.warmup_steps", "4"),
     *("--train.batch_size", "8", "--train.accumulation", "2", "--train.clip", "0.5"),
     *("--train.steps", "8", "--train.save_every", "4", "--train.probe_tokens", "0"),
 )
 FROZEN = (
-    *("--moe.train_expert_in_base", "False", "--moe.train_expert_out_base", "False"),
-    *("--moe.expert_in_map", "none"),
+    *("--moe.expert_in_map.train_base", "False", "--moe.expert_out_map.train_base", "False"),
+    *("--moe.expert_in_map.kind", "none"),
 )
 OFFLOAD = "offload.json"
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {

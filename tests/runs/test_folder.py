@@ -190,7 +190,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     for i in range(30):
         (root / "corpus" / f"{i}.txt").write_text(f"document {i} of some words of a text " * 20)
     flags = (*TEXT, "--data.source", str(root / "corpus"), "--train.steps", "4")
-    finished = train_flags(world, root, *flags, "--moe.expert_out_map", "linear")
+    finished = train_flags(world, root, *flags, "--moe.expert_out_map.kind", "linear")
     (finished / "meta.json").write_text(json.dumps({"command": "simvq-moe train"}))
     write_atomically(finished / "summary.json", json.dumps({"status": "finished", "step": 4}))
     return finished

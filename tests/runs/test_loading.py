@@ -26,7 +26,7 @@ TEXT = (
     *("--task", "language_model", "--moe.experts", "4", "--moe.top_k", "2", "--moe.hidden", "4"),
     *("--language_model.layers", "1", "--language_model.width", "8", "--language_model.heads", "2"),
     *("--train.batch_size", "4", "--train.probe_tokens", "0", "--data.vocabulary", "257"),
-    *("--moe.expert_out_map", "linear"),
+    *("--moe.expert_out_map.kind", "linear"),
 )
 
 

@@ -52,9 +52,10 @@ TEXT = (
     *("--task", "language_model", "--data.vocabulary", "300"),
     *("--data.context", "16", "--language_model.width", "16", "--language_model.heads", "2"),
     *("--language_model.layers", "2", "--moe.experts", "8", "--moe.top_k", "2"),
-    *("--moe.expert_parallel", "2", "--moe.balance", "loss_free", "--moe.expert_out_map", "linear"),
+    *("--moe.expert_parallel", "2", "--moe.balance.kind", "loss_free"),
+    *("--moe.expert_out_map.kind", "linear"),
     *("--train.batch_size", "8", "--train.accumulation", "2", "--train.probe_tokens", "64"),
-    *("--train.dtype", "bf16", "--moe.router_map", "linear"),
+    *("--train.dtype", "bf16", "--moe.router.map.kind", "linear"),
 )
 LAST = 48
 STEPS = ("--train.steps", str(LAST), "--train.save_every", "4", "--train.log_every", "3")
@@ -427,7 +428,7 @@ def test_a_first_step_that_is_skipped_can_be_saved(tmp_path: Path, world: World)
 def skip_on_one_of_two(world: World, folder: Path) -> None:
     image = configured(folder, *IMAGE, *SKIP, "--name", "image")
     skips_one_step(image, world, spoil_batch)
-    source = ("--data.source", str(folder / "corpus"), "--moe.centre_router_input", "True")
+    source = ("--data.source", str(folder / "corpus"), "--moe.router.centre", "True")
     bf16 = configured(folder, *TEXT, *SKIP, *source, "--name", "bf16")
     skips_one_step(bf16, world, spoil_gradient)
     fp32 = replace(bf16, name="fp32", train=replace(bf16.train, dtype="fp32"))

@@ -127,7 +127,7 @@ def test_generate_refuses_what_writes_no_text(
 def test_folding_with_norms_leaves_ones_and_the_same_measures(
     source: str, tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    maps = ("--moe.router_map", "linear", "--moe.expert_in_map", "linear")
+    maps = ("--moe.router.map.kind", "linear", "--moe.expert_in_map.kind", "linear")
     run_dir = train(tmp_path, world, source, *UNTIED, *maps, "--moe.shared_experts", "1")
     out = tmp_path / "folded"
     assert main(["fold", str(run_dir), "--out", str(out), "--merge_norms"]) == 0
@@ -147,7 +147,7 @@ def test_folding_with_norms_leaves_ones_and_the_same_measures(
 def test_a_router_into_which_no_gain_can_be_merged_is_named(
     source: str, tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = train(tmp_path, world, source, "--moe.router", "cosine")
+    run_dir = train(tmp_path, world, source, "--moe.router.kind", "cosine")
     out = tmp_path / "folded"
     assert main(["fold", str(run_dir), "--out", str(out), "--merge_norms"]) == 2
     assert "--merge_norms: CosineRouter has no rows" in capsys.readouterr().err
@@ -162,8 +162,8 @@ def test_a_router_into_which_no_gain_can_be_merged_is_named(
             "language_model.moe_every 4 > language_model.layers 3: no block would have a mixture",
         ),
         (
-            "--language_model.moe_every 0 --moe.expert_out_map linear",
-            "moe.expert_out_map 'linear' with language_model.moe_every 0, which leaves no mixture",
+            "--language_model.moe_every 0 --moe.expert_out_map.kind linear",
+            "moe.expert_out_map.kind 'linear' with language_model.moe_every 0, which leaves",
         ),
         ("--language_model.moe_every -1", "language_model.moe_every -1 < 0"),
         ("--train.compile True", "train.compile True with task 'image_tokenizer'"),

@@ -21,6 +21,8 @@ from simvq_moe.data.domains import Domains
 from simvq_moe.data.tokens import TokenWindows
 from simvq_moe.engine.world import World
 from simvq_moe.moe import MoE
+from simvq_moe.moe.expert_kinds import SwiGLUExpert
+from simvq_moe.moe.maps import LinearMap, SeparateMaps
 from simvq_moe.moe.routers.base import Routing
 from simvq_moe.moe.routing_measures import (
     confidence,
@@ -31,7 +33,7 @@ from simvq_moe.moe.routing_measures import (
     saturation,
 )
 from simvq_moe.tasks.registry import AnyTask, build_task
-from simvq_moe.training.probe import OTHERS, Probe, choose_tokens, expert_outputs, read
+from simvq_moe.training.probe import OTHERS, Probe, choose_tokens, read
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
@@ -182,7 +184,7 @@ def test_the_probe_leaves_counts_random_numbers_and_methods_as_they_were(
     assert_close(torch.get_rng_state(), random)
     assert_close([counter.counts for counter in counters(task.model)], counts)
     assert_close(dict(task.model.state_dict()), weights)
-    assert not [layer for layer in moe_layers(task) if "route_and_run" in vars(layer)]
+    assert not any(layer._forward_hooks for layer in moe_layers(task))
 
 
 @pytest.fixture
@@ -234,8 +236,12 @@ def test_a_resumed_probe_keeps_what_came_before_its_checkpoint(
 @pytest.mark.parametrize(
     "moe",
     [
-        {"expert_out_map": "linear", "expert_in_map": "linear"},
-        {"expert": "swiglu", "expert_out_map": "separate", "expert_in_map": "separate"},
+        {"expert_out_map": LinearMap(), "expert_in_map": LinearMap()},
+        {
+            "expert": SwiGLUExpert(),
+            "expert_out_map": SeparateMaps(),
+            "expert_in_map": SeparateMaps(),
+        },
     ],
 )
 def test_outputs_of_every_expert_are_its_networks(folder: Path, moe: dict[str, Any]) -> None:
@@ -243,12 +249,12 @@ def test_outputs_of_every_expert_are_its_networks(folder: Path, moe: dict[str, A
     shake(task)
     layer = moe_layers(task)[0]
     x = torch.randn(5, 16)
-    outputs = expert_outputs(layer, x)
+    outputs = layer.expert_outputs(x)
     up, down = layer.experts.up.rows(), layer.experts.down.rows()
     after = layer.experts.down.map(outputs) if layer.experts.down.shared else outputs
     for i in range(EXPERTS):
         hidden = x @ up[i].T
-        if layer.experts.kind == "gelu":
+        if layer.experts.expert.kind == "gelu":
             hidden = F.gelu(hidden)
         else:
             gate, value = hidden.chunk(2, dim=-1)
@@ -259,7 +265,7 @@ def test_outputs_of_every_expert_are_its_networks(folder: Path, moe: dict[str, A
 def test_outputs_are_compared_before_and_after_a_shared_map(
     folder: Path, tmp_path: Path, world: World
 ) -> None:
-    task = build_task(config(folder, expert_out_map="linear"))
+    task = build_task(config(folder, expert_out_map=LinearMap()))
     similarity = [f"val/moe/00/output_similarity{when}" for when in ("", "_before_map")]
     first = probe_of(task, tmp_path, world).measure(1)
     assert first[similarity[0]] == first[similarity[1]], "the map starts at the identity"
@@ -353,7 +359,7 @@ def test_ranks_that_share_experts_measure_what_one_does(
         *("--data.source", str(folder / "corpus")),
         *("--data.context", "8", "--moe.experts", "6", "--moe.top_k", "2", "--moe.hidden", "8"),
         *("--train.steps", "2", "--train.eval_every", "1", "--train.batch_size", "4"),
-        *("--train.probe_tokens", "160", "--moe.expert_out_map", "linear"),
+        *("--train.probe_tokens", "160", "--moe.expert_out_map.kind", "linear"),
     )
     split = ("--moe.expert_parallel", "2")
     one = train_flags(world, folder, "--name", "one", *flags)

@@ -22,7 +22,7 @@ IMAGE = ("--train.batch_size", "8", "--data.crops", "64", "--data.held_out_crops
 TEXT = (
     *("--task", "language_model", "--data.vocabulary", "300"),
     *("--data.context", "32", "--moe.experts", "8", "--moe.top_k", "2", "--train.batch_size", "8"),
-    *("--moe.balance", "aux", "--moe.expert_out_map", "linear", "--optimizer.lr", "3e-3"),
+    *("--moe.balance.kind", "aux", "--moe.expert_out_map.kind", "linear", "--optimizer.lr", "3e-3"),
 )
 
 

@@ -1,41 +1,52 @@
 """Routers: which experts a token goes to, and with which weights.
 
-A router scores tokens (`score`), chooses experts and forms gates. The plain one scores by
-logits = x R^T, R the rows of a bank: plain rows, or Q W with one map shared by all experts, the
-key-side counterpart of SimVQ's codebook (arXiv:2411.02038, eq. 4). `routers.build_router` makes
-every kind.
+A router scores tokens (`score`), chooses experts and forms gates. Each kind is one file of this
+folder: its class, and its options, whose `make` builds it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from simvq_moe.core.bank import Bank, Transform
+from simvq_moe.config.moe import Gates, MoEConfig, RouterOptions
+from simvq_moe.core.bank import Bank
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.ids import as_ids
+from simvq_moe.core.products import Product
 from simvq_moe.core.whitening import Whitening
+from simvq_moe.moe.balances.base import SelectionBias
 from simvq_moe.moe.running_mean import RunningMean
-from simvq_moe.moe.selection_bias import SelectionBias
-
-Gates = Literal["softmax_topk", "topk_softmax", "sigmoid"]
 
 NOBODY = -1
 """Expert id of a choice that is left open."""
 
 
-def default_gates(router: str, experts: int, top_k: int) -> Gates:
-    """The convention of a router's gates where none is asked for.
+@dataclass(frozen=True)
+class ScoringOptions(RouterOptions):
+    """Options of routers that see a token's channels."""
 
-    One chosen expert of several has the constant gate 1 where gates sum to 1, and a constant gate
-    teaches the router nothing: there it is the probability (Switch, arXiv:2101.03961, eq. 2).
-    """
-    alone = top_k == 1 and experts > 1 and router != "hash"
-    return "softmax_topk" if alone else "topk_softmax"
+    centre: bool = False
+    """Take a running mean over tokens off the router's input; momentum 0.99 a step."""
+
+    def make(self, width: int, layer: MoEConfig) -> Router:
+        """The router, before its input is centred."""
+        raise NotImplementedError
+
+    def build(self, width: int, layer: MoEConfig, vocabulary: int | None) -> Router:
+        del vocabulary
+        router = self.make(width, layer)
+        router.centre = self.centring(width)
+        return router
+
+    def centring(self, width: int) -> RunningMean | Whitening | None:
+        """What follows the input's mean."""
+        return RunningMean(width) if self.centre else None
 
 
 class Routing(NamedTuple):
@@ -168,6 +179,28 @@ class Router(nn.Module):
         scores = chosen.sigmoid()
         return scores / scores.sum(-1, keepdim=True)
 
+    def linear_readers(self) -> list[Bank | Tensor]:
+        """The banks and weights through which alone the input is read, each row in a product.
+
+        Raises:
+            ValueError: it is read in another way.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no rows that a gain on its input can be merged into"
+        )
+
+    def products(self, batch_tokens: int) -> Iterator[Product]:
+        """Its matrix products for a token, where so many tokens share one forward pass."""
+        if isinstance(self.centre, Whitening):  # moments of the steps that count
+            vectors = (1 + 1 / batch_tokens) / self.centre.every
+            yield Product(self.centre.multiply_adds * vectors, backward=False)
+
+    def products_of_turn(self, batch_tokens: int, *, learned: bool = True) -> Iterator[Product]:
+        """Rows under the whitening, once a forward pass."""
+        if isinstance(self.centre, Whitening):
+            turned = self.num_experts * self.centre.multiply_adds / batch_tokens
+            yield Product(turned, learned=False, backward=learned)
+
     def reset(self, std: float) -> None:
         """Start again with rows of length std * sqrt(width)."""
         raise NotImplementedError
@@ -186,116 +219,23 @@ class Router(nn.Module):
         return {}
 
 
-class TopKRouter(Router):
-    """Logits x R^T (Shazeer et al., arXiv:1701.06538, without noise).
+@torch.no_grad()
+def start_from_data(model: nn.Module, batch: Tensor) -> None:
+    """Call `start` of every router with what it sees of a batch; all ranks call it together.
+
+    One forward pass in evaluation, in which a layer has started when the next one sees its output.
 
     Args:
-        width: channels of a token.
-        experts, top_k, gates: see `Router`.
-        transform, base_width, train_base, bias, rank: of the bank of rows R = Q W; rows start from
-            N(0, 1/base_width).
-        expert_bias: add one learned number an expert to the logits, from 0.
+        model: `model(batch)` runs every layer.
     """
-
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        top_k: int,
-        *,
-        gates: Gates = "topk_softmax",
-        transform: Transform = "none",
-        base_width: int | None = None,
-        train_base: bool = True,
-        bias: bool = False,
-        rank: int = 8,
-        expert_bias: bool = False,
-    ) -> None:
-        super().__init__(experts, top_k, gates=gates)
-        base_width = base_width or width
-        self.bank = Bank(
-            torch.randn(experts, base_width) / base_width**0.5,
-            width=width,
-            transform=transform,
-            train_base=train_base,
-            bias=bias,
-            rank=rank,
-        )
-        self.bias = nn.Parameter(torch.zeros(experts)) if expert_bias else None
-
-    def score(
-        self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
-    ) -> Float[Tensor, "tokens experts"]:
-        del token_ids
-        if isinstance(self.centre, Whitening):
-            scores = x @ self.turn(self.bank.rows(x.dtype)).T
-        else:
-            scores = self.bank.score(x)
-        return scores if self.bias is None else scores + self.bias.to(x.dtype)
-
-    def rows_of_products(self) -> Float[Tensor, "experts width"] | None:
-        return self.turn(self.bank.rows())
-
-    @torch.no_grad()
-    def reset(self, std: float) -> None:
-        # rows of the same length whatever the width of the base
-        base_width = self.bank.base.shape[-1]
-        self.bank.base.normal_(std=std * (self.bank.width / base_width) ** 0.5)
-        if self.bias is not None:
-            self.bias.zero_()
-
-    @torch.no_grad()
-    def fold_(self) -> None:
-        if isinstance(self.centre, Whitening):
-            rows, bias = self.centre.fold(self.bank.rows())
-            self.bank = Bank(rows, transform="none")
-            self.bias = nn.Parameter(bias + (0 if self.bias is None else self.bias))
-            self.centre = None
-        else:
-            self.bank = self.bank.fold()
-
-
-class NoisyTopKRouter(TopKRouter):
-    """Logits x R^T + N(0, 1) softplus(x N^T), the noise in training only (arXiv:1701.06538, eq. 4).
-
-    N starts at 0, as in the paper's appendix A, which is noise of width ln 2.
-
-    Args:
-        width, experts, top_k, options: see `TopKRouter`; with expert_bias N has one as well.
-    """
-
-    def __init__(self, width: int, experts: int, top_k: int, **options: Any) -> None:
-        super().__init__(width, experts, top_k, **options)
-        self.noise = nn.Parameter(torch.zeros(experts, width))
-        self.noise_bias = None if self.bias is None else nn.Parameter(torch.zeros(experts))
-
-    def score(
-        self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
-    ) -> Float[Tensor, "tokens experts"]:
-        logits = super().score(x, token_ids)
-        if not self.training:
-            return logits
-        widths = x @ self.turn(self.noise.to(x.dtype)).T
-        if self.noise_bias is not None:
-            widths = widths + self.noise_bias.to(x.dtype)
-        return logits + torch.randn_like(logits) * F.softplus(widths)
-
-    @torch.no_grad()
-    def reset(self, std: float) -> None:
-        super().reset(std)
-        self.noise.zero_()
-        if self.noise_bias is not None:
-            self.noise_bias.zero_()
-
-    @torch.no_grad()
-    def fold_(self) -> None:
-        if isinstance(self.centre, Whitening):
-            rows, bias = self.centre.fold(self.noise)
-            self.noise.copy_(rows)
-            self.noise_bias = nn.Parameter(
-                bias + (0 if self.noise_bias is None else self.noise_bias)
-            )
-        super().fold_()
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    was_training = model.training
+    for router in routers:
+        router.starting = True
+    model.eval()(batch)
+    for router in routers:
+        router.starting = False
+    model.train(was_training)
 
 
 def count(ids: Integer[Tensor, "*choices"], experts: int) -> Int[Tensor, " experts"]:

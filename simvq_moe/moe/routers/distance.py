@@ -1,66 +1,70 @@
-"""Routers that compare tokens with a prototype of each expert: by cosine, or by distance.
-
-Prototypes are rows of a bank, plain or Q W. With a distance the router is a codebook: its choice is
-SimVQ's (arXiv:2411.02038, eq. 4), for the k nearest rows.
-"""
+"""A router that is a codebook: it chooses the nearest rows as SimVQ does (arXiv:2411.02038)."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from simvq_moe.config.moe import Gates, MoEConfig
+from simvq_moe.config.ranges import Weight
+from simvq_moe.config.registry import register
 from simvq_moe.core.centring import far_centre
 from simvq_moe.core.moments import moments
-from simvq_moe.moe.routers.base import TopKRouter
+from simvq_moe.core.products import Product, is_learned, number_of_rows, products_of_map
+from simvq_moe.moe.routers.rows import RowOptions, RowRouter
 
-START_TEMPERATURE = 0.3
-
-
-class CosineRouter(TopKRouter):
-    """Logits cos(P x, r_i) / t, with P narrow and t learned (X-MoE, arXiv:2204.09179).
-
-    t = 0.3 e^s from s = 0.
-
-    Args:
-        width, experts, top_k: see `TopKRouter`.
-        projection: rows of P, the channels of the prototypes; None: half the experts, as there.
-        base_width: channels of Q in R = Q W; None: those of the prototypes.
-        options: further arguments of `TopKRouter`.
-    """
-
-    def __init__(
-        self, width: int, experts: int, top_k: int, *, projection: int | None = None, **options: Any
-    ) -> None:
-        narrow = projection or max(1, experts // 2)
-        super().__init__(narrow, experts, top_k, **options)
-        self.projection = nn.Parameter(torch.randn(narrow, width) / width**0.5)
-        # one element, for DeepSpeed can't send a parameter without an axis
-        self.log_temperature = nn.Parameter(torch.zeros(1))
-
-    def score(
-        self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
-    ) -> Float[Tensor, "tokens experts"]:
-        del token_ids
-        x = F.normalize(x @ self.projection.to(x.dtype).T, dim=-1)
-        rows = F.normalize(self.bank.rows(x.dtype), dim=-1)
-        temperature = START_TEMPERATURE * self.log_temperature.to(x.dtype).exp()
-        return x @ rows.T / temperature
-
-    def rows_of_products(self) -> Float[Tensor, "experts width"] | None:
-        return None
-
-    @torch.no_grad()
-    def reset(self, std: float) -> None:
-        super().reset(std)
-        self.projection.normal_(std=std)
-        self.log_temperature.zero_()
+CODEBOOK, COMMITMENT = "router_codebook", "router_commitment"
+"""Names of its losses."""
 
 
-class DistanceRouter(TopKRouter):
+@register
+@dataclass(frozen=True)
+class DistanceOptions(RowOptions):
+    """The nearest rows, with SimVQ's two losses for the chosen ones."""
+
+    kind: Literal["distance"] = "distance"
+    codebook_weight: Weight = 1.0
+    """Weight of |r - sg x|^2 for the chosen rows r."""
+    commitment_weight: Weight = 0.25
+    """Weight of |x - sg r|^2 for the chosen rows r."""
+    init: Literal["default", "data"] = "default"
+    """data: rows get mean and covariance of the first batch, by their map and a bias."""
+
+    @property
+    def learns_by_gates(self) -> bool:
+        return False
+
+    @property
+    def starts_from_data(self) -> bool:
+        return self.init == "data"
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        return {CODEBOOK: self.codebook_weight, COMMITMENT: self.commitment_weight}
+
+    def changes_of_folding(self) -> dict[str, Any]:
+        return super().changes_of_folding() | {"init": "default"}
+
+    def misfits(self, at: str, layer: MoEConfig, width: int) -> Iterator[str]:
+        yield from super().misfits(at, layer, width)
+        if self.starts_from_data and not self.map.starts_from_data:
+            yield (
+                f"{at}.init 'data' sets {at}.map, whose kind is {self.map.kind!r}: use 'linear' "
+                "or 'diagonal'"
+            )
+
+    def make(self, width: int, layer: MoEConfig) -> DistanceRouter:
+        return DistanceRouter(
+            width, layer.experts, layer.top_k, gates=layer.convention, options=self
+        )
+
+
+class DistanceRouter(RowRouter):
     """Logits -|x - r_i|^2 / sqrt(width), and SimVQ's two losses for the chosen rows.
 
     With rows as long as the inputs the logits of a token differ by order one, as those of attention
@@ -69,8 +73,23 @@ class DistanceRouter(TopKRouter):
     over tokens, choices and channels.
 
     Args:
-        width, experts, top_k, options: see `TopKRouter`.
+        width: channels of a token.
+        experts, top_k, gates: see `Router`.
+        options: of the bank of rows R = Q W + b, b where data start it.
     """
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        top_k: int,
+        *,
+        gates: Gates = "topk_softmax",
+        options: DistanceOptions | None = None,
+    ) -> None:
+        options = options or DistanceOptions()
+        bias = options.starts_from_data
+        super().__init__(width, experts, top_k, gates=gates, options=options, bias=bias)
 
     def score(
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
@@ -84,9 +103,6 @@ class DistanceRouter(TopKRouter):
         distance = x.square().sum(-1, keepdim=True) - 2 * products + rows.square().sum(-1)
         return -distance / x.shape[-1] ** 0.5
 
-    def rows_of_products(self) -> Float[Tensor, "experts width"] | None:
-        return None
-
     def own_losses(
         self,
         x: Float[Tensor, "tokens width"],
@@ -97,12 +113,18 @@ class DistanceRouter(TopKRouter):
         rows, x = self.bank.lookup(ids, x.dtype), x[:, None, :]
         number = max(rows.numel(), 1)
         return {
-            "router_codebook": (rows - x.detach()).square().sum() / number,
-            "router_commitment": (x - rows.detach()).square().sum() / number,
+            CODEBOOK: (rows - x.detach()).square().sum() / number,
+            COMMITMENT: (x - rows.detach()).square().sum() / number,
         }
 
+    def products(self, batch_tokens: int) -> Iterator[Product]:
+        yield from super().products(batch_tokens)
+        rows = number_of_rows(self.bank) / batch_tokens + self.top_k  # all lengths, the chosen ones
+        yield Product(self.bank.width, learned=False)  # with the place they are measured from
+        yield from products_of_map(self.bank, rows, is_learned(self.bank.base))
+
     def start(self, x: Float[Tensor, "tokens width"]) -> None:
-        """Give the rows mean and covariance of the inputs, by W and the bias that `bias` adds."""
+        """Give the rows mean and covariance of the inputs, by W and the bias."""
         self.bank.match(*moments(x))
 
     @torch.no_grad()

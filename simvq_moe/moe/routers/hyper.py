@@ -5,14 +5,33 @@ The dual of Q W with a frozen Q: there one learned map moves all rows, here one 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from simvq_moe.config.moe import Gates, MoEConfig
+from simvq_moe.config.registry import register
+from simvq_moe.core.products import Product
 from simvq_moe.core.whitening import Whitening
-from simvq_moe.moe.routers.base import Gates, Router
+from simvq_moe.moe.routers.base import Router
+from simvq_moe.moe.routers.rows import ProductOptions
 
 LARGEST_HIDDEN = 256
+
+
+@register
+@dataclass(frozen=True)
+class HyperOptions(ProductOptions):
+    """The largest products with rows that a frozen network makes from one learned vector."""
+
+    kind: Literal["hyper"] = "hyper"
+
+    def make(self, width: int, layer: MoEConfig) -> HyperRouter:
+        return HyperRouter(width, layer.experts, layer.top_k, gates=layer.convention, options=self)
 
 
 class HyperRouter(Router):
@@ -25,7 +44,7 @@ class HyperRouter(Router):
     Args:
         width: channels of a token, and of e.
         experts, top_k, gates: see `Router`.
-        expert_bias: add one learned number an expert to the logits, from 0.
+        options: of biases, which start from 0.
     """
 
     A: Tensor
@@ -38,7 +57,7 @@ class HyperRouter(Router):
         top_k: int,
         *,
         gates: Gates = "topk_softmax",
-        expert_bias: bool = False,
+        options: HyperOptions | None = None,
     ) -> None:
         super().__init__(experts, top_k, gates=gates)
         hidden = min(width, LARGEST_HIDDEN)
@@ -46,7 +65,8 @@ class HyperRouter(Router):
         # buffers, so that no optimizer and no change of the parameters' precision touches them
         self.register_buffer("A", torch.empty(width, hidden))
         self.register_buffer("B", torch.empty(hidden, experts * width))
-        self.bias = nn.Parameter(torch.zeros(experts)) if expert_bias else None
+        has_bias = options is not None and options.bias
+        self.bias = nn.Parameter(torch.zeros(experts)) if has_bias else None
         self.reset(width**-0.5)
 
     def rows(self, dtype: torch.dtype | None = None) -> Float[Tensor, "experts width"]:
@@ -64,6 +84,12 @@ class HyperRouter(Router):
 
     def rows_of_products(self) -> Float[Tensor, "experts width"] | None:
         return self.turn(self.rows())
+
+    def products(self, batch_tokens: int) -> Iterator[Product]:
+        yield from super().products(batch_tokens)
+        yield Product(self.num_experts * len(self.embedding))
+        yield Product((self.A.numel() + self.B.numel()) / batch_tokens, learned=False)
+        yield from self.products_of_turn(batch_tokens)
 
     @torch.no_grad()
     def reset(self, std: float) -> None:

@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.core.bank import Bank, Transform
+from simvq_moe.config.moe import Gates, MapOptions, MoEConfig, beside
+from simvq_moe.config.ranges import Range
+from simvq_moe.config.registry import register
 from simvq_moe.core.moments import match_shape, moments
-from simvq_moe.moe.routers.base import Gates, Router
+from simvq_moe.core.products import Product, is_learned, products_of_map
+from simvq_moe.moe.maps import NoMap
+from simvq_moe.moe.routers.base import Router, ScoringOptions
+
+
+@register
+@dataclass(frozen=True)
+class SelfSelectingOptions(ScoringOptions):
+    """Experts that score tokens by the norm of their own low-rank activation.
+
+    The map before the experts is a map of their keys, so it reaches the choice.
+    """
+
+    kind: Literal["self_selecting"] = "self_selecting"
+    rank: Annotated[int, Range(1, 2**12)] = 8
+    """Rows of an expert's key, whose activation's norm is its score."""
+    train_base: bool = True
+    """Learn the keys beside the map before the experts."""
+    init: Literal["default", "data"] = "default"
+    """data: the map before the experts turns keys to the directions of the first batch."""
+
+    @property
+    def starts_from_data(self) -> bool:
+        return self.init == "data"
+
+    def changes_of_folding(self) -> dict[str, Any]:
+        return super().changes_of_folding() | {"train_base": True, "init": "default"}
+
+    def misfits(self, at: str, layer: MoEConfig, width: int) -> Iterator[str]:
+        yield from super().misfits(at, layer, width)
+        mapped, kind = beside(at, "expert_in_map"), layer.expert_in_map.kind
+        if not layer.expert_in_map.is_shared:
+            yield (
+                f"{mapped}.kind {kind!r} with {at}.kind 'self_selecting': its keys are separate "
+                "already: use a shared map or 'none'"
+            )
+        if self.starts_from_data and not layer.expert_in_map.starts_from_data:
+            yield (
+                f"{at}.init 'data' sets {mapped}, whose kind is {kind!r}: use 'linear' or "
+                "'diagonal'"
+            )
+
+    def make(self, width: int, layer: MoEConfig) -> SelfSelectingRouter:
+        keys = replace(layer.expert_in_map, train_base=self.train_base)
+        sizes = width, layer.experts, layer.top_k
+        return SelfSelectingRouter(*sizes, gates=layer.convention, rank=self.rank, key_map=keys)
 
 
 class SelfSelectingRouter(Router):
@@ -23,10 +74,7 @@ class SelfSelectingRouter(Router):
         width: channels of a token.
         experts, top_k, gates: see `Router`.
         rank: rows of a key.
-        transform, train_base, map_rank: of the bank of keys, which start from N(0, 1/width).
-
-    Raises:
-        ValueError: separate maps, which can't be applied once a token.
+        key_map: map of the bank of keys, a shared one; keys start from N(0, 1/width).
     """
 
     def __init__(
@@ -37,18 +85,11 @@ class SelfSelectingRouter(Router):
         *,
         gates: Gates = "topk_softmax",
         rank: int = 8,
-        transform: Transform = "none",
-        train_base: bool = True,
-        map_rank: int = 8,
+        key_map: MapOptions | None = None,
     ) -> None:
         super().__init__(experts, top_k, gates=gates)
-        if transform == "separate":
-            raise ValueError(
-                "expert_in_map 'separate' with router 'self_selecting': its keys are separate "
-                "already: use a shared map or 'none'"
-            )
         keys = torch.randn(experts, rank, width) / width**0.5
-        self.keys = Bank(keys, transform=transform, train_base=train_base, rank=map_rank)
+        self.keys = (key_map or NoMap()).bank(keys)
 
     def start(self, x: Float[Tensor, "tokens width"]) -> None:
         """Turn the keys to the principal directions of the inputs, by A."""
@@ -63,6 +104,12 @@ class SelfSelectingRouter(Router):
         assert self.keys is not None
         activations = x @ self.keys.base.to(x.dtype).flatten(0, 1).T
         return activations.unflatten(-1, (self.num_experts, -1)).norm(dim=-1)
+
+    def products(self, batch_tokens: int) -> Iterator[Product]:
+        assert self.keys is not None
+        yield from super().products(batch_tokens)
+        yield Product(self.keys.base.numel(), is_learned(self.keys.base))
+        yield from products_of_map(self.keys, 1.0)
 
     @torch.no_grad()
     def reset(self, std: float) -> None:

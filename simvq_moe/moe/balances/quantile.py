@@ -1,67 +1,48 @@
-"""Biases on the scores that decide the choice of experts and nothing else: balance without a loss.
-
-A bias is added to scores in [0, 1]: the softmax over all experts, or sigmoids where the gates are
-sigmoids. Gates are formed without it. It changes after each optimizer step, from the choices of all
-ranks and micro-batches (`after_step`).
-"""
+"""Biases of the choice that would have made the last step even (quantile balancing)."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.moe.running_mean import StepState
+from simvq_moe.config.moe import MoEConfig, beside
+from simvq_moe.config.registry import register
+from simvq_moe.moe.balances.base import Balance, SelectionBias
 
 SMALLEST, LARGEST, BINS = 1e-7, 4.0, 1000
 """Magnitudes of margins that are told apart, and bins of both signs together."""
 
 
-class SelectionBias(StepState):
-    """One bias an expert, persistent, from 0.
+@register
+@dataclass(frozen=True)
+class QuantileBalance(Balance):
+    """Biases of the choice at which the last step's loads would have been even.
 
-    Args:
-        experts: number of experts.
-        sums: numbers to be added up in a step.
+    Ranks add up 1,000 numbers an expert and layer after each step.
     """
 
-    bias: Tensor
+    kind: Literal["quantile"] = "quantile"
 
-    def __init__(self, experts: int, sums: int) -> None:
-        super().__init__(sums)
-        self.register_average("bias", torch.zeros(experts), torch.float32)
+    def misfits(self, at: str, layer: MoEConfig, width: int) -> Iterator[str]:
+        del width
+        if layer.top_k >= layer.experts:
+            yield (
+                f"{at}.kind 'quantile' with {beside(at, 'top_k')} {layer.top_k} of "
+                f"{beside(at, 'experts')} {layer.experts}: every expert is chosen: lower "
+                f"{beside(at, 'top_k')}, or use 'none'"
+            )
 
-    def choose(
-        self, scores: Float[Tensor, "tokens experts"], top_k: int
-    ) -> Int[Tensor, "tokens choices"]:
-        """Ids of the experts with the largest biased scores, best first."""
-        raise NotImplementedError
+    @property
+    def has_biases(self) -> bool:
+        return True
 
-
-class LossFreeBias(SelectionBias):
-    """b_i <- b_i + rate sign(mean count - count of i) (loss-free balancing, arXiv:2408.15664).
-
-    Args:
-        experts: number of experts.
-        rate: change in a step, called u in the paper.
-    """
-
-    def __init__(self, experts: int, rate: float = 0.001) -> None:
-        super().__init__(experts, experts)
-        self.rate = rate
-
-    @torch.no_grad()
-    def choose(
-        self, scores: Float[Tensor, "tokens experts"], top_k: int
-    ) -> Int[Tensor, "tokens choices"]:
-        ids = (scores + self.bias.to(scores.dtype)).topk(top_k, dim=-1).indices
-        if self.collects:
-            flat = ids.reshape(-1)
-            self.pending.scatter_add_(0, flat, torch.ones_like(flat, dtype=self.pending.dtype))
-        return ids
-
-    def apply_sums(self, sums: Float[Tensor, " size"]) -> None:
-        self.bias += self.rate * (sums.mean() - sums).sign()
+    def biases(self, experts: int, top_k: int) -> SelectionBias:
+        return QuantileBias(experts, top_k)
 
 
 class QuantileBias(SelectionBias):
@@ -76,20 +57,12 @@ class QuantileBias(SelectionBias):
 
     Args:
         experts: number of experts.
-        top_k: experts of a token.
-
-    Raises:
-        ValueError: no expert is left over.
+        top_k: experts of a token, fewer than there are.
     """
 
     edges: Tensor
 
     def __init__(self, experts: int, top_k: int) -> None:
-        if top_k >= experts:
-            raise ValueError(
-                f"top_k {top_k} of {experts} experts leaves nothing to choose: lower top_k, or use "
-                "balance 'none'"
-            )
         super().__init__(experts, experts * BINS)
         self.experts, self.top_k = experts, top_k
         self.hold("edges", edges_of_bins)

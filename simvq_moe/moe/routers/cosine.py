@@ -1,0 +1,83 @@
+"""A router that compares tokens and prototypes by cosine, in a few channels (X-MoE)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from simvq_moe.config.moe import Gates, MoEConfig
+from simvq_moe.config.ranges import Channels
+from simvq_moe.config.registry import register
+from simvq_moe.core.products import Product, is_learned, number_of_rows, products_of_map
+from simvq_moe.moe.routers.rows import RowOptions, RowRouter
+
+START_TEMPERATURE = 0.3
+
+
+@register
+@dataclass(frozen=True)
+class CosineOptions(RowOptions):
+    """The largest cosine in a narrow projection, over a learned temperature."""
+
+    kind: Literal["cosine"] = "cosine"
+    projection: Channels | None = None
+    """Channels in which tokens and experts are compared; None: half the experts."""
+
+    def make(self, width: int, layer: MoEConfig) -> CosineRouter:
+        return CosineRouter(width, layer.experts, layer.top_k, gates=layer.convention, options=self)
+
+
+class CosineRouter(RowRouter):
+    """Logits cos(P x, r_i) / t, with P narrow and t learned (X-MoE, arXiv:2204.09179).
+
+    t = 0.3 e^s from s = 0.
+
+    Args:
+        width: channels of a token.
+        experts, top_k, gates: see `Router`.
+        options: rows of P, half as many as experts if not set as there, and the bank of
+            prototypes R = Q W, which are as wide.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        top_k: int,
+        *,
+        gates: Gates = "topk_softmax",
+        options: CosineOptions | None = None,
+    ) -> None:
+        options = options or CosineOptions()
+        narrow = options.projection or max(1, experts // 2)
+        super().__init__(narrow, experts, top_k, gates=gates, options=options)
+        self.projection = nn.Parameter(torch.randn(narrow, width) / width**0.5)
+        # one element, for DeepSpeed can't send a parameter without an axis
+        self.log_temperature = nn.Parameter(torch.zeros(1))
+
+    def score(
+        self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
+    ) -> Float[Tensor, "tokens experts"]:
+        del token_ids
+        x = F.normalize(x @ self.projection.to(x.dtype).T, dim=-1)
+        rows = F.normalize(self.bank.rows(x.dtype), dim=-1)
+        temperature = START_TEMPERATURE * self.log_temperature.to(x.dtype).exp()
+        return x @ rows.T / temperature
+
+    def products(self, batch_tokens: int) -> Iterator[Product]:
+        bank, learned = self.bank, is_learned(self.bank.base)
+        yield Product(self.projection.numel())
+        yield Product(number_of_rows(bank) * bank.width, learned or bool(bank.maps))
+        yield from products_of_map(bank, number_of_rows(bank) / batch_tokens, learned)
+
+    @torch.no_grad()
+    def reset(self, std: float) -> None:
+        super().reset(std)
+        self.projection.normal_(std=std)
+        self.log_temperature.zero_()

@@ -1,0 +1,101 @@
+"""The plain router: the experts with the largest products (arXiv:1701.06538, without noise)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from simvq_moe.config.moe import Gates, MoEConfig
+from simvq_moe.config.registry import register
+from simvq_moe.core.bank import Bank
+from simvq_moe.core.products import Product, is_learned, number_of_rows, products_of_map
+from simvq_moe.core.whitening import Whitening
+from simvq_moe.moe.routers.rows import ProductOptions, RowOptions, RowRouter
+
+
+@dataclass(frozen=True)
+class RowProductOptions(RowOptions, ProductOptions):
+    """Options of routers that score by x R^T."""
+
+
+@register
+@dataclass(frozen=True)
+class TopKOptions(RowProductOptions):
+    """The experts with the largest x R^T; without a map rows may be frozen: a random router."""
+
+    kind: Literal["topk"] = "topk"
+
+    def make(self, width: int, layer: MoEConfig) -> TopKRouter:
+        return TopKRouter(width, layer.experts, layer.top_k, gates=layer.convention, options=self)
+
+
+class TopKRouter(RowRouter):
+    """Logits x R^T, plus one learned number an expert if wanted.
+
+    Args:
+        width: channels of a token.
+        experts, top_k, gates: see `Router`.
+        options: of the bank of rows R = Q W, and of biases, which start from 0.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        top_k: int,
+        *,
+        gates: Gates = "topk_softmax",
+        options: RowProductOptions | None = None,
+    ) -> None:
+        options = options or TopKOptions()
+        super().__init__(width, experts, top_k, gates=gates, options=options)
+        self.bias = nn.Parameter(torch.zeros(experts)) if options.bias else None
+
+    def score(
+        self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
+    ) -> Float[Tensor, "tokens experts"]:
+        del token_ids
+        if isinstance(self.centre, Whitening):
+            scores = x @ self.turn(self.bank.rows(x.dtype)).T
+        else:
+            scores = self.bank.score(x)
+        return scores if self.bias is None else scores + self.bias.to(x.dtype)
+
+    def rows_of_products(self) -> Float[Tensor, "experts width"] | None:
+        return self.turn(self.bank.rows())
+
+    def linear_readers(self) -> list[Bank | Tensor]:
+        return [self.bank]
+
+    def products(self, batch_tokens: int) -> Iterator[Product]:
+        if not isinstance(self.centre, Whitening):
+            yield from super().products(batch_tokens)
+            return
+        # rows are mapped and turned before they meet the tokens
+        bank, learned = self.bank, is_learned(self.bank.base)
+        moves = learned or bool(bank.maps)
+        yield from super(RowRouter, self).products(batch_tokens)
+        yield Product(number_of_rows(bank) * bank.width, moves)
+        yield from products_of_map(bank, number_of_rows(bank) / batch_tokens, learned)
+        yield from self.products_of_turn(batch_tokens, learned=moves)
+
+    @torch.no_grad()
+    def reset(self, std: float) -> None:
+        super().reset(std)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    @torch.no_grad()
+    def fold_(self) -> None:
+        if isinstance(self.centre, Whitening):
+            rows, bias = self.centre.fold(self.bank.rows())
+            self.bank = Bank(rows, transform="none")
+            self.bias = nn.Parameter(bias + (0 if self.bias is None else self.bias))
+            self.centre = None
+        else:
+            super().fold_()
