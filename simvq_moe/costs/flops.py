@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from simvq_moe.config.schema import Config
-from simvq_moe.core.products import Product, is_learned, number_of_rows, products_of_map
 from simvq_moe.costs.activations import sample_cost
 from simvq_moe.models.attention import Attention
 from simvq_moe.models.blocks import MoEBlock
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
+from simvq_moe.moe.products import Product, is_learned, number_of_rows, products_of_map
 from simvq_moe.moe.routers.base import Router
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from simvq_moe.config.moe import Gates, MoEConfig
 from simvq_moe.config.registry import register
-from simvq_moe.core.products import Product
 from simvq_moe.core.whitening import Whitening
+from simvq_moe.moe.products import Product
 from simvq_moe.moe.routers.base import Router
 from simvq_moe.moe.routers.rows import ProductOptions
 

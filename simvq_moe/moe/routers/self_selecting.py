@@ -14,8 +14,8 @@ from simvq_moe.config.moe import Gates, MapOptions, MoEConfig, beside
 from simvq_moe.config.ranges import Range
 from simvq_moe.config.registry import register
 from simvq_moe.core.moments import match_shape, moments
-from simvq_moe.core.products import Product, is_learned, products_of_map
 from simvq_moe.moe.maps import NoMap
+from simvq_moe.moe.products import Product, is_learned, products_of_map
 from simvq_moe.moe.routers.base import Router, ScoringOptions
 
 

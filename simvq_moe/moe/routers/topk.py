@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from simvq_moe.config.moe import Gates, MoEConfig
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank
-from simvq_moe.core.products import Product, is_learned, number_of_rows, products_of_map
 from simvq_moe.core.whitening import Whitening
+from simvq_moe.moe.products import Product, is_learned, number_of_rows, products_of_map
 from simvq_moe.moe.routers.rows import ProductOptions, RowOptions, RowRouter
 
 
