@@ -203,13 +203,13 @@ def rows_of_table(config: Config, layers: Sequence[Layer]) -> tuple[Any, Any, An
     for column in table.experiment.hparam_infos:
         # those that differ between runs come first, and of all only five are shown unasked
         column.differs = column.name in FIRST_COLUMNS
-    own = {key: cells[key] for key in values if key.split(".")[0] in mine}
+    own = {key: value for key, value in cells.items() if key.split(".")[0] in mine}
     stored.content = table.SerializeToString()
     return columns, *hparams(own, results)[1:]
 
 
 def _cell(value: Any, default: Any) -> bool | int | float | str:
-    """A column has one type: what may be None, or several values, or of one kind alone, is text."""
+    """A column has one type: what may be None, or several values, is text."""
     return str(value) if default is None or not isinstance(value, bool | int | float) else value
 
 
