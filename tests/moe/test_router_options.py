@@ -123,7 +123,7 @@ def test_a_model_with_folded_weights_computes_the_same(arm: str) -> None:
         ("--moe.router.kind hash --moe.router.map.kind linear", "moe.router.map.kind linear"),
         ("--moe.router.kind hyper --moe.router.map.train_base False", "moe.router.map.train_base"),
         (f"--moe.router.kind distance {WHITE} full", "moe.router.whiten.kind full"),
-        ("--moe.router.kind cosine --moe.router.bias True", "moe.router.bias 'True' belongs to"),
+        ("--moe.router.kind cosine --moe.router.bias True", "moe.router.bias True belongs to"),
         ("--moe.router.whiten.every 2", "belongs to moe.router.whiten.kind 'full', 'diagonal' or"),
         (
             f"{WHITE} full --moe.router.whiten.rank 2",
@@ -134,7 +134,7 @@ def test_a_model_with_folded_weights_computes_the_same(arm: str) -> None:
         ("--moe.router.codebook_weight 2", "belongs to moe.router.kind 'distance'"),
         ("--moe.router.commitment_weight 2", "belongs to moe.router.kind 'distance'"),
         ("--moe.router.init data", "belongs to moe.router.kind 'distance' or 'self_selecting'"),
-        ("--moe.router.kind hash --moe.router.centre True", "moe.router.centre 'True' belongs to"),
+        ("--moe.router.kind hash --moe.router.centre True", "moe.router.centre True belongs to"),
         ("--moe.balance.rate 0.1", "belongs to moe.balance.kind 'loss_free', not 'none': drop it"),
         (
             "--moe.router.kind cosine --moe.router.map.base_width 16",

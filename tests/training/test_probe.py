@@ -24,6 +24,7 @@ from simvq_moe.moe import MoE
 from simvq_moe.moe.expert_kinds import SwiGLUExpert
 from simvq_moe.moe.maps import LinearMap, SeparateMaps
 from simvq_moe.moe.routers.base import Routing
+from simvq_moe.moe.routers.expert_choice import ExpertChoiceOptions
 from simvq_moe.moe.routing_measures import (
     confidence,
     fluctuation,
@@ -290,7 +291,7 @@ def test_deepspeeds_layer_is_measured_as_ours(folder: Path, tmp_path: Path, worl
 def test_choices_that_are_left_open_count_for_nobody(
     folder: Path, tmp_path: Path, world: World
 ) -> None:
-    task = build_task(config(folder, router="expert_choice", gates="softmax_topk"))
+    task = build_task(config(folder, router=ExpertChoiceOptions()))
     shake(task)
     probe = probe_of(task, tmp_path, world, eval_batch_size=100)
     found = probe.measure(1)
