@@ -2,11 +2,14 @@
 
 A plug-in is code that runs. It is loaded where the user names it: in a config that a command is
 given, or on the command line. A run's folder, which may be anybody's, never loads one by itself.
+A package that the user has installed may name modules in the entry points of `GROUP`, which are
+loaded without a word in a config.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ from typing import Any
 from simvq_moe.config.conversion import shown
 from simvq_moe.errors import ConfigError
 
+GROUP = "simvq_moe.plugins"
 PREFIX = "simvq_moe_plugin_"
 """Of the module that a file becomes."""
 
@@ -41,6 +45,22 @@ def load_plugins(names: Sequence[str]) -> None:
             raise ConfigError(
                 f"plugins {name!r} can't be loaded: {type(error).__name__}: "
                 f"{' '.join(str(error).split())}: give a file or a module that imports"
+            ) from error
+
+
+def load_installed_plugins() -> None:
+    """Import what installed packages name as plug-ins.
+
+    Raises:
+        ConfigError: one of them raises an error.
+    """
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            raise ConfigError(
+                f"the installed plug-in {entry.value!r} can't be loaded: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}: mend it, or uninstall its package"
             ) from error
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from simvq_moe.config.plugins import load_installed_plugins
 from simvq_moe.errors import ConfigError
 
 
@@ -124,6 +125,7 @@ def kinds(of: type[T]) -> Mapping[str, type[T]]:
         module = importlib.import_module(found.package)
         for inner in pkgutil.iter_modules(getattr(module, "__path__", ())):
             importlib.import_module(f"{found.package}.{inner.name}")
+        load_installed_plugins()
     return MappingProxyType(found.kinds)  # pyright: ignore[reportReturnType]
 
 

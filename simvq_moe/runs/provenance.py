@@ -34,6 +34,7 @@ def provenance(config: Config, world: World) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(world.device) if cuda else processor(),
         "world_size": world.size,
         "threads": torch.get_num_threads(),
+        "plugins": list(config.plugins),
     }
 
 
