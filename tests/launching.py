@@ -18,6 +18,9 @@ from simvq_moe.sweeps.machine import free_port
 ROOT = Path(__file__).parent.parent
 TIMINGS = ("time", "speed/", "memory/")
 """Prefixes of metrics that no two runs share."""
+PLACE = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+"""Variables of a rank. Trainers of other libraries leave theirs behind in the process of the tests;
+those that a test starts are no part of that launch."""
 
 
 def environment() -> dict[str, str]:
@@ -28,7 +31,7 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    return os.environ | ours
+    return {name: v for name, v in os.environ.items() if name not in PLACE} | ours
 
 
 def start(*args: str, cwd: Path, ranks: int = 1) -> subprocess.Popen[str]:
