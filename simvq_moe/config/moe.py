@@ -259,6 +259,8 @@ class MoEConfig:
     """Map W after the gated sum of experts: y = (sum g_i E_i(x)) W."""
     expert_out_bias: bool = False
     """One learned vector added to the sum."""
+    expert_bias: bool = False
+    """One learned vector added to each expert's outputs, as folding makes of expert_out_bias."""
     dispatch: Dispatch = "sorted"
     """Ours, without padding, or DeepSpeed's own layer as a baseline: padded to the capacity, or
     without one to the fullest expert."""
@@ -288,7 +290,14 @@ class MoEConfig:
     def folded(self) -> MoEConfig:
         """The options of the layer whose maps are merged into the rows that they map."""
         plain = default_of(MapOptions)
-        return replace(self, router=self.router.folded(), expert_in_map=plain, expert_out_map=plain)
+        return replace(
+            self,
+            router=self.router.folded(),
+            expert_in_map=plain,
+            expert_out_map=plain,
+            expert_out_bias=False,
+            expert_bias=self.expert_bias or self.expert_out_bias,
+        )
 
     def misfits(self, width: int, prefix: str = "") -> Iterator[str]:
         """What keeps such a layer from running: key, value and way out, a line each.
@@ -301,6 +310,11 @@ class MoEConfig:
             yield (
                 f"{prefix}top_k {self.top_k} > {prefix}experts {self.experts}: "
                 f"lower {prefix}top_k or raise {prefix}experts"
+            )
+        if self.expert_bias and (self.expert_out_bias or self.expert_out_map.kind != "none"):
+            yield (
+                f"{prefix}expert_bias True with a map or a bias after the experts, into which it "
+                f"can't be folded: use {prefix}expert_out_bias alone"
             )
         for at, part in parts(self, prefix):
             yield from part.misfits(at, self, width)

@@ -53,7 +53,10 @@ def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
         raise ConfigError(f"{run_dir} has no shared map: there is nothing to fold{norms}")
     folded_config = task.without_maps(config)
     folded = task.build_model(task.without_networks(folded_config)).double().eval()
-    folded.load_state_dict(fold_weights(model.double()))
+    try:
+        folded.load_state_dict(fold_weights(model.double()))
+    except ValueError as error:  # of a layer that says why it can't be folded
+        raise ConfigError(f"{run_dir}: {error}") from None
     if merge_norms:
         task.merge_norms(folded)
     difference = _difference(task, (model, folded), config)

@@ -107,6 +107,7 @@ class MoE(Pretrained, Mixture):
             expert_in_map=as_options(MapOptions, expert_in_map, "expert_in_map"),
             expert_out_map=as_options(MapOptions, expert_out_map, "expert_out_map"),
             expert_out_bias=expert_out_bias,
+            expert_bias=expert_bias,
             expert_parallel=expert_parallel,
         )
         _check(options, width)
@@ -115,7 +116,7 @@ class MoE(Pretrained, Mixture):
         with own_stream():
             self.router: Router = options.router.build(width, options, vocabulary)
         self.router.selection = options.balance.biases(experts, top_k)
-        self.experts = _experts(width, options, self.router, expert_bias)
+        self.experts = _experts(width, options, self.router)
         self.shared_experts: FeedForward | None = None
         if shared_experts:
             with torch.random.fork_rng(devices=[]):  # the same weights elsewhere with and without
@@ -233,7 +234,7 @@ def _check(options: MoEConfig, width: int) -> None:
         )
 
 
-def _experts(width: int, options: MoEConfig, router: Router, bias: bool) -> Experts:
+def _experts(width: int, options: MoEConfig, router: Router) -> Experts:
     sizes = width, options.hidden, options.experts
     in_map, key_rank = options.expert_in_map, 0
     if router.keys is not None:  # the keys' map comes before both
@@ -243,7 +244,7 @@ def _experts(width: int, options: MoEConfig, router: Router, bias: bool) -> Expe
         "in_map": in_map,
         "out_map": options.expert_out_map,
         "out_bias": options.expert_out_bias,
-        "bias": bias,
+        "bias": options.expert_bias,
         "key_rank": key_rank,
     }
     if options.expert_parallel == 1:
@@ -279,6 +280,7 @@ def build_mixture(
         balance=options.balance,
         expert_out_map=options.expert_out_map,
         expert_out_bias=options.expert_out_bias,
+        expert_bias=options.expert_bias,
         expert_in_map=options.expert_in_map,
         capacity_factor=options.capacity_factor,
         expert_parallel=options.expert_parallel,

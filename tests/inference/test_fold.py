@@ -24,6 +24,7 @@ FLAGS = {
         *("--task", "language_model", "--moe.expert_out_map.kind", "linear", "--moe.experts", "8"),
         *("--moe.router.map.kind", "linear", "--moe.router.map.base_width", "4"),
         *("--moe.expert_in_map.kind", "diagonal", "--optimizer.lr", "0.01"),
+        *("--moe.expert_out_bias", "True"),
     ),
 }
 
@@ -52,6 +53,15 @@ def test_the_folded_model_loads_without_maps_and_differs_by_rounding(
         measured.append(json.loads(capsys.readouterr().out)["val/loss"])
     # float32 rounds the folded rows
     assert_close(measured[1], measured[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_bias_that_can_not_be_folded_is_refused_in_a_line(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = train(tmp_path, world, *FLAGS["text"], "--moe.gates", "softmax_topk")
+    assert main(["fold", str(run), "--out", str(tmp_path / "folded")]) == 2
+    assert "expert_out_bias with gates 'softmax_topk' can't be folded" in capsys.readouterr().err
+    assert not (tmp_path / "folded").exists()
 
 
 def test_evaluation_of_a_checkpoint_repeats_the_measures_of_the_run(
