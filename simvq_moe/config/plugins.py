@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ def load_plugins(names: Sequence[str]) -> None:
             ) from error
 
 
+@cache
 def load_installed_plugins() -> None:
-    """Import what installed packages name as plug-ins.
+    """Import what installed packages name as plug-ins, once in a process.
 
     Raises:
         ConfigError: one of them raises an error.
