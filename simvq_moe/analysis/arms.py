@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from simvq_moe.records.catalogue import ALL_BANKS
+from simvq_moe.runs.files import Stamp
 
 UNCOMPARED_KEYS = ("seed", "name", "arm", "runs_dir")
 """Config keys that tell runs apart without changing what an arm is."""
@@ -108,6 +109,10 @@ class Group:
     primary: dict[str, str] = field(default_factory=dict)
     """The arms that decide it, each with its outcome: the tests of Holm's adjustment. Empty: every
     outcome of every arm."""
+    predictions: tuple[str, ...] = ()
+    """Numbers of the registered predictions that its sweep tests, such as P8."""
+    registered: tuple[Stamp, ...] = ()
+    """What was written down before its runs, as far as its sweep recorded it."""
     tuned: bool = False
     """Whether a grid chose each arm's learning rate."""
     notes: str = ""

@@ -78,6 +78,7 @@ def evidence_of(
     margin: float | None = None,
 ) -> Evidence:
     found = stats.compare(list(numbers.values()), margin)
+    few = found.n < stats.LEAST_PAIRS
     return Evidence(
         group=group.name,
         text=text,
@@ -92,6 +93,7 @@ def evidence_of(
         margin=margin,
         p_equivalent=found.p_equivalent,
         verdict=UNDECIDED,
+        pairs_needed=stats.LEAST_PAIRS if few else None,
     )
 
 
@@ -109,5 +111,17 @@ def decided_within(one: Evidence) -> Evidence:
     low, high = one.interval or (one.mean, one.mean)
     if -one.margin < low and high < one.margin:
         return replace(one, verdict=SUPPORTED)
-    outside = low > one.margin or high < -one.margin
-    return replace(one, verdict=CONTRADICTED if outside else UNDECIDED)
+    if low > one.margin or high < -one.margin:
+        return replace(one, verdict=CONTRADICTED)
+    return with_power(one, (1 - stats.CONFIDENCE) / 2)
+
+
+def with_power(one: Evidence, level: float) -> Evidence:
+    """Undecided evidence about a margin, with the pairs that could decide it.
+
+    Args:
+        level: of each of the two one-sided tests.
+    """
+    needed = stats.pairs_for_margin(stats.mean_sd(one.values)[1], one.margin or 0.0, level)
+    few = needed is None or one.n < needed
+    return replace(one, verdict=UNDECIDED, pairs_needed=needed if few else None)

@@ -2,7 +2,8 @@
 
 Arms are known by their resolved configs, never by their names: a prediction on a map compares an
 arm that has it with the arm of the same group that differs from it in the named keys and in
-nothing else. So any sweep has its predictions checked, as far as its arms go.
+nothing else. A sweep names the predictions that it tests (`predictions` of its file); about others
+its runs say nothing.
 
 A prediction is about every such case: supported if all of them are, contradicted if one is,
 undecided otherwise. A claim that needs two parts needs both, so no p is adjusted for their number
@@ -31,6 +32,7 @@ from simvq_moe.analysis.evidence import (
     decided_within,
     difference,
     evidence_of,
+    with_power,
 )
 from simvq_moe.analysis.outcomes import early, mean_of_banks, value
 from simvq_moe.analysis.predictions_second import SECOND
@@ -58,8 +60,12 @@ WITH_ROUTER_MAP = {
 
 
 def check_all(groups: Sequence[Group]) -> list[Prediction]:
-    """Every registered prediction with its verdict about the runs of these groups."""
-    return [_checked(one, groups) for one in REGISTERED]
+    """The predictions that these groups registered, each with its verdict about their runs."""
+    found = []
+    for one in REGISTERED:
+        own = [group for group in groups if one.number in group.predictions]
+        found += [_checked(one, own)] if own else []
+    return found
 
 
 def _checked(one: Registered, groups: Sequence[Group]) -> Prediction:
@@ -72,7 +78,9 @@ def _checked(one: Registered, groups: Sequence[Group]) -> Prediction:
     else:
         verdict = SUPPORTED if verdicts == {SUPPORTED} else UNDECIDED
     rule = " ".join((inspect.getdoc(one.check) or "").split())
-    return Prediction(one.name, one.statement, rule, one.needs, verdict, evidence)
+    needed = [e.pairs_needed for e in evidence if e.verdict == UNDECIDED and e.pairs_needed]
+    pairs = max(needed) if needed and verdict == UNDECIDED else None
+    return Prediction(one.name, one.statement, rule, one.needs, verdict, evidence, pairs)
 
 
 def _indirect(group: Group) -> list[Evidence]:
@@ -178,9 +186,13 @@ def _equivalence(group: Group) -> list[Evidence]:
         if separate is None:
             continue
         one = decided_within(difference(group, mapped, separate, ERROR, margin=SMALL_ERROR))
-        if one.verdict != CONTRADICTED:
-            claimed = one.n >= stats.LEAST_PAIRS and (one.p_equivalent or 0) < stats.LEVEL
-            one = replace(one, verdict=SUPPORTED if claimed else UNDECIDED)
+        if one.n >= stats.LEAST_PAIRS and one.verdict != CONTRADICTED:
+            claimed = (one.p_equivalent or 0) < stats.LEVEL
+            one = (
+                replace(one, verdict=SUPPORTED, pairs_needed=None)
+                if claimed
+                else with_power(one, stats.LEVEL)
+            )
         found.append(one)
     return found
 

@@ -177,6 +177,8 @@ class Evidence:
     p_equivalent: float | None
     verdict: str
     """supported, contradicted or undecided."""
+    pairs_needed: int | None = None
+    """Pairs that could decide it, where these could not whatever they say; None: these could."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,8 @@ class Prediction:
     verdict: str
     """supported, contradicted, undecided or not tested."""
     evidence: list[Evidence]
+    pairs_needed: int | None = None
+    """The most that undecided evidence needs; None: the pairs are enough."""
 
 
 @dataclass(frozen=True)

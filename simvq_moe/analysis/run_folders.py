@@ -209,6 +209,8 @@ def _read_sweep(directory: Path) -> list[Group]:
             baseline=group.baseline,
             outcomes=tuple(group.outcomes),
             primary=dict(group.primary or {}),
+            predictions=tuple(sweep.predictions or ()),
+            registered=tuple(sweep.registered or ()),
             tuned=any(arm.lr is not None for arm in group.arms),
             arms=tuple(_read_arm(directory, arm) for arm in group.arms),
             notes=group.notes or "",

@@ -21,6 +21,9 @@ CONFIDENCE = 0.95
 LEAST_PAIRS = 6
 """Fewer pairs can't reach p < 0.05: five give 2 / 2^5 = 0.0625 at best."""
 LEAST_PAIRS_INTERVAL = 3
+POWER = 0.8
+"""Share of the studies that are to decide, where pairs are counted beforehand."""
+MOST_PAIRS = 100_000
 EXACT_PAIRS = 14
 """Up to here all 2^n sign flips are visited; beyond, as many random ones."""
 
@@ -82,6 +85,36 @@ def pairs_needed(tests: int, level: float = 0.05) -> int:
     while 2.0 / 2**n * tests >= level:
         n += 1
     return n
+
+
+def pairs_for_margin(sd: float, margin: float, level: float) -> int | None:
+    """The fewest pairs with which arms that do not differ are found within the margin.
+
+    Args:
+        sd: standard deviation of the paired differences.
+        margin: largest difference that counts as none.
+        level: of each of the two one-sided t tests (Schuirmann, 1987).
+
+    Returns:
+        The pairs that reach a power of `POWER`, at least `LEAST_PAIRS`; None: more than
+        `MOST_PAIRS`.
+    """
+
+    def power(n: int) -> float:
+        reach = margin * math.sqrt(n) / sd - stats.t.ppf(1 - level, n - 1)
+        return 2 * float(stats.t.cdf(reach, n - 1)) - 1
+
+    if not sd > 0:
+        return LEAST_PAIRS
+    low, high = LEAST_PAIRS, LEAST_PAIRS
+    while power(high) < POWER:
+        low, high = high, 2 * high
+        if high > MOST_PAIRS:
+            return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(middle) >= POWER else (middle + 1, high)
+    return high
 
 
 def permutation_p(differences: Sequence[float]) -> float | None:

@@ -89,6 +89,7 @@ class Meta(_Content):
     seed: Seed | None = None
     command: Line | list[Line] | None = None
     commit: Line | None = None
+    started: Line | None = None
     versions: dict[Line, Line] | None = None
     device: Line | None = None
     world_size: Whole | None = None
@@ -175,12 +176,25 @@ class SavedGroup(_Content):
         return self
 
 
+class Stamp(_Content):
+    """A file that says beforehand what a sweep is to show, as it was when its runs began."""
+
+    file: Line
+    """The sweep's file, or the one that has the rules of its predictions."""
+    commit: Line | None = None
+    """The commit of its last change; None: it is in no repository of git, or was not committed."""
+    date: Line | None = None
+    """When that was, in ISO 8601."""
+
+
 class SavedSweep(_Content):
     """sweep.json, as `simvq_moe.sweeps.plan.write_plan` writes it."""
 
     name: Line = ""
     title: Line | None = None
     command: Line | None = None
+    predictions: list[Line] | None = None
+    registered: list[Stamp] | None = None
     groups: Annotated[list[SavedGroup], Field(min_length=1)]
 
 

@@ -58,6 +58,18 @@ def commit(package: Path = Path(__file__).parents[1]) -> str | None:
     return _git(root, "describe", "--always", "--dirty", "--abbrev=12")
 
 
+def last_change(file: Path) -> tuple[str, str] | None:
+    """Commit and date (ISO 8601) of the last change of a file; None: it is in no repository of git,
+    or it is not committed as it is."""
+    if _git(file.parent, "status", "--porcelain", "--", file.name):
+        return None
+    found = _git(file.parent, "log", "-1", "--format=%h %cI", "--abbrev=12", "--", file.name)
+    if found is None:
+        return None
+    commit, date = found.split()
+    return commit, date
+
+
 def _git(folder: Path, *args: str) -> str | None:
     """What git says; None: it is not installed, or says no."""
     # inside of a hook, or of a rebase, variables would name another repository

@@ -11,6 +11,7 @@ from simvq_moe.config.checks_values import name_problems
 from simvq_moe.config.ranges import SEED
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
+from simvq_moe.sweeps.registration import unknown
 
 if TYPE_CHECKING:
     from simvq_moe.sweeps.plan import GroupSpec, PlannedRun, SweepSpec
@@ -47,6 +48,8 @@ def _problems(spec: SweepSpec) -> Iterator[str]:
     yield from _seed_problems("seeds", spec.seeds)
     if len(set(spec.seeds)) < len(spec.seeds):
         yield f"seeds {list(spec.seeds)}: one is there twice: leave it out"
+    if problem := unknown(spec.predictions):
+        yield f"predictions {problem}"
     yield from _set_problems("set", spec.set)
     for name, group in spec.groups.items():
         yield from name_problems("groups", name, parts=1)

@@ -20,6 +20,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.files.regular import write_json
 from simvq_moe.runs.folder import status_of
 from simvq_moe.sweeps.checks import check_spec
+from simvq_moe.sweeps.registration import stamps
 
 PROCESS = f"{socket.gethostname()}-{os.getpid()}-"
 """Tells the tasks of a job array apart, which may write the same file at the same time."""
@@ -84,6 +85,9 @@ class SweepSpec:
     """Groups by name."""
     seeds: tuple[int, ...]
     """Paired seeds: the same initial weights and data order in every arm."""
+    predictions: tuple[str, ...] = ()
+    """Numbers of the registered predictions that its runs test, such as P8; `simvq-moe report`
+    judges these and no others."""
     runs_dir: str = "runs"
     """Folder of all runs."""
     lr_grid: RateGrid | None = None
@@ -232,6 +236,8 @@ def write_plan(
         "name": plan.spec.name,
         "title": plan.spec.title,
         "command": shlex.join(["simvq-moe", "sweep", *configs, *arms, *options]),
+        "predictions": list(plan.spec.predictions),
+        "registered": stamps(plan.files, plan.spec.predictions, plan.folder),
         **({} if grid is None else {"lr_grid": asdict(grid)}),
         "groups": [_group(plan, name, rates or {}) for name in plan.spec.groups],
     }

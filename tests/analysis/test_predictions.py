@@ -98,7 +98,8 @@ def arm(
 
 
 def checked(name: str, *arms: Arm, tuned: bool = False) -> Prediction:
-    group = Group("g", "Question?", arms[0].name, (ERROR,), arms, tuned=tuned)
+    numbers = tuple({one.number for one in REGISTERED})
+    group = Group("g", "Question?", arms[0].name, (ERROR,), arms, predictions=numbers, tuned=tuned)
     return next(one for one in check_all([group]) if one.name == name)
 
 
