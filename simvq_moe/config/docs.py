@@ -1,4 +1,4 @@
-"""What is written below each field of a dataclass, for `--help` and for tables."""
+"""What is written in a dataclass and below each of its fields, for `--help` and for tables."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def field_docs(schema: Any) -> dict[str, str]:
         if is_dataclass(base):
             found |= {name: doc for name, doc in _own(base).items() if doc or name not in found}
     return found
+
+
+def class_doc(schema: Any) -> str:
+    """The docstring of a class, in one line."""
+    return " ".join(inspect.cleandoc(schema.__doc__ or "").split())
 
 
 def _own(schema: Any) -> dict[str, str]:

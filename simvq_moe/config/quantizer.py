@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from simvq_moe.config.ranges import COUNT, Channels, Range
 from simvq_moe.config.registry import Options, family
+
+Own = TypeVar("Own", bound="QuantizerOptions")
 
 
 @family(package="simvq_moe.quantizers", default="simvq")
@@ -26,6 +28,11 @@ class QuantizerOptions(Options):
     def build(self) -> Any:
         """The quantizer, or as many of them in a row as it has residual levels."""
         raise NotImplementedError
+
+    @classmethod
+    def example(cls: type[Own]) -> Own:
+        """Options that can run, of a kind whose defaults can't: for tables of costs, and tests."""
+        return cls()
 
     def folded(self) -> QuantizerOptions | None:
         """Options of a quantizer without a shared map that has the same codes as this one when it

@@ -15,9 +15,10 @@ moved, and every bit stays.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -92,6 +93,20 @@ def _check_finite(z: Tensor, best: Tensor, codes: Codes) -> None:
         raise NotFiniteError(
             f"nearest: {whose} not finite, so no code is nearest: lower the learning rate or clip"
         )
+
+
+def flops_of_search(
+    z: Sequence[int], base: Sequence[int], W: Sequence[int] | None, *_: Any, **__: Any
+) -> int:
+    """Floating-point operations of the matrix products of a search, whichever way it takes: a score
+    of every token and code, and the codes under a map, once.
+
+    Args:
+        z, base, W: shapes of the arguments of `nearest`.
+    """
+    width = z[-1]
+    mapped = 0 if W is None or len(W) == 1 else base[0] * base[1] * width
+    return 2 * (z[0] * base[0] * width + mapped)
 
 
 @_nearest.register_fake

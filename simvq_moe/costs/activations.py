@@ -2,13 +2,13 @@
 
 For language models by a formula, tensor by tensor in the order of the model's code (the way of
 Korthikanti et al., arXiv:2205.05198, section 4, whose GPT differs from this model). Small tensors
-are left out, and what routers other than `topk` keep beside. Tokenizers are counted on samples.
+are left out, and what routers other than `topk` keep beside. Models of other tasks are counted on
+samples.
 """
 
 from __future__ import annotations
 
 import copy
-from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -17,12 +17,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from simvq_moe.config.schema import Config
+from simvq_moe.core.nearest import flops_of_search
 from simvq_moe.core.state import held_tensors
-from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.moe.experts import FeedForward
+from simvq_moe.tasks.registry import task_of
 
 FLOAT32, INT64 = 4, 8
 
@@ -62,7 +63,7 @@ def saved_bytes(model: nn.Module, batch: Tensor) -> tuple[int, Tensor]:
 
 
 class SampleCost(NamedTuple):
-    """Costs of a tokenizer's batch: of itself, whatever its size, and of each sample."""
+    """Costs of a batch: of itself, whatever its size, and of each sample."""
 
     flops: tuple[float, float]
     saved: tuple[float, float]
@@ -80,39 +81,33 @@ class SampleCost(NamedTuple):
 
 
 def sample_cost(model: nn.Module, config: Config) -> SampleCost:
-    """Counted on one sample and on two, forward and backward, on a copy of the model.
+    """Counted on one sample and on two, forward and backward, on copies of the model.
 
     What is computed once in a batch, such as the rows under a shared map, comes out as the cost of
-    the batch itself. On a GPU a search by our own kernel is not counted.
+    the batch itself.
     """
-    copied = copy.deepcopy(model).eval()
-    device = next(copied.parameters()).device
-    flops, saved = [], []
+    task, flops, saved = task_of(config), [], []
     with torch.random.fork_rng(devices=[]):
-        one = torch.rand(_shape_of_a_sample(copied, config)).to(device) * 2 - 1
+        one = torch.rand(task.sample_shape(config)).to(next(model.parameters()).device) * 2 - 1
     for samples in (1, 2):
-        with FlopCounterMode(display=False) as counter:
+        copied = copy.deepcopy(model).eval()  # anew, because an evaluated codebook keeps its rows
+        with counting() as counter:
             size, loss = saved_bytes(copied, one.expand(samples, *one.shape).contiguous())
             loss.backward()
         flops.append(float(counter.get_total_flops()))
         saved.append(float(size))
-    return SampleCost(_line(*flops), _line(*saved), _tokens_of_a_sample(copied, config))
+    return SampleCost(_line(*flops), _line(*saved), task.tokens_of_a_sample(config))
+
+
+def counting() -> FlopCounterMode:
+    """Counts the operations of matrix products and convolutions, and of the search for codes, which
+    is an operator of its own."""
+    rules = {torch.ops.simvq_moe.nearest: flops_of_search}
+    return FlopCounterMode(display=False, custom_mapping=rules)
 
 
 def _line(one: float, two: float) -> tuple[float, float]:
     return 2 * one - two, two - one
-
-
-def _shape_of_a_sample(model: nn.Module, config: Config) -> tuple[int, ...]:
-    if isinstance(model, AudioTokenizer):
-        return (round(config.data.audio_seconds * config.data.sample_rate),)
-    return 3, config.data.image_size, config.data.image_size
-
-
-def _tokens_of_a_sample(model: nn.Module, config: Config) -> int:
-    if isinstance(model, AudioTokenizer):
-        return ceil(_shape_of_a_sample(model, config)[0] / model.hop)
-    return (config.data.image_size // 2**config.image_tokenizer.downsamplings) ** 2
 
 
 def _of_block(block: Block, size: int) -> int:

@@ -36,7 +36,7 @@ class GeluExpert(ExpertOptions):
 @register
 @dataclass(frozen=True)
 class SwiGLUExpert(ExpertOptions):
-    """Three projections around a gated SiLU (arXiv:2002.05202)."""
+    """Three projections around a gated SiLU (2002.05202)."""
 
     kind: Literal["swiglu"] = "swiglu"
 

@@ -78,6 +78,11 @@ class AnyQuantizer(Pretrained, Stateful):
         """True until `initialize` has seen data, for a quantizer that starts from data."""
         return False
 
+    @property
+    def summed_numbers(self) -> int:
+        """Numbers that ranks add up for it in a training step, beside gradients and single ones."""
+        return 0
+
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
         """Codes, ids and losses of packed rows."""
         raise NotImplementedError

@@ -37,7 +37,7 @@ class BSQ(LFQ):
 @register
 @dataclass(frozen=True)
 class BSQOptions(LFQOptions):
-    """A bit a channel, the codes of length 1."""
+    """The sign of each channel of a latent on the unit sphere (2406.07548)."""
 
     kind: Literal["bsq"] = "bsq"  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -50,7 +50,7 @@ def to_sphere(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]
 @register
 @dataclass(frozen=True)
 class CosineVQOptions(VQOptions):
-    """Latents and codes of length 1 (VQGAN-FC)."""
+    """Free rows, compared at length 1 (VQGAN-FC, 2110.04627)."""
 
     kind: Literal["cosine_vq"] = "cosine_vq"  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -88,6 +88,10 @@ class EMAVQ(Quantizer):
         self._started()
 
     @property
+    def summed_numbers(self) -> int:
+        return self.codes * (self.width + 1)  # sums of latents, and their numbers
+
+    @property
     def changes_by_steps(self) -> bool:
         return True
 
@@ -122,7 +126,7 @@ class EMAVQ(Quantizer):
 @register
 @dataclass(frozen=True)
 class EMAVQOptions(LearnedOptions):
-    """Moving averages of the latents of each code."""
+    """Moving averages of the latents of each code, without a gradient (1711.00937, A.1)."""
 
     kind: Literal["ema"] = "ema"
     init: Literal["default", "kmeans"] = "default"

@@ -116,11 +116,15 @@ class FSQ(Grid):
 @register
 @dataclass(frozen=True)
 class FSQOptions(LevelOptions):
-    """A grid of `levels` values a channel."""
+    """A grid of `levels` values a channel, without a table (2309.15505)."""
 
     kind: Literal["fsq"] = "fsq"
     levels: tuple[Annotated[int, Range(2, 2**16)], ...] = ()
     """Values of each channel; width is their number and codes their product."""
+
+    @classmethod
+    def example(cls) -> FSQOptions:
+        return cls(levels=(8, 8, 8), width=3, codes=512)
 
     def level(self) -> FSQ:
         return FSQ(self.levels)

@@ -113,13 +113,17 @@ def map_by_group(
 @register
 @dataclass(frozen=True)
 class GroupVQOptions(CodebookOptions):
-    """Frozen rows under a map for each block of them."""
+    """Frozen rows, and a learned map for each block of them (Group-VQ, 2510.13331)."""
 
     kind: Literal["group_vq"] = "group_vq"
     groups: Annotated[int, Range(1, 2**12)] | None = None
     """Number of blocks of codes, each with a map of its own; it must be set."""
     init: Literal["default", "data"] = "default"
     """data: maps and biases start from the covariance and mean of the first batch."""
+
+    @classmethod
+    def example(cls) -> GroupVQOptions:
+        return cls(groups=4)
 
     def level(self) -> GroupVQ:
         assert self.groups is not None

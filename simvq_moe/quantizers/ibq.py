@@ -84,6 +84,11 @@ class IBQ(VQ):
         loss = torch.stack([self.weights[name] * term for name, term in losses.items()]).sum()
         return Quantized(z_q, ids, loss, losses)
 
+    @property
+    def summed_numbers(self) -> int:
+        # the mean assignment, and its gradient
+        return 2 * self.codes if "token_entropy" in self.weights else 0
+
     def _entropies(self, logits: Float[Tensor, "tokens codes"]) -> dict[str, Tensor]:
         log_p = (logits / self.temperature).log_softmax(1)
         p = log_p.exp()
@@ -108,7 +113,7 @@ class IBQ(VQ):
 @register
 @dataclass(frozen=True)
 class IBQOptions(LevelOptions):
-    """All codes have a gradient, through the softmax of their scores."""
+    """Rows that all have a gradient, through the softmax of their scores (2412.02692)."""
 
     kind: Literal["ibq"] = "ibq"
     codebook_weight: Weight = 0.25

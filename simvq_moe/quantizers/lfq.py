@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from simvq_moe.config.quantizer import Own
 from simvq_moe.config.ranges import Weight
 from simvq_moe.config.registry import register
 from simvq_moe.core.collectives import mean_assignment_entropy
@@ -65,6 +66,10 @@ class LFQ(Grid):
         """Levels before this one, where it is a residual level."""
 
     @property
+    def summed_numbers(self) -> int:
+        return 2 * self.codes  # the mean assignment, and its gradient
+
+    @property
     def scale(self) -> float:
         """Absolute value of a code's channels."""
         return 2.0**-self.halvings
@@ -110,13 +115,20 @@ def _patterns(logits: Float[Tensor, "tokens bits"]) -> Float[Tensor, "tokens pat
 @register
 @dataclass(frozen=True)
 class LFQOptions(LevelOptions):
-    """A bit a channel, the codes of +-1."""
+    """The sign of each channel, as one bit of the id; the codes are +-1 (2310.05737).
+
+    An entropy term spreads the codes. Without a table, nothing is searched.
+    """
 
     kind: Literal["lfq"] = "lfq"
     commitment_weight: Weight = 0.25
     """Weight of |z - sg e|^2."""
     entropy_weight: Weight = 0.1
     """Weight of each token's entropy less that of the mean assignment."""
+
+    @classmethod
+    def example(cls: type[Own]) -> Own:
+        return cls(width=9, codes=512)
 
     def level(self) -> LFQ:
         return LFQ(self.width, **self.weights())

@@ -57,7 +57,7 @@ class MLPVQ(Quantizer):
 @register
 @dataclass(frozen=True)
 class MLPVQOptions(CodebookOptions):
-    """Frozen rows under a shared perceptron."""
+    """Frozen rows under one shared perceptron, to see what linearity does."""
 
     kind: Literal["mlp_vq"] = "mlp_vq"
 

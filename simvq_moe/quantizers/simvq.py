@@ -107,7 +107,7 @@ class SimVQ(Quantizer):
 @register
 @dataclass(frozen=True)
 class SimVQOptions(CodebookOptions):
-    """Frozen rows under one shared map."""
+    """Frozen rows under one learned map, which moves all codes in every step (2411.02038)."""
 
     kind: Literal["simvq"] = "simvq"
     transform: Literal["none", "diagonal", "linear"] = "linear"

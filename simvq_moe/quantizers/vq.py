@@ -82,6 +82,10 @@ class VQ(Quantizer):
         return (rows + self.moved[ids].to(rows.dtype)).to(dtype or rows.dtype)
 
     @property
+    def summed_numbers(self) -> int:
+        return 0 if self.moved is None else self.codes  # draws; a restarted code adds its row
+
+    @property
     def changes_by_steps(self) -> bool:
         return self.moved is not None
 
@@ -129,7 +133,7 @@ class VQ(Quantizer):
 @register
 @dataclass(frozen=True)
 class VQOptions(CodebookOptions):
-    """Free rows, learned by gradient (VQ-VAE)."""
+    """Free rows, learned by gradient: a code moves only when it is chosen (VQ-VAE, 1711.00937)."""
 
     kind: Literal["vq"] = "vq"
     init: Literal["default", "kmeans"] = "default"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,14 @@ class AudioTokenizerTask(TokenizerTask[AudioTokenizer]):
         return _length(config) * settings.hidden * 4 * (len(settings.dilations) + 1)
 
     @classmethod
+    def sample_shape(cls, config: Config) -> tuple[int, ...]:
+        return (_length(config),)
+
+    @classmethod
+    def tokens_of_a_sample(cls, config: Config) -> int:
+        return -(-_length(config) // prod(config.audio_tokenizer.strides))
+
+    @classmethod
     def own_measures(cls, config: Config) -> AudioMeasures:
         return AudioMeasures(config.data.sample_rate)
 
@@ -133,10 +142,6 @@ class AudioTokenizerTask(TokenizerTask[AudioTokenizer]):
     def _noise(cls, model: AudioTokenizer, config: Config) -> Tensor:
         del config
         return torch.rand(8, 16 * model.hop) * 2 - 1
-
-    @property
-    def tokens_per_sample(self) -> int:
-        return -(-_length(self.config) // self.model.hop)
 
 
 def _length(config: Config) -> int:

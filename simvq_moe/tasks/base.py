@@ -133,11 +133,21 @@ class Task(ABC, Generic[Model]):
         """The model, from the random numbers of torch's own generator."""
 
     @classmethod
+    @abstractmethod
+    def tokens_of_a_sample(cls, config: Config) -> int:
+        """Codes or text tokens of one sample."""
+
+    @classmethod
     def numbers_of_a_sample(cls, config: Config) -> int | None:
         """About how many numbers a forward pass makes of a sample at its full resolution; None: the
         costs of the model are counted from its description, without a pass."""
         del config
         return None
+
+    @classmethod
+    def sample_shape(cls, config: Config) -> tuple[int, ...]:
+        """Shape of a sample, whose values lie in [-1, 1], where costs are counted by a pass."""
+        raise NotImplementedError
 
     # asked by `fold`
 
@@ -190,9 +200,9 @@ class Task(ABC, Generic[Model]):
             raise ConfigError(f"--{name}: task {cls.name!r} has no such measure: drop it")
 
     @property
-    @abstractmethod
     def tokens_per_sample(self) -> int:
         """Codes or text tokens of one sample."""
+        return self.tokens_of_a_sample(self.config)
 
     @property
     def starts_from_data(self) -> bool:

@@ -105,10 +105,6 @@ class CodesTask(SequenceTask):
                 f"{ours.weights_sha256[:12]}: encode the data with that one"
             )
 
-    @property
-    def tokens_per_sample(self) -> int:
-        return self.manifest.context
-
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         loss = sums["nats"] / sums["tokens"]
         return {

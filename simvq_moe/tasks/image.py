@@ -102,6 +102,14 @@ class ImageTokenizerTask(TokenizerTask[ImageTokenizer]):
         return config.data.image_size**2 * image.hidden * depth
 
     @classmethod
+    def sample_shape(cls, config: Config) -> tuple[int, ...]:
+        return 3, config.data.image_size, config.data.image_size
+
+    @classmethod
+    def tokens_of_a_sample(cls, config: Config) -> int:
+        return (config.data.image_size // 2**config.image_tokenizer.downsamplings) ** 2
+
+    @classmethod
     def own_measures(cls, config: Config) -> ImageMeasures:
         del config
         return ImageMeasures()
@@ -163,11 +171,6 @@ class ImageTokenizerTask(TokenizerTask[ImageTokenizer]):
     def _noise(cls, model: ImageTokenizer, config: Config) -> Tensor:
         del model
         return torch.rand(8, 3, config.data.image_size, config.data.image_size) * 2 - 1
-
-    @property
-    def tokens_per_sample(self) -> int:
-        side = self.config.data.image_size // 2**self.config.image_tokenizer.downsamplings
-        return side**2
 
 
 def _items(windows: ImageWindows) -> list[Item]:

@@ -37,6 +37,10 @@ class SequenceTask(Task[LanguageModel]):
         )
 
     @classmethod
+    def tokens_of_a_sample(cls, config: Config) -> int:
+        return config.data.context
+
+    @classmethod
     def without_maps(cls, config: Config) -> Config:
         return replace(config, moe=config.moe.folded())
 

@@ -78,10 +78,6 @@ class LanguageModelTask(SequenceTask):
         cls.check_measures(measures)
         return cls(config, tokenizer=_copied_tokenizer(run_dir, config))
 
-    @property
-    def tokens_per_sample(self) -> int:
-        return self.config.data.context
-
     def evaluate(self, batch: Tensor) -> dict[str, Tensor]:
         """Nats, tokens and bytes of a held-out batch."""
         targets = batch[:, 1:]

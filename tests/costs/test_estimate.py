@@ -197,7 +197,11 @@ def test_a_tokenizer_costs_a_batch_once_and_every_sample_alike() -> None:
     model = build_model(config)
     found = sample_cost(model, config)
     assert found.tokens == 4
-    assert found.flops[0] == 2 * 2 * 4096 * 32 * 32  # rows @ W, and its gradient for W alone
+    assert found.flops[0] == 2 * 4096 * 32 * 32  # rows @ W
+    few = with_flags(config, ["--quantizer.codes", "1024"], "train")
+    fewer = sample_cost(build_model(few), few)
+    # a token meets every code once, whichever way the search takes
+    assert found.flops[1] - fewer.flops[1] == 4 * 2 * (4096 - 1024) * 32
     kept, _ = saved_bytes(model.eval(), torch.rand(5, 3, 8, 8))
     assert found.saved_bytes(5, 4) == pytest.approx(kept, rel=0.01)  # scalars of means
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,6 @@ FAMILIES: dict[str, Callable[..., AnyQuantizer]] = {
 }
 
 
-NEEDED: dict[str, dict[str, Any]] = {
-    "group_vq": {"groups": 4},
-    "fsq": {"levels": (4, 4)},
-}
-"""What a kind has no default for."""
-
-
 def test_every_registered_kind_is_under_contract() -> None:
     made = {type(build()) for build in FAMILIES.values()}
     for kind in kinds(QuantizerOptions):
@@ -88,7 +82,7 @@ def test_a_kind_of_a_config_builds_what_it_says_and_every_option_has_a_doc_line(
     options = of_config(kind)
     assert not list(options.problems("quantizer", Config(quantizer=options)))
     quantizer = options.build()
-    assert (quantizer.codes, quantizer.width) == (16, options.width)
+    assert (quantizer.codes, quantizer.width) == (options.codes, options.width)
     for name, doc in field_docs(type(options)).items():
         assert doc, f"{kind}.{name} has no doc line"
     folded = options.folded()
@@ -106,8 +100,7 @@ def test_residual_levels_of_a_kind_are_built_or_refused_by_its_key(kind: str) ->
 
 
 def of_config(kind: str, **given: Any) -> QuantizerOptions:
-    width = {"fsq": 2}.get(kind, 4)
-    return kinds(QuantizerOptions)[kind](codes=16, width=width, **NEEDED.get(kind, {}), **given)
+    return replace(kinds(QuantizerOptions)[kind].example(), **given)
 
 
 @pytest.fixture

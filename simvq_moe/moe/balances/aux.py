@@ -13,7 +13,7 @@ from simvq_moe.moe.balances.base import Balance
 @register
 @dataclass(frozen=True)
 class AuxBalance(Balance):
-    """The load-balance loss of each layer, a part of the model's loss.
+    """The load-balance loss of each layer, a part of the model's loss (2101.03961).
 
     It changes what the router learns. Ranks add up one integer an expert and layer for it.
     """

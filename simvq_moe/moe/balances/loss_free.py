@@ -17,8 +17,9 @@ from simvq_moe.moe.balances.base import Balance, SelectionBias
 @register
 @dataclass(frozen=True)
 class LossFreeBalance(Balance):
-    """Biases of the choice, which move by a fixed step; gates and gradients know nothing of them.
+    """Biases of the choice, which move by a fixed step (2408.15664).
 
+    Gates and gradients know nothing of them.
     Ranks add up one number an expert and layer after each step.
     """
 

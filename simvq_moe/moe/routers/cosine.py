@@ -23,7 +23,7 @@ START_TEMPERATURE = 0.3
 @register
 @dataclass(frozen=True)
 class CosineOptions(RowOptions):
-    """The largest cosine in a narrow projection, over a learned temperature."""
+    """The largest cosines in a narrow projection, with a learned temperature (2204.09179)."""
 
     kind: Literal["cosine"] = "cosine"
     projection: Channels | None = None

@@ -25,7 +25,7 @@ CODEBOOK, COMMITMENT = "router_codebook", "router_commitment"
 @register
 @dataclass(frozen=True)
 class DistanceOptions(RowOptions):
-    """The nearest rows, with SimVQ's two losses for the chosen ones."""
+    """The nearest rows, with SimVQ's two losses for the chosen ones (2411.02038, carried over)."""
 
     kind: Literal["distance"] = "distance"
     codebook_weight: Weight = 1.0

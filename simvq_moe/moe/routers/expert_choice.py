@@ -19,7 +19,7 @@ from simvq_moe.moe.routers.topk import RowProductOptions, TopKRouter
 @register
 @dataclass(frozen=True)
 class ExpertChoiceOptions(RowProductOptions):
-    """Each expert takes its best tokens of the batch: even, but not causal."""
+    """Each expert takes its best tokens of the batch: even, but not causal (2202.09368)."""
 
     kind: Literal["expert_choice"] = "expert_choice"
 

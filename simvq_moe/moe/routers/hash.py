@@ -19,7 +19,7 @@ from simvq_moe.moe.routers.base import Router, Routing
 @register
 @dataclass(frozen=True)
 class HashOptions(RouterOptions):
-    """A random table over vocabulary ids, which sees no channels."""
+    """A random table over vocabulary ids, which sees no channels (2106.04426)."""
 
     kind: Literal["hash"] = "hash"
 

@@ -26,7 +26,7 @@ LARGEST_HIDDEN = 256
 @register
 @dataclass(frozen=True)
 class HyperOptions(ProductOptions):
-    """The largest products with rows that a frozen network makes from one learned vector."""
+    """Largest products with rows that a frozen network makes of one learned vector (2312.07035)."""
 
     kind: Literal["hyper"] = "hyper"
 

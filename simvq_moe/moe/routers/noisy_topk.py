@@ -22,7 +22,7 @@ from simvq_moe.moe.routers.topk import RowProductOptions, TopKRouter
 @register
 @dataclass(frozen=True)
 class NoisyTopKOptions(RowProductOptions):
-    """As topk, with learned Gaussian noise in training."""
+    """As topk, with learned Gaussian noise in training (1701.06538, eq. 4)."""
 
     kind: Literal["noisy_topk"] = "noisy_topk"
 

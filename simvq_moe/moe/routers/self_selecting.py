@@ -22,7 +22,7 @@ from simvq_moe.moe.routers.base import Router, ScoringOptions
 @register
 @dataclass(frozen=True)
 class SelfSelectingOptions(ScoringOptions):
-    """Experts that score tokens by the norm of their own low-rank activation.
+    """Experts that score tokens by the norm of their own low-rank activation (2501.13074).
 
     The map before the experts is a map of their keys, so it reaches the choice.
     """

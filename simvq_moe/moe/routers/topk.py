@@ -26,7 +26,7 @@ class RowProductOptions(RowOptions, ProductOptions):
 @register
 @dataclass(frozen=True)
 class TopKOptions(RowProductOptions):
-    """The experts with the largest x R^T; without a map rows may be frozen: a random router."""
+    """The largest products x R^T (1701.06538); frozen rows without a map are a random router."""
 
     kind: Literal["topk"] = "topk"
 
