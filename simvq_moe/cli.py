@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -237,6 +237,33 @@ def fold(args: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
+class ExportArgs:
+    """Write a run's model for others to load, without shared maps, checked equal before anything
+    is written."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    to: Literal["hf", "safetensors"]
+    """hf: a language model on text as a folder for AutoModelForCausalLM and AutoTokenizer;
+    safetensors: any model as one file with our names, whose header holds the config."""
+    out: Path
+    """Folder of the files."""
+    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A plug-in that the run needs; give it again for more."""
+
+
+def export(args: Sequence[str]) -> int:
+    """Write a run's model for transformers, or as one safetensors file."""
+    options = parse_flags(ExportArgs, args, "simvq-moe export")
+    load_plugins(options.plugins)
+    from simvq_moe.inference import export as exporting
+
+    made = exporting.export_run(options.run, options.out, options.to)
+    print(f"{options.out}: {made}", file=sys.stderr)
+    return 0
+
+
+@dataclass(frozen=True)
 class EncodeArgs:
     """Write a data set as token shards: the codes that a tokenizer's run gives its images or
     recordings, each of them once. The same command again goes on; under a launcher the ranks share
@@ -383,6 +410,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "encode": encode,
     "decode": decode,
     "fold": fold,
+    "export": export,
     "generate": generate,
     "bench": bench,
     "doctor": doctor,

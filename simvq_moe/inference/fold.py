@@ -5,6 +5,7 @@ so that the model of a config without maps computes the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +29,26 @@ LARGEST_DIFFERENCE = 1e-9
 """Between outputs before and after folding, in float64, relative to the largest output."""
 
 
+@dataclass(frozen=True)
+class Folded:
+    """A run's model without maps."""
+
+    config: Config
+    """Of the model without maps."""
+    model: nn.Module
+    """In float64, in evaluation mode."""
+    difference: float
+    """The largest between outputs before and after, in float64, relative to the largest output."""
+    tokenizer: bytes | None
+    """The run's tokenizer.json; None: it has none."""
+    made_of: str
+    """Digest of the run's weights."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """In float32, as the model is from then on."""
+        return dict(self.model.float().state_dict())
+
+
 def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
     """Write model.safetensors and config.yaml of the same model without maps.
 
@@ -41,20 +62,39 @@ def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
         ConfigError: the run has nothing to fold, or something that can't be.
     """
     check_free(out)
+    folded = folded_run(run_dir, merge_norms=merge_norms)
+    with filling(out, "fold", {"weights": folded.made_of, "merge_norms": merge_norms}):
+        write_model(out, folded.config, folded.weights(), folded.tokenizer)
+    return folded.difference
+
+
+def folded_run(run_dir: Path, *, merge_norms: bool = False, plain: bool = False) -> Folded:
+    """The model of a run without maps, which computes what it did with them.
+
+    Args:
+        merge_norms: see `fold_run`.
+        plain: take a model that has no maps as it is.
+
+    Raises:
+        ConfigError: the run has nothing to fold, or something that can't be.
+    """
     config, weights = load_run(run_dir)
     task = task_of(config)
-    model = model_of(config, weights).eval()
+    model = model_of(config, weights).double().eval()
+    tokenizer, made_of = _tokenizer(run_dir, config), weights_sha256(weights)
     mapped = any(
         (isinstance(module, Bank) and module.maps) or isinstance(module, Whitening)
         for module in model.modules()
     )
     if not (mapped or merge_norms):
+        if plain:
+            return Folded(config, model, 0.0, tokenizer, made_of)
         norms = " but norms: --merge_norms" if task.has_norms else ""
         raise ConfigError(f"{run_dir} has no shared map: there is nothing to fold{norms}")
     folded_config = task.without_maps(config)
     folded = task.build_model(task.without_networks(folded_config)).double().eval()
     try:
-        folded.load_state_dict(fold_weights(model.double()))
+        folded.load_state_dict(fold_weights(model))
     except ValueError as error:  # of a layer that says why it can't be folded
         raise ConfigError(f"{run_dir}: {error}") from None
     if merge_norms:
@@ -65,26 +105,37 @@ def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
             f"folding {run_dir} changes its outputs by {difference:.2g} of the largest, or they "
             "are not finite: the run has diverged, use another checkpoint or train again"
         )
-    tokenizer = None
-    if (run_dir / TOKENIZER).is_file():
-        # read as a tokenizer first: a copy must not publish another file that a link leads to
-        load_tokenizer(str(run_dir / TOKENIZER), config.data.vocabulary)
-        tokenizer = read_bytes(run_dir / TOKENIZER)
-    made_of = {"weights": weights_sha256(weights), "merge_norms": merge_norms}
-    with filling(out, "fold", made_of):
-        write_model(out, folded_config, folded.float().state_dict(), tokenizer)
-    return difference
+    return Folded(folded_config, folded, difference, tokenizer, made_of)
+
+
+def _tokenizer(run_dir: Path, config: Config) -> bytes | None:
+    if not (run_dir / TOKENIZER).is_file():
+        return None
+    # read as a tokenizer first: a copy must not publish another file that a link leads to
+    load_tokenizer(str(run_dir / TOKENIZER), config.data.vocabulary)
+    return read_bytes(run_dir / TOKENIZER)
 
 
 def write_model(
     out: Path, config: Config, weights: Mapping[str, Tensor], tokenizer: bytes | None = None
 ) -> None:
     """A folder that is taken for a run: config.yaml comes last, and with it the folder is one."""
-    with written_whole(out / FOLDED) as aside:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside)
+    write_weights(out / FOLDED, weights)
     if tokenizer is not None:
         write_atomically(out / TOKENIZER, tokenizer)
     write_atomically(out / "config.yaml", to_yaml(config))
+
+
+def write_weights(
+    path: Path, weights: Mapping[str, Tensor], notes: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file, whole.
+
+    Args:
+        notes: what its header says of it, beside the tensors.
+    """
+    with written_whole(path) as aside:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside, notes)
 
 
 def fold_weights(model: nn.Module) -> dict[str, Tensor]:

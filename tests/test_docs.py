@@ -1,0 +1,42 @@
+"""Every command and program of the pages in docs/ runs, in order, shortened where it would train
+for minutes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simvq_moe.cli import main
+from simvq_moe.engine.world import World
+from tests.launching import ROOT
+from tests.test_readme import shortened
+
+PAGES = ("export.md",)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    text = (ROOT / "docs" / page).read_text()
+    return re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_and_programs_of_a_page_run_in_order(
+    page: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del world
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    found = blocks(page)
+    assert found
+    for language, block in found:
+        if language == "python":
+            exec(compile(block, page, "exec"), names)
+            continue
+        for command in filter(None, (line.split("  #")[0].strip() for line in block.splitlines())):
+            assert main(shortened(command)[1:]) == 0, command
+            assert shlex.split(command)[0] == "simvq-moe"
