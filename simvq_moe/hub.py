@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -75,7 +74,7 @@ class Pretrained(nn.Module):
             ValueError: another class was saved there, or files that are broken.
         """
         local = Path(source)
-        directory = local if local.is_dir() else Path(snapshot_download(str(source)))
+        directory = local if local.is_dir() else _downloaded(str(source))
         spec = parse_json(read_bytes(directory / CONFIG, limit=CONFIG_LIMIT), directory / CONFIG)
         weights = read_safetensors(directory / WEIGHTS)
         with torch.device("meta"):  # described first, for its sizes may be anything
@@ -91,6 +90,12 @@ class Pretrained(nn.Module):
         except RuntimeError as error:
             raise BrokenFileError(directory / WEIGHTS, f"is not of {CONFIG}: {error}") from None
         return module
+
+
+def _downloaded(repository: str) -> Path:
+    from huggingface_hub import snapshot_download  # takes half as long to import as torch
+
+    return Path(snapshot_download(repository))
 
 
 def _check_sizes(module: nn.Module, weights: Mapping[str, Tensor], directory: Path) -> None:

@@ -28,6 +28,11 @@ DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 """Failures to write that may name no file."""
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for a launch, as its launcher says."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def open_streams() -> None:
     """Open standard streams that the shell has closed on the null device, so that no file of ours
     gets their number, and with it what others print."""

@@ -27,12 +27,11 @@ from simvq_moe.data.hashing import file_sha256
 from simvq_moe.data.ids import check_ids
 from simvq_moe.data.order import Indices
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.arrays import Layout, read_array
 from simvq_moe.files.regular import (
     BrokenFileError,
-    Layout,
     MissingFileError,
     printable,
-    read_array,
     read_json,
     write_json,
     written_whole,

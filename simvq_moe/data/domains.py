@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from jaxtyping import Int, Int64, Integer
 
-from simvq_moe.files.regular import BrokenFileError, Layout, printable, read_arrays
+from simvq_moe.files.arrays import Layout, read_arrays
+from simvq_moe.files.regular import BrokenFileError, printable
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from simvq_moe.data.tokenizer import (
     open_tokenizer,
 )
 from simvq_moe.errors import ConfigError
-from simvq_moe.files.regular import BrokenFileError, Layout, printable, read_array, read_json
+from simvq_moe.files.arrays import Layout, read_array
+from simvq_moe.files.regular import BrokenFileError, printable, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,35 +9,22 @@ import errno
 import json
 import os
 import stat
-import tokenize
 import unicodedata
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from math import prod
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
-
-import numpy as np
-import pydantic_core
-from numpy.lib import format as npy_format
-from pydantic import TypeAdapter, ValidationError
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from simvq_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 T = TypeVar("T")
 
 TEXT_LIMIT = 2**28
 """Bytes of a file of text or JSON that are read at most: 256 MiB."""
-ARRAY_LIMIT = 2**32
-"""Bytes of an array that are read at most: 4 GiB."""
-NOT_AN_ARRAY = (
-    *(ValueError, EOFError, KeyError, OverflowError, NotImplementedError, RuntimeError),
-    *(SyntaxError, tokenize.TokenError, TypeError, zipfile.BadZipFile, zlib.error),
-)
-"""What numpy and zipfile raise for bytes that are no array."""
 NO_FOLDER_SYNC = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 """Failures of a folder's fsync that lose data; others say that a file system has no such call."""
 
@@ -55,18 +42,6 @@ class BrokenFileError(ConfigError):
 
 class MissingFileError(BrokenFileError):
     """There is no such file."""
-
-
-class Layout(NamedTuple):
-    """What an array has to be."""
-
-    kinds: str
-    """numpy's letters of the allowed kinds of dtype: "i" integers, "u" unsigned, "f" floats,
-    "b" booleans, "U" strings, "S" bytes."""
-    dims: int | None = None
-    """Number of its axes; None: any."""
-    optional: bool = False
-    """Whether an archive may lack it."""
 
 
 def printable(text: str) -> str:
@@ -139,7 +114,7 @@ def read_text(path: Path, *, limit: int = TEXT_LIMIT, inside: Path | None = None
 
 
 def parse_json(text: str | bytes, where: Path | str) -> Any:
-    """What a JSON text says, nested up to 200 deep.
+    """What a JSON text says, nested up to some hundreds deep.
 
     Args:
         where: names the text in an error.
@@ -148,9 +123,11 @@ def parse_json(text: str | bytes, where: Path | str) -> Any:
         BrokenFileError: it is no JSON.
     """
     try:
-        return pydantic_core.from_json(text)
-    except ValueError as error:
+        found = json.loads(text)
+        json.dumps(found, ensure_ascii=False).encode()  # refuses halves of characters
+    except (ValueError, RecursionError) as error:
         raise BrokenFileError(where, f"is not readable JSON: {error}") from None
+    return found
 
 
 def validate_json(text: str | bytes, schema: type[T], where: Path | str) -> T:
@@ -161,6 +138,8 @@ def validate_json(text: str | bytes, schema: type[T], where: Path | str) -> T:
     Raises:
         BrokenFileError: it is no JSON, or none of the schema; names the first key that is wrong.
     """
+    from pydantic import ValidationError
+
     try:
         return _adapter(schema).validate_json(text, strict=True)
     except ValidationError as error:
@@ -169,6 +148,8 @@ def validate_json(text: str | bytes, schema: type[T], where: Path | str) -> T:
 
 def validate(content: Any, schema: type[T], where: Path | str) -> T:
     """Plain containers, such as those of YAML, as an instance of a schema; see `validate_json`."""
+    from pydantic import ValidationError
+
     try:
         return _adapter(schema).validate_python(content, strict=True)
     except ValidationError as error:
@@ -180,83 +161,6 @@ def read_json(
 ) -> T:
     """The content of a JSON file of a schema; see `read_bytes` and `validate_json`."""
     return validate_json(read_bytes(path, limit=limit, inside=inside), schema, path)
-
-
-def read_array(
-    path: Path,
-    layout: Layout,
-    *,
-    limit: int = ARRAY_LIMIT,
-    inside: Path | None = None,
-    mapped: bool = False,
-) -> np.ndarray:
-    """The array of an npy file, never one of Python objects.
-
-    Args:
-        limit: bytes that it may have.
-        inside: see `read_bytes`.
-        mapped: leave it on disk, where pages are read as they are used; `limit` does not count.
-
-    Raises:
-        BrokenFileError: it is no array, of another layout, shorter than its header says, or too
-            large.
-    """
-    with open_regular(path, inside=inside) as file:
-        try:
-            shape, dtype = _header(file)
-            start, size = file.tell(), os.fstat(file.fileno()).st_size
-        except (*NOT_AN_ARRAY, OSError) as error:
-            raise BrokenFileError(path, f"is no array of numpy: {error}") from None
-        _check_layout(path, shape, dtype, layout, None if mapped else limit)
-        if size != start + prod(shape) * dtype.itemsize:
-            raise BrokenFileError(path, "is shorter or longer than its header says")
-    try:
-        # an empty array can't be mapped
-        mode = "r" if mapped and prod(shape) else None
-        return np.load(path, mmap_mode=mode, allow_pickle=False)
-    except (*NOT_AN_ARRAY, OSError) as error:
-        raise BrokenFileError(path, f"is no array of numpy: {error}") from None
-
-
-def read_arrays(
-    path: Path,
-    layouts: Mapping[str, Layout],
-    *,
-    others: Layout | None = None,
-    limit: int = ARRAY_LIMIT,
-    inside: Path | None = None,
-) -> dict[str, np.ndarray]:
-    """Arrays of an npz file by name, never such of Python objects.
-
-    Args:
-        layouts: the arrays that it must have; others are not read.
-        others: what all arrays beside those must be, which then are read as well.
-        limit: bytes that all of them may have together, unpacked.
-        inside: see `read_bytes`.
-
-    Raises:
-        BrokenFileError: it is no such archive, lacks an array, or one has another layout.
-    """
-    found: dict[str, np.ndarray] = {}
-    with open_regular(path, inside=inside) as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-                wanted = dict(layouts)
-                if others is not None:
-                    wanted |= dict.fromkeys(members.keys() - layouts.keys(), others)
-                for name, layout in wanted.items():
-                    if name in members:
-                        where = f"{path}, array {name},"
-                        found[name] = _member(archive, members[name], where, layout, limit)
-                        limit -= found[name].nbytes
-                    elif not layout.optional:
-                        raise BrokenFileError(path, f"lacks the array {name}")
-        except BrokenFileError:
-            raise
-        except (*NOT_AN_ARRAY, OSError) as error:
-            raise BrokenFileError(path, f"is no archive of numpy arrays: {error}") from None
-    return found
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -325,6 +229,8 @@ def _unreadable(path: Path, error: OSError | ValueError) -> BrokenFileError:
 
 @lru_cache
 def _adapter(schema: Any) -> Any:
+    from pydantic import TypeAdapter  # costs a tenth of a second, which `--help` need not pay
+
     return TypeAdapter(schema)
 
 
@@ -336,42 +242,3 @@ def _first_defect(error: ValidationError) -> str:
     value = repr(first["input"])
     shown = value if len(value) <= 60 else f"{value[:57]}..."
     return f"has {key or 'content'} {shown}: {first['msg']}"
-
-
-def _header(file: IO[bytes] | zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of an npy file, which is left where its values begin."""
-    version = npy_format.read_magic(file)
-    read = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0}
-    if version[0] not in read:
-        raise ValueError(f"format version {version[0]}.{version[1]}")
-    shape, _, dtype = read[version[0]](file)
-    return shape, dtype
-
-
-def _check_layout(
-    where: Path | str,
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    layout: Layout,
-    limit: int | None,
-) -> None:
-    if dtype.kind not in layout.kinds or layout.dims not in (None, len(shape)):
-        raise BrokenFileError(
-            where,
-            f"holds {dtype} of shape {shape}: {layout.dims or 'any'} axes and one of the kinds "
-            f"{', '.join(layout.kinds)} are meant",
-        )
-    if min(shape, default=0) < 0:
-        raise BrokenFileError(where, f"has the shape {shape}")
-    if limit is not None and prod(shape) * dtype.itemsize > limit:
-        raise BrokenFileError(where, f"of shape {shape} has more than {limit:,} bytes")
-
-
-def _member(
-    archive: zipfile.ZipFile, name: str, where: str, layout: Layout, limit: int
-) -> np.ndarray:
-    with archive.open(name) as packed:
-        shape, dtype = _header(packed)
-    _check_layout(where, shape, dtype, layout, limit)
-    with archive.open(name) as packed:
-        return npy_format.read_array(packed, allow_pickle=False)

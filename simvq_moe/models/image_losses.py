@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from simvq_moe.models.ssim import ssim
+
 VGG_FILE = "vgg16-397923af.pth"
 """Name of torchvision's ImageNet weights of VGG16."""
 VGG_BLOCKS = (2, 2, 3, 3, 3)
@@ -129,7 +131,7 @@ class ImageLoss(nn.Module):
         if self.weights["l1"]:
             terms["l1"] = F.l1_loss(reconstruction, images)
         if self.weights["ssim"]:
-            terms["ssim"] = 1 - _ssim(reconstruction, images)
+            terms["ssim"] = 1 - ssim(reconstruction, images, span=2.0).mean()
         if self.weights["lpips"]:
             if self.lpips is None:
                 raise RuntimeError(f"lpips has weight {self.weights['lpips']} and no {VGG_FILE}")
@@ -139,12 +141,3 @@ class ImageLoss(nn.Module):
             if name in terms:
                 loss = loss + self.weights[name] * terms[name]
         return loss, terms
-
-
-def _ssim(a: Tensor, b: Tensor) -> Tensor:
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    # a range, not bounds: these would cut pixels off, and with them their gradient
-    similarity = structural_similarity_index_measure(a, b, data_range=2.0)
-    assert isinstance(similarity, Tensor)
-    return similarity

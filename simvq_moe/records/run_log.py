@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
-from PIL import Image
 
 from simvq_moe.config.schema import Config
+from simvq_moe.files.arrays import Layout, read_arrays
 from simvq_moe.files.regular import (
     BrokenFileError,
-    Layout,
     open_regular,
-    read_arrays,
     read_json,
     validate_json,
     written_whole,
@@ -99,6 +96,8 @@ class RunLog:
 
     def write_samples(self, step: int, pixels: np.ndarray) -> None:
         """samples/val_<step>.png and the same picture in TensorBoard; (height, width, 3) uint8."""
+        from PIL import Image  # only runs over images need it
+
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(folder / f"val_{step:06d}.png")
@@ -111,6 +110,8 @@ class RunLog:
             sounds: by name, each (samples, time) in [-1, 1].
             sample_rate: Hz.
         """
+        import soundfile  # only runs over recordings need it
+
         folder = self.run_dir / "samples" / f"val_{step:06d}"
         folder.mkdir(exist_ok=True, parents=True)
         for name, clips in sounds.items():
@@ -120,6 +121,7 @@ class RunLog:
 
     def write_text(self, step: int, text: str) -> None:
         """samples/val_<step>.txt and the same text in TensorBoard."""
+
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
         (folder / f"val_{step:06d}.txt").write_text(text)

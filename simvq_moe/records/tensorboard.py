@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -24,11 +23,10 @@ from simvq_moe.records.catalogue import usage_leaves
 from simvq_moe.records.dead_slots import DeadSlots
 from simvq_moe.records.tensorboard_layout import AT_A_GLANCE, layout, result_names
 from simvq_moe.records.usage_metrics import Layer, layer_names
+from simvq_moe.records.viridis import viridis
 
 TOP_LOAD = 4.0
 """Load (1 is fair) at which the colour scale ends: the same in every run, so that maps compare."""
-COLOURS = matplotlib.colormaps["viridis"]
-"""Of heat maps; each look-up in matplotlib would build its table anew."""
 CELL = 8
 """Pixels a side of a slot in a heat map."""
 FIRST_COLUMNS = ("arm", "optimizer.lr", "seed", "task", "train.steps")
@@ -180,8 +178,7 @@ def heat_map(load: np.ndarray, cell: int = CELL) -> np.ndarray:
     Args:
         cell: pixels a side of a value.
     """
-    colours = COLOURS(np.clip(load / TOP_LOAD, 0, 1))[..., :3]
-    pixels = (255 * colours).round().astype(np.uint8)
+    pixels = viridis(np.clip(load / TOP_LOAD, 0, 1))
     return pixels.repeat(cell, axis=0).repeat(cell, axis=1)
 
 

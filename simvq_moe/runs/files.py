@@ -16,13 +16,12 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, model_validator
 
 from simvq_moe.core.usage import Kind
+from simvq_moe.files.arrays import Layout, read_arrays
 from simvq_moe.files.regular import (
     BrokenFileError,
-    Layout,
     MissingFileError,
     open_regular,
     printable,
-    read_arrays,
     read_bytes,
     read_json,
     validate,

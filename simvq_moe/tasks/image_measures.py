@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import ImageTokenizerConfig
 from simvq_moe.models.image_losses import LPIPS, vgg_file
+from simvq_moe.models.ssim import ssim
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """Name of torch-fidelity's InceptionV3 weights, which it downloads where there is a network."""
@@ -43,17 +44,13 @@ class ImageMeasures(nn.Module):
         All are of what is seen: values beyond black and white are cut off, as where pictures are
         written.
         """
-        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
         images, reconstructions = images.clamp(-1, 1), reconstructions.clamp(-1, 1)
         error = (reconstructions - images).double().square().mean(dim=(1, 2, 3))
         # the pixels span 2, from -1 to 1
         values = {"mse": error, "psnr": 10 * torch.log10(4 / error.clamp_min(1e-10))}
         values["ssim"] = error
         if len(images):  # a rank may have none left
-            similarity = ssim(reconstructions, images, data_range=(-1.0, 1.0), reduction="none")
-            assert isinstance(similarity, Tensor)
-            values["ssim"] = similarity.double()
+            values["ssim"] = ssim(reconstructions, images, span=2.0).double()
         if self.lpips is not None:
             values["lpips"] = self.lpips(reconstructions, images).double()
         if self.fid is not None:

@@ -24,7 +24,8 @@ from simvq_moe.data.codes import CodeSequences
 from simvq_moe.data.tokens import TokenWindows
 from simvq_moe.engine.sharding import gathered
 from simvq_moe.engine.world import World
-from simvq_moe.files.regular import BrokenFileError, Layout, read_arrays, written_whole
+from simvq_moe.files.arrays import Layout, read_arrays
+from simvq_moe.files.regular import BrokenFileError, written_whole
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.moe import routing_measures as of

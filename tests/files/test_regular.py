@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
+from simvq_moe.files.arrays import Layout, read_array, read_arrays
 from simvq_moe.files.regular import (
     BrokenFileError,
-    Layout,
     MissingFileError,
     parse_json,
     printable,
-    read_array,
-    read_arrays,
     read_bytes,
     read_json,
     read_text,

@@ -1,4 +1,6 @@
-"""LPIPS is its formula, from weights in files that are at hand or named where they are not."""
+"""SSIM is that of a library; LPIPS is its formula, from weights in files that are at hand, or named
+where they are not.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from simvq_moe.models.image_losses import LPIPS, ImageLoss, vgg_file
+from simvq_moe.models.ssim import ssim
 
 LAYERS = {
     0: (3, 64),
@@ -99,3 +103,22 @@ def test_a_weight_without_the_network_is_refused() -> None:
 def test_the_file_of_vgg16_is_the_named_one_or_torch_hubs() -> None:
     assert vgg_file("some/file.pth") == Path("some/file.pth")
     assert vgg_file(None).parent == Path(torch.hub.get_dir(), "checkpoints")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_similarity_and_its_gradient_are_those_of_torchmetrics_to_the_bit(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(3, 2, 7, 12, dtype=dtype) * 2 - 1
+    near = (images + 0.3 * torch.randn_like(images)).clamp(-1, 1)
+    ours, theirs = near.clone().requires_grad_(), near.clone().requires_grad_()
+    expected = structural_similarity_index_measure(theirs, images, data_range=2.0, reduction="none")
+    found = ssim(ours, images, span=2.0)
+    assert isinstance(expected, Tensor)
+    assert torch.equal(found, expected)
+    found.mean().backward()
+    expected.mean().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert torch.equal(ours.grad, theirs.grad)

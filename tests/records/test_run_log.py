@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -32,6 +33,7 @@ from simvq_moe.records.run_log import RunLog
 from simvq_moe.records.tensorboard import TOP_LOAD, heat_map, loads, rows_of_table
 from simvq_moe.records.tensorboard_layout import AT_A_GLANCE, layout
 from simvq_moe.records.usage_metrics import Layer, layer_names, usage_metrics
+from simvq_moe.records.viridis import viridis
 from tests.launching import start
 
 EXPERTS = [Layer("experts", 4, 2), Layer("experts", 4, 2)]
@@ -150,6 +152,12 @@ def test_the_table_has_a_column_for_every_key_and_a_row_of_what_matters_to_the_t
     assert values["moe.router.map.base_width"].string_value == "8"
     assert values["optimizer.lr"].number_value == 1e-3
     assert not any(name.startswith(("quantizer", "audio_tokenizer")) for name in values)
+
+
+def test_colours_are_those_of_matplotlib() -> None:
+    shares = np.linspace(0, 1, 1_001)
+    theirs = (255 * matplotlib.colormaps["viridis"](shares)[:, :3]).round()
+    assert (viridis(shares) == theirs).all()
 
 
 def test_a_heat_map_shows_fair_load_alike_in_every_layer_and_clips_at_the_top() -> None:

@@ -1,0 +1,90 @@
+"""`report`, `dashboard`, `watch` and `doctor`: what is there, and what it says."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from simvq_moe.config.flags import check_range, parse_flags
+from simvq_moe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Write report.html, report.json and report.md of runs or sweeps."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, sweep directories, or folders that hold some."""
+    out: Path
+    """Folder of the report."""
+    baseline: str | None = None
+    """Arm, or folder of a run, that runs without a sweep are compared with; None: that of the first
+    path, or the first arm by name where the path is a folder of runs."""
+
+
+def report(args: Sequence[str]) -> int:
+    """Compare runs: report.html, report.json, report.md."""
+    options = parse_flags(ReportArgs, args, "simvq-moe report")
+    if not options.paths:
+        raise ConfigError("report needs runs: simvq-moe report RUN_OR_FOLDER ... --out FOLDER")
+    from simvq_moe.reports import report as reports
+
+    found = reports.report(options.paths, options.out, options.baseline)
+    print(found.table)
+    print(f"report: {found.html}", file=sys.stderr)
+    return 0
+
+
+@dataclass(frozen=True)
+class DashboardArgs:
+    """Serve TensorBoard with the usage of codes and experts on 127.0.0.1."""
+
+    runs_dir: tyro.conf.Positional[Path] = Path("runs")
+    """Folder of runs."""
+    port: int = 6006
+    """Port; 0 takes a free one."""
+
+
+def dashboard(args: Sequence[str]) -> int:
+    """Watch usage live in TensorBoard on 127.0.0.1."""
+    options = parse_flags(DashboardArgs, args, "simvq-moe dashboard")
+    check_range(port=(options.port, 0, 65_535))
+    from simvq_moe.reports import dashboard as tensorboard
+
+    return tensorboard.serve(options.runs_dir, options.port)
+
+
+@dataclass(frozen=True)
+class WatchArgs:
+    """A live table of runs in the terminal: progress, loss, usage, dead slots, time left."""
+
+    runs_dir: tyro.conf.Positional[Path] = Path("runs")
+    """Folder of runs."""
+    once: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print every run once and stop, as where standard output is no terminal."""
+
+
+def watch(args: Sequence[str]) -> int:
+    """Watch runs live in the terminal."""
+    options = parse_flags(WatchArgs, args, "simvq-moe watch")
+    from simvq_moe.reports import watch as watching
+
+    return watching.watch(options.runs_dir, once=options.once)
+
+
+@dataclass(frozen=True)
+class DoctorArgs:
+    """Check versions, devices, DeepSpeed and data, and say what to do where something is off."""
+
+
+def doctor(args: Sequence[str]) -> int:
+    """Check this machine: versions, devices, DeepSpeed, data, offline state."""
+    parse_flags(DoctorArgs, args, "simvq-moe doctor")
+    from simvq_moe import diagnosis
+
+    return diagnosis.doctor()
