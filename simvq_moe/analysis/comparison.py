@@ -11,12 +11,13 @@ import math
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from simvq_moe.analysis import stats
 from simvq_moe.analysis.arms import UNCOMPARED_KEYS, Arm, Group, RunRecord
+from simvq_moe.analysis.beforehand import registrations
 from simvq_moe.analysis.curves import curves_of, loads_of, profiles_of
 from simvq_moe.analysis.outcomes import held_out_tokens, value
 from simvq_moe.analysis.predictions import check_all
@@ -57,7 +58,8 @@ def compute(groups: Sequence[Group], out: Path, broken: Sequence[RunRecord] = ()
     return Results(
         title=" · ".join(titles) or "Runs",
         predictions=check_all(groups),
-        groups=[group_result(group) for group in groups],
+        registered=registrations(groups),
+        groups=group_results(groups),
         runs=[
             *(
                 _run_result(g, arm.name, run, out)
@@ -70,8 +72,27 @@ def compute(groups: Sequence[Group], out: Path, broken: Sequence[RunRecord] = ()
     )
 
 
-def group_result(group: Group) -> GroupResult:
-    """The numbers of one comparison."""
+def group_results(groups: Sequence[Group]) -> list[GroupResult]:
+    """The numbers of each comparison."""
+    measured = [_measure(group) for group in groups]
+    adjusted = _adjust(groups, [one.paired for one in measured])
+    return [
+        _group_result(group, replace(one, paired=paired))
+        for group, one, paired in zip(groups, measured, adjusted, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A group's values and pairs."""
+
+    kind: str | None
+    seeds: list[int]
+    arms: list[ArmResult]
+    paired: list[Paired]
+
+
+def _measure(group: Group) -> _Measured:
     kind = _kind(group)
     seeds = sorted({run.seed for arm in group.arms for run in arm.runs})
     leaves = usage_leaves("table") if kind else []
@@ -81,7 +102,11 @@ def group_result(group: Group) -> GroupResult:
     metrics = list(dict.fromkeys([*outcomes, *measured, *names("costs")]))
     arms = [_arm_result(group, arm, seeds, metrics) for arm in group.arms]
     extra = [HELD_OUT[kind] + name for name in compared_leaves()] if kind else []
-    paired = _pair(group, arms, seeds, extra)
+    return _Measured(kind, seeds, arms, _pair(group, arms, seeds, extra))
+
+
+def _group_result(group: Group, measured: _Measured) -> GroupResult:
+    kind, arms, paired = measured.kind, measured.arms, measured.paired
     left_out = [line for arm in group.arms for run in arm.runs for line in run.left_out]
     return GroupResult(
         name=group.name,
@@ -98,8 +123,8 @@ def group_result(group: Group) -> GroupResult:
         baseline=group.baseline,
         outcomes=list(group.outcomes),
         primary=dict(group.primary),
-        pairs_needed=stats.pairs_needed(sum(pair.primary for pair in paired) or 1),
-        seeds=seeds,
+        pairs_needed=stats.pairs_needed(max([1, *(pair.tests for pair in paired)])),
+        seeds=measured.seeds,
         arms=arms,
         null=_nulls(group, kind),
         paired=paired,
@@ -144,7 +169,7 @@ def _arm_result(group: Group, arm: Arm, seeds: Sequence[int], metrics: Sequence[
 def _pair(
     group: Group, arms: Sequence[ArmResult], seeds: Sequence[int], extra: Sequence[str]
 ) -> list[Paired]:
-    """Every arm against the baseline, primary tests first, with Holm over them alone."""
+    """Every arm against the baseline, primary tests first."""
     baseline = next((arm for arm in arms if arm.baseline), None)
     if baseline is None:
         return []
@@ -155,9 +180,22 @@ def _pair(
         for arm in arms
         if not arm.baseline
     ]
-    pairs.sort(key=lambda pair: not pair.primary)
-    adjusted = stats.holm([pair.p if pair.primary else None for pair in pairs])
-    return [replace(pair, p_holm=p) for pair, p in zip(pairs, adjusted, strict=True)]
+    return sorted(pairs, key=lambda pair: not pair.primary)
+
+
+def _adjust(groups: Sequence[Group], paired: Sequence[Sequence[Paired]]) -> list[list[Paired]]:
+    """The pairs with Holm over each family of tests: all that a sweep named primary in any of its
+    groups; in a group that named none, all of its outcomes."""
+    families: dict[object, list[tuple[int, int]]] = {}
+    for g, group in enumerate(groups):
+        family = group.sweep if group.primary and group.sweep else g
+        tests = [(g, i) for i, pair in enumerate(paired[g]) if pair.primary and pair.n]
+        families.setdefault(family, []).extend(tests)
+    adjusted = [list(pairs) for pairs in paired]
+    for tests in families.values():
+        for (g, i), p in zip(tests, stats.holm([paired[g][i].p for g, i in tests]), strict=True):
+            adjusted[g][i] = replace(paired[g][i], p_holm=p, tests=len(tests))
+    return adjusted
 
 
 def _is_primary(group: Group, arm: str, name: str) -> bool:
@@ -195,6 +233,7 @@ def _compare(
         p=found.p,
         p_min=found.p_min,
         p_holm=None,
+        tests=0,
         margin=margin,
         p_equivalent=found.p_equivalent,
     )

@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from simvq_moe.analysis import stats
 from simvq_moe.analysis.arms import Arm, Group
+from simvq_moe.analysis.beforehand import came_before
 from simvq_moe.analysis.evidence import (
     CONTRADICTED,
     SUPPORTED,
@@ -80,7 +81,8 @@ def _checked(one: Registered, groups: Sequence[Group]) -> Prediction:
     rule = " ".join((inspect.getdoc(one.check) or "").split())
     needed = [e.pairs_needed for e in evidence if e.verdict == UNDECIDED and e.pairs_needed]
     pairs = max(needed) if needed and verdict == UNDECIDED else None
-    return Prediction(one.name, one.statement, rule, one.needs, verdict, evidence, pairs)
+    before = came_before(one, groups)
+    return Prediction(one.name, one.statement, rule, one.needs, verdict, evidence, pairs, before)
 
 
 def _indirect(group: Group) -> list[Evidence]:

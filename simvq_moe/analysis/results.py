@@ -4,7 +4,9 @@
      "predictions": [{"name", "statement", "rule", "needs", "verdict",
                       "evidence": [{"group", "text", "metric", "arms", "seeds",
                                     "values": [a seed], "n", "mean", "interval", "p", "margin",
-                                    "p_equivalent", "verdict"}]}],
+                                    "p_equivalent", "verdict",
+                                    "pairs_needed"}], "pairs_needed"}],
+     "registered": [{"sweep", "file", "commit", "date", "first_run", "before"}],
      "groups": [{"name", "sweep", "question", "notes", "config", "command", "warnings", "kind",
                  "baseline", "outcomes", "primary": {arm: outcome}, "pairs_needed",
                  "seeds", "verdict": [sentence], "secondary": [sentence], "negative": [sentence],
@@ -15,7 +17,7 @@
                            "values": {metric}}],
                  "paired": [{"arm", "metric", "primary", "differences": [a seed], "unpaired",
                              "n", "agree", "mean", "relative", "sd", "interval": [low, high],
-                             "p", "p_min", "p_holm", "margin", "p_equivalent"}],
+                             "p", "p_min", "p_holm", "tests", "margin", "p_equivalent"}],
                  "curves", "loads", "profiles", "routings", "spectra": what the figures draw,
                  "left_out": [sentence]}],
      "runs": [{"group", "arm", "seed", "status", "error", "step", "last", "path", "command",
@@ -96,6 +98,8 @@ class Paired:
     p: float | None
     p_min: float | None
     p_holm: float | None
+    tests: int
+    """Tests of the family that p_holm is adjusted over; 0: it is in none."""
     margin: float | None
     """Largest difference that counts as none, of the metrics that have one."""
     p_equivalent: float | None
@@ -196,6 +200,23 @@ class Prediction:
     evidence: list[Evidence]
     pairs_needed: int | None = None
     """The most that undecided evidence needs; None: the pairs are enough."""
+    before: bool | None = None
+    """Whether it was committed before the first run, and unchanged since; None: not recorded."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A file that says beforehand what a sweep is to show."""
+
+    sweep: str
+    file: str
+    commit: str | None
+    """The commit of its last change; None: it was not committed, or is in no repository."""
+    date: str | None
+    first_run: str | None
+    """When the sweep's first run was started; None: none has, or it is not recorded."""
+    before: bool | None
+    """Whether the change came before the first run; None: that is not known."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +244,7 @@ class Results:
 
     title: str
     predictions: list[Prediction] = field(default_factory=list)
+    registered: list[Registration] = field(default_factory=list)
     groups: list[GroupResult] = field(default_factory=list)
     runs: list[RunResult] = field(default_factory=list)
     level: float = stats.LEVEL

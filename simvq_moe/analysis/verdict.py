@@ -134,11 +134,12 @@ def _answer(pair: Paired, labels: Mapping[str, str], baseline: str) -> str:
 
 def _warning(tests: Sequence[Paired]) -> list[str]:
     """Where so few pairs can't reach significance: how many would."""
-    needed = stats.pairs_needed(len(tests), LEVEL) if tests else 0
+    family = max((pair.tests for pair in tests), default=0)
+    needed = stats.pairs_needed(family, LEVEL) if tests else 0
     few = [pair.n for pair in tests if pair.n < needed]
     if not few:
         return []
-    least, several = min(few), f" and {len(tests)} primary tests" if len(tests) > 1 else ""
+    least, several = min(few), f" and {family} primary tests of the sweep" if family > 1 else ""
     pairs = f"n = {least} pair{'s' if least > 1 else ''}"
     return [
         f"{pairs}{several} can't reach p < {LEVEL} (smallest possible p "

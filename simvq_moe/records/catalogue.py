@@ -53,6 +53,12 @@ def label(name: str) -> str:
     return text
 
 
+def directed(name: str) -> str:
+    """`label` with an arrow to where it is better, "entropy ↑"."""
+    arrow = {"higher": " ↑", "lower": " ↓", None: ""}[metric(name).better]
+    return label(name) + arrow
+
+
 def charted(chart: Chart) -> list[Metric]:
     """The metrics of a chart, in the order of the catalogue."""
     return [one for one in METRICS if chart in one.charts]

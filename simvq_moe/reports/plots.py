@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from simvq_moe.analysis.curves import Curve, Loads, Profile
 from simvq_moe.analysis.routings import RoutingOf
 from simvq_moe.analysis.spectra import Spectrum
-from simvq_moe.records.catalogue import label, metric
+from simvq_moe.records.catalogue import directed, label, metric
 
 INK = "#010203"
 ARM_COLOURS = (
@@ -99,8 +99,8 @@ def curve_figure(
 ) -> str:
     """One metric over steps: a line is an arm's mean, its band spans the seeds."""
     name = curves[0].metric
-    with _drawing():
-        figure, axes = _panel(label(name), height=2.9)
+    with drawing():
+        figure, axes = _panel(directed(name), height=2.9)
         for curve in curves:
             style = styles[curve.arm]
             colour = ARM_COLOURS[style.colour]
@@ -119,7 +119,7 @@ def curve_figure(
             axes.axhline(null, color=INK, linewidth=0.9, linestyle=":")
         _frame(axes, curves, name)
         axes.set_xlabel("step")
-        return _svg(figure, f"{label(name)} over steps")
+        return svg(figure, f"{label(name)} over steps")
 
 
 def _spread(axes: Axes, curve: Curve, colour: str) -> None:
@@ -139,7 +139,7 @@ def heat_figure(loads: Loads, text: str, largest: float) -> str:
     """Layer x expert loads, as numbered and sorted in each layer, on a scale up to `largest`."""
     layers = np.array(loads.layers)
     rows = min(2.2, max(0.55, 0.16 * len(layers)))
-    with _drawing():
+    with drawing():
         figure = Figure(figsize=(WIDTH, 1.25 + 2 * rows), layout="constrained")
         _title(figure, text)
         panels = figure.subplots(2, 1)
@@ -160,7 +160,7 @@ def heat_figure(loads: Loads, text: str, largest: float) -> str:
         ticks = sorted({0.0, 0.5, 1.0, round((1 + top) / 2, 1), round(top, 1)})
         bar = figure.colorbar(image, ax=list(panels), ticks=ticks, pad=0.02, shrink=0.9)
         bar.set_label("load (1 is fair)")
-        return _svg(figure, f"Expert loads of {text}")
+        return svg(figure, f"Expert loads of {text}")
 
 
 def routing_figure(routing: RoutingOf, text: str, largest: tuple[float, float]) -> str:
@@ -171,7 +171,7 @@ def routing_figure(routing: RoutingOf, text: str, largest: tuple[float, float]) 
     ]
     tables = [table for table in tables if table[0]]
     heights = [2.6 if name == "expert" else 0.9 for _, name, _, _ in tables]
-    with _drawing():
+    with drawing():
         figure = Figure(
             figsize=(WIDTH, 0.7 + sum(heights) + 0.5 * len(tables)), layout="constrained"
         )
@@ -188,12 +188,12 @@ def routing_figure(routing: RoutingOf, text: str, largest: tuple[float, float]) 
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
             bar = figure.colorbar(image, ax=axes, ticks=[0, 1, round(max(top, 1.5), 1)], pad=0.02)
             bar.set_label("1 is chance")
-        return _svg(figure, f"Co-activation and domains of {text}")
+        return svg(figure, f"Co-activation and domains of {text}")
 
 
 def profile_figure(profiles: Sequence[Profile], styles: Mapping[str, ArmStyle], slots: str) -> str:
     """Loads from the most to the least used; a line falls where the dead slots begin."""
-    with _drawing():
+    with drawing():
         figure, axes = _panel(f"load of {slots} (1 is fair)", height=3.3)
         for profile in profiles:
             share = 100 * np.array(profile.ranks) / profile.slots
@@ -209,13 +209,13 @@ def profile_figure(profiles: Sequence[Profile], styles: Mapping[str, ArmStyle], 
             axes.set_ylim(min(positive) / 2, max(positive) * 2)
         axes.set_xlim(0, 100)
         axes.set_xlabel(f"{slots}, from the most used (%)")
-        return _svg(figure, f"Sorted loads of {slots}")
+        return svg(figure, f"Sorted loads of {slots}")
 
 
 def spectrum_figure(spectra: Sequence[Spectrum], styles: Mapping[str, ArmStyle]) -> str:
     """Singular values of the maps of one kind, from the largest, which is 1; bands span seeds."""
     text = f"singular values of W over the largest, {spectra[0].kind}"
-    with _drawing():
+    with drawing():
         figure, axes = _panel(text, height=2.9)
         for one in spectra:
             style = styles[one.arm]
@@ -225,11 +225,11 @@ def spectrum_figure(spectra: Sequence[Spectrum], styles: Mapping[str, ArmStyle])
         axes.set_yscale("log", nonpositive="clip")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.set_xlabel("number, from the largest")
-        return _svg(figure, text)
+        return svg(figure, text)
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
+def drawing() -> Iterator[None]:
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # the page has fonts for what matplotlib's own font lacks
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
@@ -239,20 +239,21 @@ def _drawing() -> Iterator[None]:
 def _panel(title: str, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(_cut(title, 1), fontsize=10.5, loc="left", color=INK, parse_math=False)
+    axes.set_title(
+        cut(title, 1, 2 * LONGEST_TITLE), fontsize=10.5, loc="left", color=INK, parse_math=False
+    )
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     return figure, axes
 
 
 def _title(figure: Figure, text: str) -> None:
     figure.suptitle(
-        _cut(text, TITLE_LINES), fontsize=10.5, color=INK, x=0.02, ha="left", parse_math=False
+        cut(text, TITLE_LINES), fontsize=10.5, color=INK, x=0.02, ha="left", parse_math=False
     )
 
 
-def _cut(text: str, lines: int) -> str:
-    """Names may be of any length, and the figure stays."""
-    width = LONGEST_TITLE if lines > 1 else 2 * LONGEST_TITLE
+def cut(text: str, lines: int, width: int = LONGEST_TITLE) -> str:
+    """Text in so many lines of so many characters: names may be of any length, the figure stays."""
     return textwrap.fill(text, width, max_lines=lines, placeholder="…")
 
 
@@ -277,19 +278,26 @@ def _frame(axes: Axes, curves: Sequence[Curve], name: str) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
 
 
-def _svg(figure: Figure, description: str) -> str:
-    """The figure as an element of the page: no header, no fixed size, colours by variable."""
+def svg(figure: Figure, description: str, *, standalone: bool = False) -> str:
+    """The figure as an element of a page: no header, no fixed size, colours by variable.
+
+    Args:
+        standalone: it is a file of its own, in black on white.
+    """
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    face = {"facecolor": "white"} if standalone else {"transparent": True}
+    figure.savefig(stream, format="svg", metadata={"Date": None}, **face)
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg, count=1)
+    names = r'<svg xmlns="http://www.w3.org/2000/svg" \1>' if standalone else r"<svg \1>"
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', names, svg, count=1)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
-    for i, colour in enumerate(ARM_COLOURS):
-        svg = svg.replace(colour, f"var(--arm-{i})")
-    svg = svg.replace(INK, "var(--ink)")
+    if not standalone:
+        for i, colour in enumerate(ARM_COLOURS):
+            svg = svg.replace(colour, f"var(--arm-{i})")
+        svg = svg.replace(INK, "var(--ink)")
     escaped = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)

@@ -1,6 +1,7 @@
 """The report: one page that answers each question first and then shows all it rests on.
 
-report.html needs nothing but itself, report.json has every number of it, report.md the tables.
+report.html needs nothing but itself, report.json has every number of it, report.md the tables and,
+in files forest-1.svg and so on beside it, the paired differences of each question.
 Runs that are still going, failed or never started are named, not left out.
 """
 
@@ -20,7 +21,8 @@ from simvq_moe.analysis.results import GroupResult, Results
 from simvq_moe.analysis.run_folders import Group, find
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import write_atomically
-from simvq_moe.reports import plots, tables
+from simvq_moe.reports import plots, predicted, tables
+from simvq_moe.reports.forest import forest_figure, outcomes_of
 from simvq_moe.reports.plots import ArmStyle
 from simvq_moe.reports.samples import Sample, sample_of
 
@@ -42,7 +44,11 @@ class Figures:
 
     group: GroupResult
     styles: dict[str, ArmStyle]
+    forest: Markup
+    """Paired differences; empty where there are none."""
+    forest_outcomes: list[str]
     curves: list[Markup]
+    curve_arms: list[str]
     heat_maps: list[Markup]
     profiles: list[Markup]
     banks: list[Markup]
@@ -83,6 +89,9 @@ def _write(out: Path, results: Results, figures: Sequence[Figures]) -> Report:
         table=_terminal_text(results),
     )
     write_atomically(written.json, json.dumps(results.as_json(), allow_nan=False))
+    for i, group in enumerate(results.groups, start=1):
+        if drawn := forest_figure(group, standalone=True):
+            write_atomically(out / f"forest-{i}.svg", drawn)
     write_atomically(written.markdown, _render("report.md.j2", results, []))
     write_atomically(written.html, _render("report.html.j2", results, figures))
     return written
@@ -102,6 +111,9 @@ def _render(template: str, results: Results, figures: Sequence[Figures]) -> str:
         results=results,
         figures=figures,
         tables=tables,
+        predicted=predicted,
+        said=set(),
+        drawn=[g.name for g in results.groups if outcomes_of(g)],
         unfinished=unfinished,
         environments=_environments(results),
     )
@@ -123,9 +135,10 @@ def _terminal_text(results: Results) -> str:
         table = tables.result_table(group, "overview")
         parts += [f"{group.name}: {group.question}"]
         parts += [f"Warning: {sentence}" for sentence in group.warnings] + group.verdict
+        parts += [best] if (best := tables.best_arms(group)) else []
         parts += [tables.plain_text(table), ""]
     tested = [one for one in results.predictions if one.evidence]
-    parts += [f"{one.name} {one.verdict}: {one.statement}" for one in tested]
+    parts += [f"{one.name} {predicted.judged(one)}: {one.statement}" for one in tested]
     parts += [""] * bool(tested)
     unfinished = tables.unfinished_table(results)
     if unfinished.rows:
@@ -145,6 +158,9 @@ def _draw(group: Group, result: GroupResult) -> Figures:
     return Figures(
         group=result,
         styles=styles,
+        forest=Markup(forest_figure(result)),
+        forest_outcomes=outcomes_of(result),
+        curve_arms=list(dict.fromkeys(curve.arm for curve in others)),
         curves=[
             Markup(plots.curve_figure(curves, styles, nulls.get(curves[0].metric)))
             for curves in _by_metric(others)

@@ -5,9 +5,10 @@ A cell has what is read first (mean and spread) and what is read beneath it (eve
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from markupsafe import Markup
@@ -15,16 +16,14 @@ from markupsafe import Markup
 from simvq_moe import text_table
 from simvq_moe.analysis.results import (
     ArmResult,
-    Evidence,
     GroupResult,
     Null,
     Paired,
-    Prediction,
     Results,
     RunResult,
 )
 from simvq_moe.analysis.stats import LEAST_PAIRS_INTERVAL
-from simvq_moe.records.catalogue import label, names, router_leaves, usage_leaves
+from simvq_moe.records.catalogue import directed, label, metric, names, router_leaves, usage_leaves
 from simvq_moe.records.printing import (
     MISSING,
     difference,
@@ -47,6 +46,8 @@ class Cell:
 
     text: str
     beneath: str = ""
+    best: bool = False
+    """Whether no other arm is better: it is printed bold."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,12 @@ def result_table(group: GroupResult, chart: Literal["table", "overview"] = "tabl
         chart: where it is shown, which says what measures of usage it has.
     """
     columns = usage_leaves(chart)
-    error = " / ".join(label(name) for name in group.errors)
-    header = ["arm", "runs", *([error] if error else [])]
+    header = ["arm", "runs", *(directed(name) for name in group.errors)]
     slots = {null.slots for null in group.null}
     header += [
-        f"{label(group.metric(name))} of {next(iter(slots)):,}"
+        f"{label(group.metric(name))} of {next(iter(slots)):,} ↑"
         if name == "perplexity" and len(slots) == 1
-        else label(group.metric(name))
+        else directed(group.metric(name))
         for name in columns
         if group.kind
     ]
@@ -94,31 +94,67 @@ def _arm_row(group: GroupResult, arm: ArmResult, columns: Sequence[str]) -> Row:
         Cell(arm.label, "baseline" if arm.baseline else "control" if arm.control else ""),
         Cell(str(arm.n) if arm.n == len(arm.status) else f"{arm.n} of {len(arm.status)}"),
     ]
-    if group.errors:
-        stacked = [_value_cell(arm, name) for name in group.errors]
-        cells.append(
-            Cell(" / ".join(c.text for c in stacked), " / ".join(c.beneath for c in stacked))
-        )
+    cells += [_value_cell(arm, name, group) for name in group.errors]
     if group.kind:
         for name in columns:
-            cell = _value_cell(arm, group.metric(name))
+            cell = _value_cell(arm, group.metric(name), group)
             if name == "perplexity" and len(group.null) > 1:
-                cell = Cell(cell.text + _of_slots(group, arm.name), cell.beneath)
+                cell = replace(cell, text=cell.text + _of_slots(group, arm.name))
             cells.append(cell)
     cells.append(_value_cell(arm, SECONDS))
     return Row(cells, "baseline" if arm.baseline else "control" if arm.control else "")
 
 
-def _value_cell(arm: ArmResult, name: str) -> Cell:
-    """Mean ± sd, and beneath it the value of every seed when there are several."""
+def _value_cell(arm: ArmResult, name: str, group: GroupResult | None = None) -> Cell:
+    """Mean ± sd, and beneath it the value of every seed when there are several.
+
+    Args:
+        group: its arms are compared, and the best is marked.
+    """
     values = arm.values.get(name, [])
     if not any(v is not None for v in values):
         return Cell(MISSING)
     mean = arm.mean[name]
     each = [number(name, v, like=mean).removesuffix(" %") for v in values]
-    return Cell(
-        mean_and_sd(name, mean, arm.sd[name]), SEPARATOR.join(each) if len(each) > 1 else ""
-    )
+    beneath = SEPARATOR.join(each) if len(each) > 1 else ""
+    best = group is not None and number(name, mean) == best_of(group, name)
+    return Cell(mean_and_sd(name, mean, arm.sd[name]), beneath, best)
+
+
+def best_of(group: GroupResult, name: str) -> str | None:
+    """The best mean of a measure over all arms, as it is printed; None: there is no best, or all
+    arms are alike."""
+    means = [a.mean[name] for a in group.arms if math.isfinite(a.mean.get(name, math.nan))]
+    better = metric(name).better
+    if better is None or len({number(name, mean) for mean in means}) < 2:
+        return None
+    return number(name, (max if better == "higher" else min)(means))
+
+
+def best_arms(group: GroupResult) -> str:
+    """One line that names the best arm in each outcome, controls and baseline included."""
+    parts = []
+    for name in group.outcomes:
+        best = best_of(group, name)
+        arms = [a.label for a in group.arms if best and number(name, a.mean.get(name)) == best]
+        parts += [f"{label(name)} {best}, {' and '.join(arms)}"] if arms else []
+    return f"Best of all arms, controls included: {'; '.join(parts)}." if parts else ""
+
+
+def definitions(names: Sequence[str], said: set[str]) -> list[tuple[str, str]]:
+    """What each measure is called, with an arrow to where it is better, and what it means; those
+    that were said before are left out, and noted."""
+    new = [
+        name for name in dict.fromkeys(names) if metric(name).meaning and label(name) not in said
+    ]
+    said |= {label(name) for name in new}
+    return [(directed(name), metric(name).meaning) for name in new]
+
+
+def measures_of(group: GroupResult) -> list[str]:
+    """The measures of the result table, in the order of its columns."""
+    usage = [group.metric(leaf) for leaf in usage_leaves("table")] if group.kind else []
+    return [*group.errors, *usage]
 
 
 def _of_slots(group: GroupResult, arm: str) -> str:
@@ -128,7 +164,7 @@ def _of_slots(group: GroupResult, arm: str) -> str:
 
 def _null_row(group: GroupResult, null: Null, columns: Sequence[str]) -> Row:
     which = "" if len(group.null) == 1 else f" ({null.slots:,} slots, {null.draws:,} draws)"
-    cells = [Cell(NULL_LABEL + which, "the null"), Cell(""), *([Cell("")] if group.errors else [])]
+    cells = [Cell(NULL_LABEL + which, "the null"), Cell(""), *(Cell("") for _ in group.errors)]
     cells += [Cell(number(group.metric(name), null.values[group.metric(name)])) for name in columns]
     return Row([*cells, Cell("")], "null")
 
@@ -148,53 +184,6 @@ def window_note(group: GroupResult) -> list[str]:
             note += f"; so few draws can use at most {share} of the slots by even chance"
         notes.append(f"{note}.")
     return notes
-
-
-def predictions_table(predictions: Sequence[Prediction]) -> Table:
-    """Every case of the predictions that could be tested, with the numbers that decide."""
-    header = ["prediction", "verdict", "case", "mean", "95 % interval", "n", "p", "p equivalent"]
-    rows = []
-    for one in predictions:
-        for i, found in enumerate(one.evidence):
-            cells = (
-                [Cell(one.name, one.statement), Cell(one.verdict)]
-                if not i
-                else [Cell(""), Cell("")]
-            )
-            rows.append(Row(cells + _evidence_cells(found), "" if not i else "more"))
-    return Table(header, rows)
-
-
-def evidence_line(found: Evidence) -> str:
-    """ "MaxVio, a minus b: +0.04 (95 % interval −0.02 to +0.09, p 0.313, n = 6)"."""
-    name, like = found.metric, found.mean
-    parts = []
-    if found.interval:
-        parts.append(f"95 % interval {_interval(name, found.interval, like, found.n)}")
-    parts += [f"p {probability(found.p)}"] if found.p is not None else []
-    if found.p_equivalent is not None:
-        parts.append(f"p of equivalence within {found.margin} {probability(found.p_equivalent)}")
-    numbers = ", ".join([*parts, f"n = {found.n}"])
-    return f"{found.group}: {found.text}: {_shown(name, like)}{unit(name)} ({numbers})"
-
-
-def _shown(name: str, value: float, like: float | None = None) -> str:
-    """Movements of rows are levels; all other evidence is of differences."""
-    return (number if name.startswith("bank/") else difference)(name, value, like=like)
-
-
-def _evidence_cells(found: Evidence) -> list[Cell]:
-    name, like = found.metric, found.mean
-    each = SEPARATOR.join(_shown(name, v, like) for v in found.values)
-    within = f" (± {found.margin})" if found.margin is not None else ""
-    return [
-        Cell(found.text, f"{found.group}: {found.verdict}"),
-        Cell(_shown(name, like) + unit(name), each if found.n > 1 else ""),
-        Cell(_interval(name, found.interval, like, found.n)),
-        Cell(str(found.n)),
-        Cell(probability(found.p)),
-        Cell(probability(found.p_equivalent) + within),
-    ]
 
 
 def router_table(group: GroupResult) -> Table:
@@ -227,7 +216,7 @@ def paired_table(group: GroupResult, primary: bool | None = None) -> Table:
     return Table(header, rows)
 
 
-def _interval(name: str, interval: tuple[float, float] | None, like: float, n: int) -> str:
+def interval(name: str, interval: tuple[float, float] | None, like: float, n: int) -> str:
     if interval is None:
         return "n too small" if n < LEAST_PAIRS_INTERVAL else "all equal"
     return " to ".join(difference(name, end, like=like) for end in interval)
@@ -247,7 +236,7 @@ def _paired_row(pair: Paired, arm: str, equivalence: bool) -> Row:
                 SEPARATOR.join(each) if pair.n and len(each) > 1 else "",
             ),
             Cell(MISSING if share else percent(pair.relative)),
-            Cell(_interval(name, pair.interval, like, pair.n)),
+            Cell(interval(name, pair.interval, like, pair.n)),
             Cell(str(pair.n)),
             Cell(probability(pair.p)),
             Cell(probability(pair.p_min)),
@@ -326,6 +315,7 @@ def markdown(table: Table) -> Markup:
 
     def text(cell: Cell) -> str:
         above, beneath = markdown_text(cell.text), markdown_text(cell.beneath)
+        above = f"**{above}**" if cell.best else above
         return f"{above}<br><sub>{beneath}</sub>" if beneath else above
 
     return Markup(_aligned(table, text))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
+from simvq_moe.runs.history import commit
 
 PACKAGES = ("simvq-moe", "torch", "deepspeed", "tokenizers", "datasets", "numpy")
 
@@ -36,58 +35,6 @@ def provenance(config: Config, world: World) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "plugins": list(config.plugins),
     }
-
-
-def commit(package: Path = Path(__file__).parents[1]) -> str | None:
-    """The commit of our own checkout, if that is what this package runs from; None: it is not, for
-    instance installed into an environment inside of another project's checkout.
-
-    Args:
-        package: folder of the package.
-    """
-    root = package.parent
-    top = _git(package, "rev-parse", "--show-toplevel")
-    if top is None or Path(top) != root.resolve():
-        return None
-    # another project may have copied the package into its root
-    own = (f"{package.name}/__init__.py", "pyproject.toml")
-    tracked = _git(root, "ls-files", "--error-unmatch", "--", *own)
-    project = root / "pyproject.toml"
-    if tracked is None or 'name = "simvq-moe"' not in project.read_text(errors="replace"):
-        return None
-    return _git(root, "describe", "--always", "--dirty", "--abbrev=12")
-
-
-def last_change(file: Path) -> tuple[str, str] | None:
-    """Commit and date (ISO 8601) of the last change of a file; None: it is in no repository of git,
-    or it is not committed as it is."""
-    if _git(file.parent, "status", "--porcelain", "--", file.name):
-        return None
-    found = _git(file.parent, "log", "-1", "--format=%h %cI", "--abbrev=12", "--", file.name)
-    if found is None:
-        return None
-    commit, date = found.split()
-    return commit, date
-
-
-def _git(folder: Path, *args: str) -> str | None:
-    """What git says; None: it is not installed, or says no."""
-    # inside of a hook, or of a rebase, variables would name another repository
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    try:
-        found = subprocess.run(
-            ["git", *args],
-            cwd=folder,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    except OSError:
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 def processor() -> str:

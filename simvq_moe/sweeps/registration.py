@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.runs.files import Stamp, read_sweep
-from simvq_moe.runs.provenance import last_change
+from simvq_moe.runs.history import last_change, shown_name
 
 
 def unknown(numbers: Sequence[str]) -> str | None:
@@ -48,7 +48,5 @@ def _rules() -> dict[str, Path]:
 
 
 def _stamp(file: Path) -> Stamp:
-    # relative where it can be: a report names no folder of the machine
-    shown = file if not file.is_absolute() else Path(file.parent.name, file.name)
     commit, date = last_change(file) or (None, None)
-    return Stamp(file=str(shown), commit=commit, date=date)
+    return Stamp(file=shown_name(file), commit=commit, date=date)

@@ -331,6 +331,26 @@ def test_the_trend_goes_over_neighbouring_exponents_up_to_1():
     assert checked("P10", arms[0], arms[3]).verdict == "not tested"
 
 
+def test_too_few_pairs_for_a_margin_are_said_with_how_many_would_do():
+    def equivalence(seeds: int) -> Prediction:
+        arms = [
+            arm(name, AUX | changes, of(ERROR, 2.0), seeds=seeds, spread=0.006)
+            for name, changes in (("a", OUT), ("b", SEPARATE))
+        ]
+        return checked("P5", *arms)
+
+    few = equivalence(6)
+    assert few.verdict == "undecided"
+    assert few.pairs_needed is not None
+    assert few.pairs_needed > 12
+    enough = equivalence(60)
+    assert enough.verdict == "supported"
+    assert enough.pairs_needed is None
+    plain = arm("a", SELF, of(ENTROPY, 0.8), seeds=3)
+    mapped = arm("b", SELF_MAP, of(ENTROPY, 0.7), seeds=3)
+    assert checked("P7", plain, mapped).pairs_needed == 6
+
+
 def test_noise_decides_nothing():
     claimed = 0
     for i in range(40):

@@ -146,3 +146,24 @@ def test_compare_leaves_out_what_is_not_finite():
     assert found.n == 2
     assert found.mean == pytest.approx(0.2)
     assert found.interval is None
+
+
+@pytest.mark.parametrize(("sd", "level"), [(0.008, 0.05), (0.004, 0.025)])
+def test_pairs_for_a_margin_have_the_power_that_is_said(sd: float, level: float):
+    margin = 0.005
+    n = stats.pairs_for_margin(sd, margin, level)
+    assert n is not None
+
+    def power(pairs: int) -> float:
+        d = np.random.default_rng(0).normal(0, sd, (1000, pairs))
+        return float(np.mean([stats.tost(row, margin) < level for row in d.tolist()]))
+
+    # 0.038 is three standard errors of 1,000 trials
+    assert power(n) > stats.POWER - 0.038
+    assert power(n - 2) < stats.POWER + 0.038
+
+
+def test_pairs_for_a_margin_are_at_least_those_that_decide_anything_and_may_be_too_many():
+    assert stats.pairs_for_margin(1e-6, 0.005, 0.05) == stats.LEAST_PAIRS
+    assert stats.pairs_for_margin(0.0, 0.005, 0.05) == stats.LEAST_PAIRS
+    assert stats.pairs_for_margin(10.0, 0.005, 0.05) is None

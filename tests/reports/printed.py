@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from simvq_moe.records.catalogue import METRICS
+
 
 def numbers(content: Any) -> Iterator[float]:
     """Every number in plain containers."""
@@ -20,7 +22,7 @@ def numbers(content: Any) -> Iterator[float]:
 
 def words(content: dict[str, Any]) -> list[str]:
     """Names and sentences written by people, which may hold numbers of their own."""
-    found = [content["title"]]
+    found = [content["title"], *(one.meaning for one in METRICS)]
     for group in content["groups"]:
         found += [group["name"], group["question"], group["notes"], group["config"]]
         found += [arm["label"] for arm in group["arms"]]

@@ -368,3 +368,50 @@ def test_sounds_and_texts_are_part_of_the_page(tmp_path: Path):
     html = report([tmp_path / "runs"], tmp_path / "out").html.read_text()
     assert html.count('<audio controls preload="none" src="data:audio/wav;base64,') == 4
     assert "def &lt;b&gt;:\n    pass" in html
+
+
+def test_holm_goes_over_the_primary_tests_of_all_questions_of_a_sweep(tmp_path: Path):
+    write_sweep(tmp_path, seeds=8, primary={"simvq": "val/codes/used"})
+    file = tmp_path / "sweep.json"
+    content = json.loads(file.read_text())
+    content["groups"][1]["primary"] = {"aux": "val/bits_per_byte"}
+    file.write_text(json.dumps(content))
+    results = compute(find_groups([tmp_path]), tmp_path)
+    tests = [pair for group in results.groups for pair in group.paired if pair.primary]
+    assert [pair.arm for pair in tests] == ["simvq", "aux"]
+    assert [pair.tests for pair in tests] == [2, 2]
+    ps = [pair.p for pair in tests]
+    assert all(p is not None for p in ps)
+    low, high = sorted(p or 0.0 for p in ps)
+    adjusted = sorted(pair.p_holm or 0.0 for pair in tests)
+    assert adjusted == pytest.approx([2 * low, max(2 * low, high)])
+    assert {group.pairs_needed for group in results.groups} == {7}
+
+
+def test_the_best_of_every_column_is_marked_and_named_controls_included(
+    small: Path, content: dict[str, Any]
+):
+    codes = next(group for group in content["groups"] if group["name"] == "codes")
+    means = {arm["label"]: arm["mean"]["val/mse"] for arm in codes["arms"] if arm["mean"]}
+    best = min(means, key=lambda label: means[label])
+    assert best == "VQ, width 4"
+    text = (small / "report.md").read_text()
+    assert f"MSE {number('val/mse', means[best])}, {best};" in text
+    row = next(line for line in text.splitlines() if line.startswith("| VQ, width 4<br>"))
+    assert f"| **{number('val/mse', means[best])} ±" in row
+    others = [line for line in text.splitlines() if line.startswith("| VQ<br>")]
+    assert not any("**" in line for line in others[:1])
+
+
+def test_differences_are_drawn_first_and_lie_in_a_file_for_markdown(small: Path):
+    page, text = ((small / name).read_text() for name in ("report.html", "report.md"))
+    answers = page[page.index('<section id="answers">') :]
+    assert answers.index('class="scroll forest"') < answers.index("Best of all arms")
+    assert text.count("](forest-1.svg)") == text.count("](forest-2.svg)") == 1
+    for i in (1, 2):
+        drawn = (small / f"forest-{i}.svg").read_text()
+        assert "var(--" not in drawn
+        assert "MSE ↓" in drawn or "bits/byte ↓" in drawn
+    # each measure is defined once, where it first stands
+    meaning = "Share of slots (codes or experts) that were drawn at least once."
+    assert page.count(meaning) == text.count(meaning) == 1

@@ -27,7 +27,7 @@ from simvq_moe.engine.world import World
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.runs import folder as folders
 from simvq_moe.runs.folder import LOCK, NOISE, check_same_run, check_shared, claimed
-from simvq_moe.runs.provenance import commit
+from simvq_moe.runs.history import commit
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.preflight import is_finished
 from tests.launching import ROOT, environment, metrics, run, start_tasks
