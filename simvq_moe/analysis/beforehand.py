@@ -45,14 +45,10 @@ def _by_sweep(groups: Sequence[Group]) -> dict[str, list[Group]]:
 
 
 def _first_run(groups: Sequence[Group]) -> str | None:
-    starts = [
-        run.meta["started"]
-        for group in groups
-        for arm in group.arms
-        for run in arm.runs
-        if _time(run.meta.get("started"))
-    ]
-    return min(starts, key=_time, default=None)
+    runs = (run for group in groups for arm in group.arms for run in arm.runs)
+    texts = (str(run.meta.get("started")) for run in runs)
+    started = [(time, text) for text in texts if (time := _time(text))]
+    return min(started)[1] if started else None
 
 
 def _is_before(date: str | None, start: str | None) -> bool | None:

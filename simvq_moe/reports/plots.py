@@ -285,8 +285,8 @@ def svg(figure: Figure, description: str, *, standalone: bool = False) -> str:
         standalone: it is a file of its own, in black on white.
     """
     stream = io.StringIO()
-    face = {"facecolor": "white"} if standalone else {"transparent": True}
-    figure.savefig(stream, format="svg", metadata={"Date": None}, **face)
+    figure.patch.set_facecolor("white")
+    figure.savefig(stream, format="svg", transparent=not standalone, metadata={"Date": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
