@@ -147,7 +147,7 @@ def test_the_quickstart_runs_in_a_fresh_clone_and_skips_what_is_finished(tmp_pat
     assert first.returncode == 0, first.stderr[-4000:]
     assert "SimVQ" in first.stdout
     assert again.returncode == 0
-    assert "18 of 18 runs are finished and skipped" in again.stderr
+    assert "22 of 22 runs are finished and skipped" in again.stderr
     report = json.loads((clone / "runs/quickstart/report/report.json").read_text())
     arms = {arm["name"]: arm["mean"] for arm in report["groups"][0]["arms"]}
     assert arms["simvq"]["val/codes/used"] > 0.5 > 0.1 > arms["vq"]["val/codes/used"]
