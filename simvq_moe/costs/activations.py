@@ -19,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from simvq_moe.config.schema import Config
 from simvq_moe.core.nearest import flops_of_search
 from simvq_moe.core.state import held_tensors
+from simvq_moe.engine.devices import this_device
 from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock
+from simvq_moe.models.cross_entropy import LARGEST
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.moe.experts import FeedForward
@@ -37,12 +39,13 @@ def activation_bytes(model: LanguageModel, tokens: int, size: int) -> int:
     """
     blocks = [_of_block(block, size) for block in model.blocks if isinstance(block, Block)]
     width = model.embedding.embedding_dim
-    # indices; the last norm; log-probabilities in float32, and targets
-    rest = INT64 + _of_norm(width, size) + FLOAT32 * model.embedding.num_embeddings + INT64
+    # indices; the last norm; targets
+    rest = INT64 + _of_norm(width, size) + INT64
+    head = _of_head(tokens, width, model.embedding.num_embeddings)
     if model.activation_checkpointing:
         # the input of every block, and all of the one that runs again
-        return tokens * (len(blocks) * width * size + max(blocks) + rest)
-    return tokens * (sum(blocks) + rest)
+        return tokens * (len(blocks) * width * size + max(blocks) + rest) + head
+    return tokens * (sum(blocks) + rest) + head
 
 
 def saved_bytes(model: nn.Module, batch: Tensor) -> tuple[int, Tensor]:
@@ -123,6 +126,15 @@ def _of_block(block: Block, size: int) -> int:
     if not isinstance(block.moe, MoE):  # DeepSpeed's own: about the rows that it pads
         return branches + block.moe.top_k * 2 * width * size
     return branches + _of_mixture(block.moe, size)
+
+
+def _of_head(tokens: int, width: int, vocabulary: int) -> int:
+    """Log-probabilities in float32, or where they would be too many, both gradients of a head that
+    makes them in pieces."""
+    whole = FLOAT32 * tokens * vocabulary
+    if whole <= LARGEST[this_device().type]:
+        return whole
+    return FLOAT32 * (tokens + vocabulary) * width
 
 
 def _of_norm(width: int, size: int) -> int:

@@ -14,6 +14,7 @@ from simvq_moe.config.moe import MoEConfig
 from simvq_moe.core.streams import own_stream
 from simvq_moe.models.attention import documents_of
 from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock, compiled_in_training, merge_gain
+from simvq_moe.models.cross_entropy import mean_cross_entropy, token_cross_entropy
 from simvq_moe.moe.losses import mean_losses
 from simvq_moe.moe.routers.base import Routing
 
@@ -81,8 +82,9 @@ class LanguageModel(nn.Module):
         self, tokens: Int[Tensor, "batch window"]
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The loss of windows of context + 1 tokens, and its terms by name."""
-        logits, losses = self.logits(tokens[:, :-1])
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        x, losses = self.hidden_states(tokens[:, :-1])
+        targets = tokens[:, 1:].flatten()
+        cross_entropy = mean_cross_entropy(x.flatten(0, 1), self._head_matrix, targets)
         # a weight of 0 would still send zeros backward
         weights = {name: self.loss_weights.get(name, 0.0) for name in losses}
         weighted = [weight * losses[name] for name, weight in weights.items() if weight]
@@ -94,6 +96,20 @@ class LanguageModel(nn.Module):
         self, tokens: Int[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch tokens vocabulary"], dict[str, Tensor]]:
         """Scores of the next token, float32 at least, and the MoE losses averaged over layers."""
+        x, losses = self.hidden_states(tokens)
+        return self._scores(x), losses
+
+    def token_nats(self, tokens: Int[Tensor, "batch window"]) -> Float[Tensor, "batch predicted"]:
+        """Cross entropy of every token but the first of each window; without a gradient."""
+        x, _ = self.hidden_states(tokens[:, :-1])
+        targets = tokens[:, 1:]
+        nats = token_cross_entropy(x.flatten(0, 1), self._head_matrix, targets.flatten())
+        return nats.view(targets.shape)
+
+    def hidden_states(
+        self, tokens: Int[Tensor, "batch tokens"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], dict[str, Tensor]]:
+        """What the head reads, and the MoE losses averaged over layers."""
         x, routings = self._run_blocks(tokens)
         # ranks evaluate different numbers of batches, so no collective call may run there
         all_ranks = self.training
@@ -102,7 +118,7 @@ class LanguageModel(nn.Module):
             if routings
             else {}
         )
-        return self._scores(x), losses
+        return self.norm(x), losses
 
     @torch.no_grad()
     def generate(
@@ -139,7 +155,7 @@ class LanguageModel(nn.Module):
         for i in range(new_tokens):
             x, _ = self._run_blocks(tokens[:, -self.context :])
             ids = ranges[i % len(ranges)]
-            scores = self._scores(x[:, -1])[:, ids.start : ids.stop]
+            scores = self._scores(self.norm(x[:, -1]))[:, ids.start : ids.stop]
             drawn = draw(scores, temperature, top_k, generator)
             tokens = torch.cat([tokens, drawn.to(tokens) + ids.start], dim=1)
         self.train(was_training)
@@ -191,9 +207,12 @@ class LanguageModel(nn.Module):
             routings += [] if routing is None else [routing]
         return x, routings
 
+    @property
+    def _head_matrix(self) -> Float[Tensor, "vocabulary width"]:
+        return self.embedding.weight if self.head is None else self.head.weight
+
     def _scores(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch vocabulary"]:
-        matrix = self.embedding.weight if self.head is None else self.head.weight
-        scores = F.linear(self.norm(x), matrix)
+        scores = F.linear(x, self._head_matrix)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -72,7 +71,5 @@ class SequenceTask(Task[LanguageModel]):
 
 def token_sums(model: LanguageModel, sequences: Int64[Tensor, "batch window"]) -> dict[str, Tensor]:
     """Nats of all tokens but the first of each sequence, and their number."""
-    logits, _ = model.logits(sequences[:, :-1])
-    targets = sequences[:, 1:].flatten()
-    nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").double().sum()
-    return {"nats": nats, "tokens": torch.tensor(float(len(targets)))}
+    nats = model.token_nats(sequences)
+    return {"nats": nats.double().sum(), "tokens": torch.tensor(float(nats.numel()))}

@@ -202,7 +202,7 @@ class Probe:
         assert isinstance(self.model, LanguageModel)
         with _recorded(self.layers) as records:
             for windows in self.tokens.windows.split(self.batch):
-                self.model.logits(windows[:, :-1].to(self.world.device))
+                self.model.hidden_states(windows[:, :-1].to(self.world.device))
         inputs = [torch.cat(record.inputs) for record in records]
         return inputs, [_joined(record.routings) for record in records]
 
