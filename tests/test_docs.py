@@ -15,7 +15,7 @@ from simvq_moe.engine.world import World
 from tests.launching import ROOT
 from tests.test_readme import shortened
 
-PAGES = ("export.md",)
+PAGES = ("export.md", "transformers.md")
 
 
 def blocks(page: str) -> list[tuple[str, str]]:

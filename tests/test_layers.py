@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "moe": {"core", "config", "hub"},
     "data": {"errors", "files", "config"},
     "models": {"config", "core", "quantizers", "moe", "hub"},
-    "integrations": {"core"},
+    "integrations": {"core", "config", "files", "records"},
     "engine": {"errors", "files", "config", *MODELS},
     "runs": {"errors", "files", "config", "engine", "data", *MODELS},
     "records": {"files", "text_table", *RUNS, *MODELS},

@@ -127,7 +127,7 @@ def write_model(
 
 
 def write_weights(
-    path: Path, weights: Mapping[str, Tensor], notes: Mapping[str, str] | None = None
+    path: Path, weights: Mapping[str, Tensor], notes: dict[str, str] | None = None
 ) -> None:
     """A safetensors file, whole.
 

@@ -26,8 +26,9 @@ from simvq_moe.core.bank import Bank, Transform
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.step_state import after_step
 from simvq_moe.core.streams import own_stream
-from simvq_moe.core.usage import Usage, UsageCounter, usage
 from simvq_moe.core.whitening import Whitening, WhiteningKind, build_whitening
+from simvq_moe.integrations.meters import meter, unmeter
+from simvq_moe.integrations.meters import usage_by_layer as usage_by_layer
 
 try:
     from transformers import PreTrainedModel, TrainerCallback
@@ -85,7 +86,7 @@ class SharedMap(Bank):
 
 
 class BlockMaps(nn.Module):
-    """Maps and usage counter of one block, and the hooks that bring them in.
+    """Maps of one block, and the hooks that bring them in.
 
     Hooks are bound methods, so that a deep copy of the model runs on maps of its own.
     """
@@ -93,13 +94,12 @@ class BlockMaps(nn.Module):
     def __init__(
         self,
         block: nn.Module,
-        top_k: int,
         transforms: dict[str, Transform],
         rank: int,
         whitening: dict[str, Any] | None,
     ) -> None:
         super().__init__()
-        experts, width = block.get_parameter(WEIGHTS["router"]).shape
+        width = block.get_parameter(WEIGHTS["router"]).shape[1]
 
         def shared_map(site: str) -> SharedMap | None:
             if transforms[site] == "none":
@@ -117,12 +117,12 @@ class BlockMaps(nn.Module):
         if whitening is not None:
             self.whitening = build_whitening(width=width, centred=False, **whitening)
             self.whitening.to(block.get_parameter(WEIGHTS["router"]).device)
-        self.counter = UsageCounter(experts, kind="experts", top_k=top_k)
-        self.counter.to(block.get_parameter(WEIGHTS["router"]).device)
         self.frozen: list[str] = []
         """Sites whose weight was learned before and is not beside its map."""
         gate, networks = block.get_submodule("gate"), block.get_submodule("experts")
-        self.hooks = [networks.register_forward_pre_hook(self._before_experts)]
+        self.hooks = []
+        if self.expert_in is not None:
+            self.hooks.append(networks.register_forward_pre_hook(self._before_experts))
         if self.router is not None or self.whitening is not None:
             self.hooks.append(gate.register_forward_pre_hook(self._before_router))
         if self.expert_out is not None:
@@ -139,11 +139,9 @@ class BlockMaps(nn.Module):
         return (x if self.router is None else self.router(x), *args[1:])
 
     def _before_experts(self, experts: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Count here: what routers return differs between versions, what experts get does not."""
         del experts
-        x, ids, *rest = args
-        self.counter.add(ids)
-        return (x if self.expert_in is None else self.expert_in(x), ids, *rest)
+        assert self.expert_in is not None
+        return (self.expert_in(args[0]), *args[1:])
 
     def _after_experts(self, experts: nn.Module, args: tuple[Any, ...], summed: Tensor) -> Tensor:
         del experts, args
@@ -191,11 +189,10 @@ def add_shared_maps(
     whitening_every: int = 10,
     whitening_rank: int = 32,
 ) -> None:
-    """Add maps and usage meters to every MoE block of a model, in place; before the optimizer.
+    """Add maps to every MoE block of a model, in place, and `meter` it; before the optimizer.
 
     Maps have the dtype and device of the weights they belong to, and are parameters of
-    `model.shared_maps`, one entry a block. `core.usage.counters(model)` finds the meters: local
-    counts of this process, padding included, for it is routed like other tokens.
+    `model.shared_maps`, one entry a block.
 
     `save_pretrained` of such a model keeps the maps, and `config.shared_maps` says which they are.
     `from_pretrained` alone drops them and reports `shared_maps...` as unexpected: follow it with
@@ -242,11 +239,11 @@ def add_shared_maps(
     transforms = {site: settings[f"{site}_map"] for site in WEIGHTS}
     _check_maps(model, transforms)
     frozen = [site for site in WEIGHTS if not settings[f"train_{site}_base"]]
-    top_k = model.config.num_experts_per_tok
+    meter(model)
     model.shared_maps = nn.ModuleList()
     with torch.random.fork_rng(devices=[]):  # numbers drawn later are those of the plain model
         for block in blocks.values():
-            maps = BlockMaps(block, top_k, transforms, map_rank, whitening)
+            maps = BlockMaps(block, transforms, map_rank, whitening)
             maps.freeze(block, frozen)
             model.shared_maps.append(maps)
     model.shared_maps.train(model.training)
@@ -310,19 +307,11 @@ def fold(model: PreTrainedModel) -> None:
         maps.fold_into(block)
     config: Any = model.config
     del model.shared_maps, config.shared_maps
-
-
-def usage_by_layer(model: PreTrainedModel) -> dict[str, Usage]:
-    """Measures of each block's counts in this process since they were last taken, by its name.
-
-    For several processes sum `core.usage.counters(model)` over ranks first.
-    """
-    every = zip(moe_blocks(model), _maps_of(model), strict=True)
-    return {name: usage(maps.counter.counts) for name, maps in every}
+    unmeter(model)
 
 
 def moe_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The MoE blocks of a model by name, first layer first; counters are in the same order.
+    """The MoE blocks of a model by name, first layer first; meters are in the same order.
 
     Raises:
         ValueError: there is none that is known, or its weights are quantized or split.

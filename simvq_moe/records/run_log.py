@@ -59,22 +59,32 @@ class RunLog:
     """The records of one run.
 
     Args:
-        config: the run's; its folder exists.
+        run_dir: its folder, which exists.
         layers: the counted layers.
         step: the step that the run goes on from, 0 for a new one.
+        steps: those of the whole run.
+        config: shown in TensorBoard; None: the run is another library's.
     """
 
-    def __init__(self, config: Config, layers: Sequence[Layer], step: int) -> None:
-        self.run_dir = run_dir = config.run_dir
+    def __init__(
+        self,
+        run_dir: Path,
+        layers: Sequence[Layer],
+        step: int,
+        *,
+        steps: int,
+        config: Config | None = None,
+    ) -> None:
+        self.run_dir = run_dir
         self.layers = layers
-        self.step, self.steps_to_do = step, config.train.steps
+        self.step, self.steps_to_do = step, steps
         self.dead = DeadSlots(len(layers))
         self.steps: dict[str, list[int]] = {"": [], "val_": []}
         self.counts: dict[str, list[np.ndarray]] = {"": [], "val_": []}
         self._go_on_from(step)
         self.metrics = (run_dir / METRICS).open("a")
         self.tensorboard = TensorBoard(
-            run_dir / "tensorboard", layers, step, config, _command(run_dir)
+            run_dir / "tensorboard", layers, step, config=config, command=_command(run_dir)
         )
 
     def write(

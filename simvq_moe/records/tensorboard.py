@@ -40,23 +40,32 @@ class TensorBoard:
         folder: where the events go.
         layers: the counted layers.
         step: events after this step are dropped; the run goes on from there.
-        config: shown as text, and as a row of the HParams table.
+        config: shown as text, and as a row of the HParams table; None: there is none.
         command: shown as text.
     """
 
     def __init__(
-        self, folder: Path, layers: Sequence[Layer], step: int, config: Config, command: str
+        self,
+        folder: Path,
+        layers: Sequence[Layer],
+        step: int,
+        *,
+        config: Config | None,
+        command: str,
     ) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         self.layers = layers
         self.roots = layer_names(layers)
         self.writer.add_custom_scalars(layout(layers))
         self.text("at_a_glance/command", _verbatim(command), step)
+        self.finished: Any = None
+        if config is None:
+            return
         self.text(
             "at_a_glance/config", _verbatim(mapping_to_yaml(without_other_tasks(config))), step
         )
-        columns, self.row, self.finished = rows_of_table(config, layers)
-        for summary in (columns, self.row):
+        columns, row, self.finished = rows_of_table(config, layers)
+        for summary in (columns, row):
             self._file().add_summary(summary)
 
     def write(
@@ -101,7 +110,7 @@ class TensorBoard:
         self.writer.add_text(name, text, step)
 
     def close(self, *, finished: bool) -> None:
-        if finished:
+        if finished and self.finished is not None:
             self._file().add_summary(self.finished)
         self.writer.close()
 

@@ -74,7 +74,10 @@ class Recorder:
         with writing(f"records of {self.config.run_dir}"):
             if self.task.tokenizer is not None:
                 write_atomically(self.config.run_dir / TOKENIZER, self.task.tokenizer.read_bytes())
-            self.log = RunLog(self.config, self.layers, step)
+            steps = self.config.train.steps
+            self.log = RunLog(
+                self.config.run_dir, self.layers, step, steps=steps, config=self.config
+            )
 
     def before_logged_step(self) -> None:
         """The step that comes is the last one of a line of the log."""

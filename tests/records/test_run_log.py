@@ -46,7 +46,7 @@ def write_steps(run_dir: Path, steps: range, start: int = 0) -> None:
     train = TrainConfig(steps=steps[-1])
     name, folder = run_dir.name, str(run_dir.parent)
     config = Config(task="language_model", arm="base", name=name, runs_dir=folder, train=train)
-    log = RunLog(config, EXPERTS, start)
+    log = RunLog(run_dir, EXPERTS, start, steps=steps[-1], config=config)
     for step in steps:
         metrics = {"train/loss": float(step), **usage_metrics(EXPERTS, COUNTS)}
         evaluated = step % 2 == 0
@@ -116,7 +116,7 @@ def test_dead_slots_are_named_with_the_steps_since_their_last_draw_also_after_a_
     assert ranges(np.array([0, 1, 2, 7])) == ["0-2", "7"]
     write_steps(tmp_path, range(1, 7))
     write_steps(tmp_path, range(5, 7), start=4)
-    log = RunLog(Config(name=tmp_path.name, runs_dir=str(tmp_path.parent)), EXPERTS, 6)
+    log = RunLog(tmp_path, EXPERTS, 6, steps=800, config=Config(name=tmp_path.name))
     log.close()
     assert "| moe/00 | 3 of 4 | always | 1-3 |" in log.dead.table(["moe/00", "moe/01"], 6)
 
