@@ -34,7 +34,7 @@ from simvq_moe.engine.devices import device_peak
 from simvq_moe.engine.step_phases import PHASES
 from simvq_moe.engine.world import World
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_model
 from simvq_moe.text_table import markdown
 
 SMALL = 256

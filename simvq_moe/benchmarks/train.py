@@ -43,8 +43,7 @@ from simvq_moe.engine.world import World
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe.expert_kinds import SwiGLUExpert
 from simvq_moe.tasks.base import DataSet
-from simvq_moe.tasks.models import build_model
-from simvq_moe.tasks.registry import task_of
+from simvq_moe.tasks.registry import build_model, task_of
 from simvq_moe.tasks.sequences import SequenceTask
 from simvq_moe.text_table import markdown
 from simvq_moe.training.loop import Trainer

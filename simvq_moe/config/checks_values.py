@@ -11,12 +11,9 @@ from simvq_moe.config.conversion import shown
 from simvq_moe.config.loading import flatten
 from simvq_moe.config.ranges import Range, ranges_of
 from simvq_moe.config.schema import Config
-from simvq_moe.data.codes import is_codes
 
 LIST = 64
 """Values of a list at most."""
-LEAST_OF_TEXT = 257
-"""Least vocabulary of text: the bytes and the end of text; of codes it may be smaller."""
 
 RESERVED = ("report", "checkpoints", "tensorboard", "samples", "profile")
 """Folders that stand beside runs, or within one."""
@@ -36,9 +33,6 @@ def value_problems(config: Config) -> Iterator[str]:
                 yield from _text_problems(key, one)
             elif key in ranges and one is not None:
                 yield from _number_problems(key, value, one, ranges[key])
-    vocabulary, source = config.data.vocabulary, config.data.source
-    if vocabulary < LEAST_OF_TEXT and not (source is not None and is_codes(source)):
-        yield f"data.vocabulary {vocabulary} < {LEAST_OF_TEXT}: use at least {LEAST_OF_TEXT}"
     yield from name_problems("name", config.name)
 
 

@@ -20,6 +20,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -122,11 +123,17 @@ def kinds(of: type[T]) -> Mapping[str, type[T]]:
     found = _FAMILIES[of]
     if not found.imported:
         found.imported = True
-        module = importlib.import_module(found.package)
-        for inner in pkgutil.iter_modules(getattr(module, "__path__", ())):
-            importlib.import_module(f"{found.package}.{inner.name}")
+        import_all(found.package)
         load_installed_plugins()
     return MappingProxyType(found.kinds)  # pyright: ignore[reportReturnType]
+
+
+@cache
+def import_all(package: str) -> None:
+    """Import a module and, where it is a package, the modules of it."""
+    module = importlib.import_module(package)
+    for inner in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        importlib.import_module(f"{package}.{inner.name}")
 
 
 def of_kind(of: type[T], kind: object, at: str) -> type[T]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from simvq_moe.config.moe import MoEConfig as MoEConfig
 from simvq_moe.config.quantizer import QuantizerOptions
@@ -19,7 +19,7 @@ from simvq_moe.config.ranges import (
     Share,
     Weight,
 )
-from simvq_moe.config.registry import default_of
+from simvq_moe.config.registry import Options, default_of, family, register
 
 
 @dataclass(frozen=True)
@@ -260,12 +260,26 @@ class TrainConfig:
     first step, evaluations and checkpoints may take longer. 0: never."""
 
 
+@family(package="simvq_moe.config.schema", default="none")
+@dataclass(frozen=True)
+class TaskOptions(Options):
+    """Options of a plug-in's task; a kind of them has the task's name."""
+
+
+@register
+@dataclass(frozen=True)
+class NoTaskOptions(TaskOptions):
+    """Our own tasks have sections of the config."""
+
+    kind: Literal["none"] = "none"
+
+
 @dataclass(frozen=True)
 class Config:
     """One training run."""
 
-    task: Literal["image_tokenizer", "audio_tokenizer", "language_model"] = "image_tokenizer"
-    """What is trained."""
+    task: str = "image_tokenizer"
+    """What is trained: image_tokenizer, audio_tokenizer, language_model, or a plug-in's task."""
     name: str = "run"
     """The run's folder under runs_dir; the same name resumes."""
     arm: str | None = None
@@ -285,6 +299,7 @@ class Config:
     moe: MoEConfig = field(default_factory=MoEConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    task_options: TaskOptions = field(default_factory=NoTaskOptions)
 
     @property
     def run_dir(self) -> Path:
@@ -294,19 +309,3 @@ class Config:
 def on_one_rank(config: Config) -> Config:
     """The same model for a process of its own."""
     return replace(config, moe=replace(config.moe, expert_parallel=1))
-
-
-def without_other_tasks(config: Config) -> dict[str, Any]:
-    """The config as nested mappings, without the sections that its task has no use for."""
-    tasks = {
-        "quantizer": ("image_tokenizer", "audio_tokenizer"),
-        "image_tokenizer": ("image_tokenizer",),
-        "audio_tokenizer": ("audio_tokenizer",),
-        "language_model": ("language_model",),
-        "moe": ("language_model",),
-    }
-    return {
-        name: section
-        for name, section in asdict(config).items()
-        if config.task in tasks.get(name, (config.task,))
-    }

@@ -43,8 +43,7 @@ from simvq_moe.engine.slurm import adopt_slurm
 from simvq_moe.engine.world import World, launched_ranks, start_distributed
 from simvq_moe.files.unfinished import ASIDE
 from simvq_moe.inference.evaluate import with_source
-from simvq_moe.models.audio_tokenizer import AudioTokenizer
-from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.models.tokenizer import Tokenizer
 from simvq_moe.records.progress import SECONDS_BETWEEN_LINES, duration
 from simvq_moe.runs.loading import weights_sha256
 from simvq_moe.tasks.base import DataSet
@@ -117,7 +116,7 @@ class Encoder:
         batch_size: int,
         device: torch.device,
     ) -> None:
-        assert isinstance(model, ImageTokenizer | AudioTokenizer)
+        assert isinstance(model, Tokenizer)
         self.model = model.eval().to(device)
         self.parts = parts
         self.batch_size, self.device = batch_size, device

@@ -12,11 +12,12 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from simvq_moe.models.audio_discriminators import Discriminators
 from simvq_moe.models.audio_spectra import MelDistance, SpectralDistance
+from simvq_moe.models.tokenizer import Tokenizer
 from simvq_moe.quantizers import AnyQuantizer, Quantized
 
 
@@ -52,7 +53,7 @@ class ResidualUnit(nn.Module):
         return x + self.layers(x)
 
 
-class AudioTokenizer(nn.Module):
+class AudioTokenizer(Tokenizer):
     """Mono waveforms to ids of codes and back; a token covers the product of the strides.
 
     Args:
@@ -153,31 +154,17 @@ class AudioTokenizer(nn.Module):
         return game._asdict(), game.discriminator
 
     def reconstruct(
-        self, audio: Float[Tensor, "batch time"]
+        self, x: Float[Tensor, "batch time"]
     ) -> tuple[Float[Tensor, "batch time"], Quantized]:
-        """Waveforms through the codebook and back, and what the quantizer returned."""
-        quantized = self.quantizer(self._latents(audio))
-        return self._waveform(quantized.z_q)[:, : audio.shape[1]], quantized
+        reconstruction, quantized = super().reconstruct(x)
+        return reconstruction[:, : x.shape[1]], quantized
 
-    def initialize(self, audio: Float[Tensor, "batch time"]) -> None:
-        """Start the quantizer from these waveforms, if its start needs data."""
-        if self.quantizer.waits_for_data:
-            self.quantizer.initialize(self._latents(audio))
-
-    def encode(self, audio: Float[Tensor, "batch time"]) -> Int[Tensor, "batch tokens *levels"]:
-        """The ids of the codes of each waveform; silence fills the last token."""
-        return self.quantizer.encode(self._latents(audio))
-
-    def decode(self, ids: Integer[Tensor, "batch tokens *levels"]) -> Float[Tensor, "batch time"]:
-        """Waveforms of ids, of whole tokens."""
-        return self._waveform(self.quantizer.decode(ids))
-
-    def _latents(self, audio: Tensor) -> Tensor:
-        whole = F.pad(audio, (0, -audio.shape[1] % self.hop))
+    def latents(self, x: Float[Tensor, "batch time"]) -> Float[Tensor, "batch tokens channels"]:
+        whole = F.pad(x, (0, -x.shape[1] % self.hop))  # silence fills the last token
         x = whole.to(self.to_latent.weight.dtype)[:, None]
         return self.to_latent(self.encoder(x)).movedim(1, -1)
 
-    def _waveform(self, latents: Tensor) -> Tensor:
-        channels_first = latents.to(self.from_latent.weight.dtype).movedim(-1, 1)
+    def samples(self, z: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch time"]:
+        channels_first = z.to(self.from_latent.weight.dtype).movedim(-1, 1)
         waveform = self.decoder(self.from_latent(channels_first))[:, 0]
         return waveform.to(torch.promote_types(waveform.dtype, torch.float32))

@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from simvq_moe.core.choices import check_choice
 from simvq_moe.models.image_discriminator import PatchDiscriminator, adaptive_weight
 from simvq_moe.models.image_losses import LPIPS, ImageLoss
 from simvq_moe.models.image_vqgan import VQGANDecoder, VQGANEncoder
-from simvq_moe.quantizers import AnyQuantizer, Quantized
+from simvq_moe.models.tokenizer import Tokenizer
+from simvq_moe.quantizers import AnyQuantizer
 
 Architecture = Literal["small", "vqgan"]
 
@@ -44,7 +45,7 @@ class ResidualBlock(nn.Module):
         return x + self.layers(x)
 
 
-class ImageTokenizer(nn.Module):
+class ImageTokenizer(Tokenizer):
     """Images to ids of codes and back; a token covers 2^downsamplings pixels a side.
 
     Args:
@@ -157,35 +158,15 @@ class ImageTokenizer(nn.Module):
         kinds = (nn.Conv2d, nn.ConvTranspose2d)
         return [m.weight for m in self.decoder.modules() if isinstance(m, kinds)][-1]
 
-    def reconstruct(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch 3 height width"], Quantized]:
-        """Images through the codebook and back, and what the quantizer returned."""
-        quantized = self.quantizer(self._latents(images))
-        return self._pixels(quantized.z_q), quantized
+    def latents(
+        self, x: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch rows columns channels"]:
+        return self.to_latent(self.encoder(x.to(self.to_latent.weight.dtype))).movedim(1, -1)
 
-    def initialize(self, images: Float[Tensor, "batch 3 height width"]) -> None:
-        """Start the quantizer from these images, if its start needs data; see its own method."""
-        if self.quantizer.waits_for_data:
-            self.quantizer.initialize(self._latents(images))
-
-    def encode(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Int[Tensor, "batch rows columns *levels"]:
-        """The ids of the codes of each image."""
-        return self.quantizer.encode(self._latents(images))
-
-    def decode(
-        self, ids: Integer[Tensor, "batch rows columns *levels"]
+    def samples(
+        self, z: Float[Tensor, "batch rows columns channels"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Images of ids."""
-        return self._pixels(self.quantizer.decode(ids))
-
-    def _latents(self, images: Tensor) -> Tensor:
-        return self.to_latent(self.encoder(images.to(self.to_latent.weight.dtype))).movedim(1, -1)
-
-    def _pixels(self, latents: Tensor) -> Tensor:
-        channels_first = latents.to(self.from_latent.weight.dtype).movedim(-1, 1)
+        channels_first = z.to(self.from_latent.weight.dtype).movedim(-1, 1)
         pixels = self.decoder(self.from_latent(channels_first))
         return pixels.to(torch.promote_types(pixels.dtype, torch.float32))
 

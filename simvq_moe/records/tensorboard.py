@@ -18,7 +18,8 @@ from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from simvq_moe.config.loading import defaults_of_every_kind, flatten, mapping_to_yaml
-from simvq_moe.config.schema import Config, without_other_tasks
+from simvq_moe.config.schema import Config
+from simvq_moe.config.tasks import without_other_tasks
 from simvq_moe.records.catalogue import usage_leaves
 from simvq_moe.records.dead_slots import DeadSlots
 from simvq_moe.records.tensorboard_layout import AT_A_GLANCE, layout, result_names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from simvq_moe.models.audio_discriminators import Discriminators
 from simvq_moe.models.audio_spectra import MelDistance
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.tasks.audio_measures import AudioMeasures
+from simvq_moe.tasks.checks import audio_problems
 from simvq_moe.tasks.registry import register
 from simvq_moe.tasks.samples import Samples
 from simvq_moe.tasks.tokenizers import Parts, TokenizerTask, check_not_empty
@@ -36,6 +37,10 @@ class AudioTokenizerTask(TokenizerTask[AudioTokenizer]):
     depths = ("quantizer.residual_levels",)
     loss_measure = "val/mel_distance"
     suffix = "wav"
+
+    @classmethod
+    def problems(cls, config: Config) -> Iterator[str]:
+        return audio_problems(config)
 
     @classmethod
     def check_files(cls, config: Config) -> None:

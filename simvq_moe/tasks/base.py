@@ -6,7 +6,7 @@ What can be asked before there are data or a model is asked of the class; an obj
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -48,6 +48,8 @@ class Task(ABC, Generic[Model]):
     """The source that comes with the package, which is read where a config names none."""
     sections: ClassVar[tuple[str, ...]]
     """The sections of a config that this task reads beside those that every task reads."""
+    own_options: ClassVar[tuple[str, ...]] = ()
+    """The keys of a config, in sections that all tasks read, that mean nothing to the others."""
     depths: ClassVar[tuple[str, ...]] = ()
     """The keys of a config of which every unit has a tensor of its own, or more."""
     has_norms: ClassVar[bool] = False
@@ -79,6 +81,19 @@ class Task(ABC, Generic[Model]):
     def source(cls, config: Config) -> str:
         """The data source of a config, or the embedded one."""
         return config.data.source or cls.embedded
+
+    @classmethod
+    def problems(cls, config: Config) -> Iterator[str]:
+        """What of this task's sections can't run, whatever the config's task: the key, the value
+        and the way out, a line each."""
+        del config
+        return iter(())
+
+    @classmethod
+    def stage_problems(cls, config: Config) -> Iterator[str]:
+        """What DeepSpeed's stage, `train.zero_stage`, gets wrong with a model of this task."""
+        del config
+        return iter(())
 
     @classmethod
     def fit_to_data(cls, config: Config) -> Config:

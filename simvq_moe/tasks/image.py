@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from simvq_moe.errors import ConfigError
 from simvq_moe.models.image_discriminator import PatchDiscriminator
 from simvq_moe.models.image_losses import LPIPS, vgg_file
 from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.tasks.checks import image_problems
 from simvq_moe.tasks.image_measures import (
     ImageMeasures,
     as_bytes,
@@ -44,8 +45,13 @@ class ImageTokenizerTask(TokenizerTask[ImageTokenizer]):
         *("quantizer.residual_levels", "image_tokenizer.residual_blocks"),
         *("image_tokenizer.downsamplings", "image_tokenizer.discriminator_layers"),
     )
+    own_options = ("data.held_out_source",)
     loss_measure = "val/mse"
     suffix = "png"
+
+    @classmethod
+    def problems(cls, config: Config) -> Iterator[str]:
+        return image_problems(config)
 
     @classmethod
     def check_files(cls, config: Config) -> None:

@@ -1,37 +1,21 @@
-"""The tasks by name: which one a config is about. A plug-in registers its own in the same way."""
+"""The class of a config's task, and what is asked of it most; see `config.tasks`."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
+from simvq_moe.config import tasks as known
 from simvq_moe.config.schema import Config
-from simvq_moe.errors import ConfigError
+from simvq_moe.config.tasks import register as register
 from simvq_moe.tasks.base import Task
 
 AnyTask = Task[Any]
-TaskClass = TypeVar("TaskClass", bound=type[AnyTask])
-
-OWN = ("image", "audio", "text", "codes")
-"""The modules beside this one that register tasks, imported when a task is first asked for."""
-_REGISTERED: list[type[AnyTask]] = []
-
-
-def register(task: TaskClass) -> TaskClass:
-    """Make a class one of the tasks; it comes before those that were registered earlier, wherever
-    both take a config."""
-    same = f"{task.__module__}.{task.__qualname__}"  # again, of a module that was loaded anew
-    others = [other for other in _REGISTERED if f"{other.__module__}.{other.__qualname__}" != same]
-    _REGISTERED[:] = [*others, task]
-    return task
 
 
 def tasks() -> Sequence[type[AnyTask]]:
-    """Every task, the first registered first."""
-    for module in OWN:
-        importlib.import_module(f"simvq_moe.tasks.{module}")
-    return tuple(_REGISTERED)
+    """Every task, our own first."""
+    return known.tasks()
 
 
 def task_of(config: Config) -> type[AnyTask]:
@@ -40,12 +24,13 @@ def task_of(config: Config) -> type[AnyTask]:
     Raises:
         ConfigError: there is no such task.
     """
-    known = tasks()
-    for task in reversed(known):
-        if task.takes(config):
-            return task
-    names = ", ".join(dict.fromkeys(repr(task.name) for task in known))
-    raise ConfigError(f"task {config.task!r}: use one of {names}")
+    return known.task_of(config)
+
+
+def build_model(config: Config) -> Any:
+    """The model of the config's task, started from its seed; the same seed gives arms the same
+    weights where their shapes allow."""
+    return task_of(config).build_model(config)
 
 
 def build_task(config: Config) -> AnyTask:

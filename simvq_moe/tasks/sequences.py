@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import torch
@@ -13,6 +14,7 @@ from simvq_moe.errors import ConfigError
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe.routers.base import start_from_data
 from simvq_moe.tasks.base import Task
+from simvq_moe.tasks.checks import language_problems
 
 
 class SequenceTask(Task[LanguageModel]):
@@ -22,7 +24,33 @@ class SequenceTask(Task[LanguageModel]):
     embedded = "python-stdlib"
     sections = ("language_model", "moe")
     depths = ("language_model.layers",)
+    own_options = (
+        *("data.tokenizer", "data.document_mask", "data.streaming", "data.on_corrupt"),
+        *("train.activation_checkpointing", "train.compile"),
+    )
     has_norms = True
+
+    @classmethod
+    def problems(cls, config: Config) -> Iterator[str]:
+        return language_problems(config)
+
+    @classmethod
+    def stage_problems(cls, config: Config) -> Iterator[str]:
+        moe, stage = config.moe, config.train.zero_stage
+        if not config.language_model.moe_every:
+            return
+        split = moe.expert_parallel > 1
+        if stage == 0 and split:
+            yield (
+                f"train.zero_stage 0 with moe.expert_parallel {moe.expert_parallel}: DeepSpeed's "
+                "norm there leaves out the experts of other ranks: use train.zero_stage 1 or 2"
+            )
+        if stage == 3 and (split or moe.dispatch == "deepspeed_capacity"):
+            key = "expert_parallel" if split else "dispatch"
+            yield (
+                f"train.zero_stage 3 with moe.{key} {getattr(moe, key)!r}: DeepSpeed shards no "
+                "parameters of such experts: use train.zero_stage 2"
+            )
 
     @classmethod
     def _model(cls, config: Config) -> LanguageModel:

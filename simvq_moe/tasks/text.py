@@ -56,6 +56,10 @@ class LanguageModelTask(SequenceTask):
             self.model.end_of_text.fill_(corpus.end_of_text)
 
     @classmethod
+    def takes(cls, config: Config) -> bool:
+        return super().takes(config) and not is_codes(config.data.source or cls.embedded)
+
+    @classmethod
     def check_files(cls, config: Config) -> None:
         if config.data.streaming:
             for source in config.data.sources or (cls.source(config),):

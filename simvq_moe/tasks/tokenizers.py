@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -18,14 +18,13 @@ from simvq_moe.core.bank import effective_rank
 from simvq_moe.data.code_items import Item
 from simvq_moe.engine.sharding import gathered
 from simvq_moe.files.regular import written_whole
-from simvq_moe.models.audio_tokenizer import AudioTokenizer
-from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.models.tokenizer import Tokenizer
 from simvq_moe.quantizers import AnyQuantizer, Quantizer
 from simvq_moe.tasks.base import DataSet, Task
 from simvq_moe.tasks.registry import task_of
 from simvq_moe.tasks.samples import SHOWN, Samples, evenly_spread
 
-Tokenizer = TypeVar("Tokenizer", bound=ImageTokenizer | AudioTokenizer)
+Model = TypeVar("Model", bound=Tokenizer)
 
 
 @runtime_checkable
@@ -51,7 +50,7 @@ class Parts:
     """What the samples of both are windows of; None: they are crops."""
 
 
-class TokenizerTask(Task[Tokenizer]):
+class TokenizerTask(Task[Model]):
     """A tokenizer that is trained to give back what it has turned into codes.
 
     Args:
@@ -74,6 +73,15 @@ class TokenizerTask(Task[Tokenizer]):
             data_digest=crops.digest,
         )
         self.measures = measures or self.own_measures(config)
+
+    @classmethod
+    def stage_problems(cls, config: Config) -> Iterator[str]:
+        weight = getattr(getattr(config, cls.name, None), "adversarial_weight", 0)
+        if config.train.zero_stage == 3 and weight:
+            yield (
+                f"train.zero_stage 3 with {cls.name}.adversarial_weight {weight}: DeepSpeed can't "
+                "gather discriminators that are held fixed in the same step: use train.zero_stage 2"
+            )
 
     @classmethod
     @abstractmethod
@@ -132,12 +140,12 @@ class TokenizerTask(Task[Tokenizer]):
         return replace(config, quantizer=folded)
 
     @classmethod
-    def outputs_of_noise(cls, model: Tokenizer, config: Config) -> Tensor:
+    def outputs_of_noise(cls, model: Model, config: Config) -> Tensor:
         return model.reconstruct(cls._noise(model, config))[0]
 
     @classmethod
     @abstractmethod
-    def _noise(cls, model: Tokenizer, config: Config) -> Tensor:
+    def _noise(cls, model: Model, config: Config) -> Tensor:
         """A few random samples in [-1, 1]."""
 
     @property

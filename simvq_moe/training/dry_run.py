@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from simvq_moe.config.loading import mapping_to_yaml
-from simvq_moe.config.schema import Config, without_other_tasks
+from simvq_moe.config.schema import Config
+from simvq_moe.config.tasks import without_other_tasks
 from simvq_moe.costs.cluster import fitting_gpus, read_cluster
 from simvq_moe.costs.estimate import estimate
 from simvq_moe.engine.world import launched_ranks

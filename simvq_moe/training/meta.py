@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from simvq_moe.config.loading import mapping_to_yaml, to_yaml
-from simvq_moe.config.schema import Config, without_other_tasks
+from simvq_moe.config.schema import Config
+from simvq_moe.config.tasks import without_other_tasks
 from simvq_moe.engine.agreement import TrainingFailed, WriteFailed, writing
 from simvq_moe.engine.world import World
 from simvq_moe.files.regular import BrokenFileError, read_json, write_atomically, write_json

@@ -21,7 +21,7 @@ from simvq_moe.benchmarks.train import (
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.engine.world import World
-from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_model
 from tests.launching import ROOT
 
 TINY = config_of(width=16, heads=2, layers=1, experts=4, top_k=2, hidden=8)

@@ -23,7 +23,7 @@ from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.step_phases import exchanged
 from simvq_moe.engine.world import World
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_model
 from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT
 from tests.two_ranks import TwoRanks

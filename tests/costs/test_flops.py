@@ -14,7 +14,7 @@ from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.flops import flops_per_token, parameter_counts
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_model
 
 SMALL = (
     *("--task", "language_model", "--data.vocabulary", "260", "--data.context", "8"),

@@ -10,7 +10,7 @@ from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config, OptimizerConfig
 from simvq_moe.engine.optimizer import learning_rate_factor, parameter_groups
 from simvq_moe.engine.world import World
-from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_model
 
 MAPPED = (
     *("--task", "language_model", "--moe.router.map.kind", "linear"),

@@ -23,7 +23,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.sharding import is_sharded
 from simvq_moe.engine.world import World, start_distributed
-from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_model
 from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT, metrics
 

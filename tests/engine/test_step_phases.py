@@ -97,7 +97,7 @@ def test_mfu_is_the_share_of_the_peak_that_the_flops_of_the_tokens_take(
 ) -> None:
     from simvq_moe.costs.flops import flops_per_token
     from simvq_moe.models.language_model import LanguageModel
-    from simvq_moe.tasks.models import build_model
+    from simvq_moe.tasks.registry import build_model
 
     model = build_model(with_flags(Config(), LM, "train"))
     assert isinstance(model, LanguageModel)

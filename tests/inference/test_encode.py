@@ -25,8 +25,7 @@ from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.codes import draw_sequences
 from simvq_moe.tasks.decoder import Decoder
-from simvq_moe.tasks.models import build_model
-from simvq_moe.tasks.registry import build_task, fit_to_data
+from simvq_moe.tasks.registry import build_model, build_task, fit_to_data
 from tests.launching import metrics, run
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks

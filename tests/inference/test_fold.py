@@ -14,7 +14,7 @@ from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
-from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_model
 from tests.short_training import train_two_steps
 
 FLAGS = {

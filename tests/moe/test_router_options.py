@@ -23,8 +23,7 @@ from simvq_moe.inference.fold import fold_weights
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.runs import checkpoint
-from simvq_moe.tasks.models import build_model
-from simvq_moe.tasks.registry import task_of
+from simvq_moe.tasks.registry import build_model, task_of
 from tests.short_training import train_two_steps
 
 TINY = (

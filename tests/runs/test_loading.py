@@ -18,7 +18,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.runs.loading import FOLDED
 from simvq_moe.tasks.loading import load_model, load_run
-from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_model
 from tests.short_training import train_two_steps
 
 IMAGE = ("--quantizer.codes", "16", "--image_tokenizer.hidden", "4")

@@ -26,8 +26,7 @@ from simvq_moe.models.audio_spectra import MelDistance
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.quantizers.simvq import SimVQOptions
 from simvq_moe.tasks.audio_measures import MEL_WINDOWS, AudioMeasures, pesq, si_sdr, stoi
-from simvq_moe.tasks.models import build_model
-from simvq_moe.tasks.registry import task_of
+from simvq_moe.tasks.registry import build_model, task_of
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks

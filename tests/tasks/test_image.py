@@ -28,8 +28,7 @@ from simvq_moe.models.image_losses import LPIPS
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.quantizers.simvq import SimVQOptions
 from simvq_moe.tasks.image_measures import ImageMeasures, as_bytes, optional_measures
-from simvq_moe.tasks.models import build_model
-from simvq_moe.tasks.registry import build_task, check_files
+from simvq_moe.tasks.registry import build_model, build_task, check_files
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks

@@ -20,7 +20,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.quantizers import BSQ, IBQ, MLPVQ, CosineVQ, GroupVQ, Quantizer
-from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_model
 from tests.short_training import train_two_steps
 
 KINDS = {

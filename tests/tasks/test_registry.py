@@ -6,9 +6,9 @@ from dataclasses import fields, replace
 
 import pytest
 
+from simvq_moe.config import tasks as known
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
-from simvq_moe.tasks import registry
 from simvq_moe.tasks.image import ImageTokenizerTask
 from simvq_moe.tasks.registry import AnyTask, register, task_of, tasks
 
@@ -27,7 +27,7 @@ def test_a_task_that_is_registered_later_takes_its_configs_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tasks()
-    monkeypatch.setattr(registry, "_REGISTERED", [*registry._REGISTERED])
+    monkeypatch.setattr(known, "_REGISTERED", [*known._REGISTERED])
 
     @register
     class Large(ImageTokenizerTask):

@@ -1,4 +1,4 @@
-"""Options of tokenizers that can't run, or not together; see `checks`."""
+"""Options of our tasks that can't run, or not together: the key, the value and the way out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from itertools import pairwise
 from simvq_moe.config.schema import (
     AudioTokenizerConfig,
     Config,
+    DataConfig,
     ImageTokenizerConfig,
 )
+from simvq_moe.data.codes import is_codes
 
 OF_VQGAN = ("channel_multipliers", "attention")
 OF_JUDGED_IMAGES = (
@@ -31,11 +33,6 @@ def image_problems(config: Config) -> Iterator[str]:
         yield (
             f"data.shorter_side {data.shorter_side} < data.image_size {data.image_size}: images "
             "would be smaller than their crops: raise it, or use 0"
-        )
-    if data.held_out_source is not None and config.task != "image_tokenizer":
-        yield (
-            f"data.held_out_source {data.held_out_source!r} with task {config.task!r}: only "
-            "'image_tokenizer' has it: drop it"
         )
     for name in OF_VQGAN:
         if image.architecture != "vqgan" and getattr(image, name) != getattr(default, name):
@@ -97,7 +94,7 @@ OF_DISCRIMINATORS = (
 
 
 def audio_problems(config: Config) -> Iterator[str]:
-    """The same of the audio tokenizer and its data."""
+    """Options of the audio tokenizer and its data that mean nothing, or do not go together."""
     audio, data = config.audio_tokenizer, config.data
     for name, least in (
         *(("strides", 2), ("dilations", 1), ("loss_windows", 32)),
@@ -139,3 +136,47 @@ def audio_problems(config: Config) -> Iterator[str]:
             f"data.audio_seconds {data.audio_seconds} at data.sample_rate {data.sample_rate} is "
             "less than a sample: raise it"
         )
+
+
+OF_STREAMS = (
+    *("sources", "source_weights", "held_out_share", "held_out_documents", "shuffle_buffer"),
+)
+"""Options of the data that mean nothing without data.streaming."""
+LEAST_OF_TEXT = 257
+"""Least vocabulary of text: the bytes and the end of text; of codes it may be smaller."""
+
+
+def language_problems(config: Config) -> Iterator[str]:
+    """Options of the language model and its data that mean nothing, or do not go together."""
+    lm, data, default = config.language_model, config.data, DataConfig()
+    if lm.width % lm.heads or (lm.width // lm.heads) % 2:
+        yield (
+            f"language_model.width {lm.width} / language_model.heads {lm.heads} must be a whole "
+            "even number for rotary positions: change one of them"
+        )
+    if lm.moe_every > lm.layers:
+        yield (
+            f"language_model.moe_every {lm.moe_every} > language_model.layers {lm.layers}: no "
+            "block would have a mixture: lower it, or use 0 for dense blocks"
+        )
+    if data.vocabulary < LEAST_OF_TEXT and not (data.source is not None and is_codes(data.source)):
+        yield f"data.vocabulary {data.vocabulary} < {LEAST_OF_TEXT}: use at least {LEAST_OF_TEXT}"
+    for name in OF_STREAMS:
+        if not data.streaming and getattr(data, name) != getattr(default, name):
+            yield (
+                f"data.{name} {getattr(data, name)!r} means nothing with data.streaming False: "
+                "drop it, or set data.streaming to True"
+            )
+    if data.sources and data.source is not None:
+        yield (
+            f"data.source {data.source!r} with data.sources {data.sources}: add it to "
+            "data.sources, or drop one of them (--data.source None)"
+        )
+    weights = data.source_weights
+    if weights and (len(weights) != len(data.sources) or not min(weights) > 0):
+        yield (
+            f"data.source_weights {weights} with data.sources {data.sources}: give as many, each "
+            "above 0"
+        )
+    if not 0 < data.held_out_share < 1:
+        yield f"data.held_out_share {data.held_out_share}: use more than 0 and less than 1"
