@@ -308,7 +308,8 @@ def _section(kind: Any) -> Any:
 @lru_cache
 def field_types(schema: Any) -> dict[str, Any]:
     """The type of every field of a dataclass by its name."""
-    return get_type_hints(schema)
+    types = get_type_hints(schema)
+    return {f.name: types[f.name] for f in fields(schema)}
 
 
 def key_names(schema: Any, prefix: str = "") -> list[str]:

@@ -1,14 +1,14 @@
 """Routers: which experts a token goes to, and with which weights.
 
 A router scores tokens (`score`), chooses experts and forms gates. Each kind is one file of this
-folder: its class, and its options, whose `make` builds it.
+folder: its class, and its options, which name it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -34,9 +34,13 @@ class ScoringOptions(RouterOptions):
     centre: bool = False
     """Take a running mean over tokens off the router's input; momentum 0.99 a step."""
 
+    router: ClassVar[Callable[..., Router]]
+    """The class of the router: of the width, the experts, top_k, `gates`, and these `options`."""
+
     def make(self, width: int, layer: MoEConfig) -> Router:
         """The router, before its input is centred."""
-        raise NotImplementedError
+        sizes = width, layer.experts, layer.top_k
+        return self.router(*sizes, gates=layer.convention, options=self)
 
     def build(self, width: int, layer: MoEConfig, vocabulary: int | None) -> Router:
         del vocabulary

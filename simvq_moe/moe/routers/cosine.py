@@ -11,26 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.config.moe import Gates, MoEConfig
+from simvq_moe.config.moe import Gates
 from simvq_moe.config.ranges import Channels
 from simvq_moe.config.registry import register
 from simvq_moe.moe.products import Product, is_learned, number_of_rows, products_of_map
 from simvq_moe.moe.routers.rows import RowOptions, RowRouter
 
 START_TEMPERATURE = 0.3
-
-
-@register
-@dataclass(frozen=True)
-class CosineOptions(RowOptions):
-    """The largest cosines in a narrow projection, with a learned temperature (2204.09179)."""
-
-    kind: Literal["cosine"] = "cosine"
-    projection: Channels | None = None
-    """Channels in which tokens and experts are compared; None: half the experts."""
-
-    def make(self, width: int, layer: MoEConfig) -> CosineRouter:
-        return CosineRouter(width, layer.experts, layer.top_k, gates=layer.convention, options=self)
 
 
 class CosineRouter(RowRouter):
@@ -81,3 +68,14 @@ class CosineRouter(RowRouter):
         super().reset(std)
         self.projection.normal_(std=std)
         self.log_temperature.zero_()
+
+
+@register
+@dataclass(frozen=True)
+class CosineOptions(RowOptions):
+    """The largest cosines in a narrow projection, with a learned temperature (2204.09179)."""
+
+    router = CosineRouter
+    kind: Literal["cosine"] = "cosine"
+    projection: Channels | None = None
+    """Channels in which tokens and experts are compared; None: half the experts."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.config.moe import Gates, MoEConfig
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.ranges import Weight
 from simvq_moe.config.registry import register
 from simvq_moe.core.centring import far_centre
@@ -20,48 +20,6 @@ from simvq_moe.moe.routers.rows import RowOptions, RowRouter
 
 CODEBOOK, COMMITMENT = "router_codebook", "router_commitment"
 """Names of its losses."""
-
-
-@register
-@dataclass(frozen=True)
-class DistanceOptions(RowOptions):
-    """The nearest rows, with SimVQ's two losses for the chosen ones (2411.02038, carried over)."""
-
-    kind: Literal["distance"] = "distance"
-    codebook_weight: Weight = 1.0
-    """Weight of |r - sg x|^2 for the chosen rows r."""
-    commitment_weight: Weight = 0.25
-    """Weight of |x - sg r|^2 for the chosen rows r."""
-    init: Literal["default", "data"] = "default"
-    """data: rows get mean and covariance of the first batch, by their map and a bias."""
-
-    @property
-    def learns_by_gates(self) -> bool:
-        return False
-
-    @property
-    def starts_from_data(self) -> bool:
-        return self.init == "data"
-
-    @property
-    def loss_weights(self) -> Mapping[str, float]:
-        return {CODEBOOK: self.codebook_weight, COMMITMENT: self.commitment_weight}
-
-    def changes_of_folding(self) -> dict[str, Any]:
-        return super().changes_of_folding() | {"init": "default"}
-
-    def misfits(self, at: str, layer: MoEConfig, width: int) -> Iterator[str]:
-        yield from super().misfits(at, layer, width)
-        if self.starts_from_data and not self.map.starts_from_data:
-            yield (
-                f"{at}.init 'data' sets {at}.map, whose kind is {self.map.kind!r}: use 'linear' "
-                "or 'diagonal'"
-            )
-
-    def make(self, width: int, layer: MoEConfig) -> DistanceRouter:
-        return DistanceRouter(
-            width, layer.experts, layer.top_k, gates=layer.convention, options=self
-        )
 
 
 class DistanceRouter(RowRouter):
@@ -77,19 +35,6 @@ class DistanceRouter(RowRouter):
         experts, top_k, gates: see `Router`.
         options: of the bank of rows R = Q W + b, b where data start it.
     """
-
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        top_k: int,
-        *,
-        gates: Gates = "topk_softmax",
-        options: DistanceOptions | None = None,
-    ) -> None:
-        options = options or DistanceOptions()
-        bias = options.starts_from_data
-        super().__init__(width, experts, top_k, gates=gates, options=options, bias=bias)
 
     def score(
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
@@ -131,3 +76,41 @@ class DistanceRouter(RowRouter):
     def reset(self, std: float) -> None:
         del std
         super().reset(self.bank.width**-0.5)
+
+
+@register
+@dataclass(frozen=True)
+class DistanceOptions(RowOptions):
+    """The nearest rows, with SimVQ's two losses for the chosen ones (2411.02038, carried over)."""
+
+    router = DistanceRouter
+    kind: Literal["distance"] = "distance"
+    codebook_weight: Weight = 1.0
+    """Weight of |r - sg x|^2 for the chosen rows r."""
+    commitment_weight: Weight = 0.25
+    """Weight of |x - sg r|^2 for the chosen rows r."""
+    init: Literal["default", "data"] = "default"
+    """data: rows get mean and covariance of the first batch, by their map and a bias."""
+
+    @property
+    def learns_by_gates(self) -> bool:
+        return False
+
+    @property
+    def starts_from_data(self) -> bool:
+        return self.init == "data"
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        return {CODEBOOK: self.codebook_weight, COMMITMENT: self.commitment_weight}
+
+    def changes_of_folding(self) -> dict[str, Any]:
+        return super().changes_of_folding() | {"init": "default"}
+
+    def misfits(self, at: str, layer: MoEConfig, width: int) -> Iterator[str]:
+        yield from super().misfits(at, layer, width)
+        if self.starts_from_data and not self.map.starts_from_data:
+            yield (
+                f"{at}.init 'data' sets {at}.map, whose kind is {self.map.kind!r}: use 'linear' "
+                "or 'diagonal'"
+            )

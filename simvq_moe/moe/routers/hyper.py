@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.config.moe import Gates, MoEConfig
+from simvq_moe.config.moe import Gates
 from simvq_moe.config.registry import register
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.moe.products import Product
@@ -21,17 +21,6 @@ from simvq_moe.moe.routers.base import Router
 from simvq_moe.moe.routers.rows import ProductOptions
 
 LARGEST_HIDDEN = 256
-
-
-@register
-@dataclass(frozen=True)
-class HyperOptions(ProductOptions):
-    """Largest products with rows that a frozen network makes of one learned vector (2312.07035)."""
-
-    kind: Literal["hyper"] = "hyper"
-
-    def make(self, width: int, layer: MoEConfig) -> HyperRouter:
-        return HyperRouter(width, layer.experts, layer.top_k, gates=layer.convention, options=self)
 
 
 class HyperRouter(Router):
@@ -108,3 +97,12 @@ class HyperRouter(Router):
             self.B.copy_(rows.view_as(self.B))
             self.bias = nn.Parameter(bias + (0 if self.bias is None else self.bias))
             self.centre = None
+
+
+@register
+@dataclass(frozen=True)
+class HyperOptions(ProductOptions):
+    """Largest products with rows that a frozen network makes of one learned vector (2312.07035)."""
+
+    router = HyperRouter
+    kind: Literal["hyper"] = "hyper"

@@ -11,25 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.config.moe import Gates, MoEConfig
+from simvq_moe.config.moe import Gates
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.moe.products import Product
 from simvq_moe.moe.routers.topk import RowProductOptions, TopKRouter
-
-
-@register
-@dataclass(frozen=True)
-class NoisyTopKOptions(RowProductOptions):
-    """As topk, with learned Gaussian noise in training (1701.06538, eq. 4)."""
-
-    kind: Literal["noisy_topk"] = "noisy_topk"
-
-    def make(self, width: int, layer: MoEConfig) -> NoisyTopKRouter:
-        return NoisyTopKRouter(
-            width, layer.experts, layer.top_k, gates=layer.convention, options=self
-        )
 
 
 class NoisyTopKRouter(TopKRouter):
@@ -89,3 +76,12 @@ class NoisyTopKRouter(TopKRouter):
                 bias + (0 if self.noise_bias is None else self.noise_bias)
             )
         super().fold_()
+
+
+@register
+@dataclass(frozen=True)
+class NoisyTopKOptions(RowProductOptions):
+    """As topk, with learned Gaussian noise in training (1701.06538, eq. 4)."""
+
+    router = NoisyTopKRouter
+    kind: Literal["noisy_topk"] = "noisy_topk"

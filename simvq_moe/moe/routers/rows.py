@@ -86,8 +86,8 @@ class RowRouter(Router):
     Args:
         width: channels of a row.
         experts, top_k, gates: see `Router`.
-        options: of the bank R = Q W; rows start from N(0, 1/base_width).
-        bias: add one vector to all rows.
+        options: of the bank R = Q W, and of a vector added to all rows where data start it; rows
+            start from N(0, 1/base_width).
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class RowRouter(Router):
         experts: int,
         top_k: int,
         *,
-        gates: Gates,
-        options: RowOptions,
-        bias: bool = False,
+        gates: Gates = "topk_softmax",
+        options: RowOptions | None = None,
     ) -> None:
         super().__init__(experts, top_k, gates=gates)
+        options = options or RowOptions()
         base_width = options.map.base_channels(width)
         rows = torch.randn(experts, base_width) / base_width**0.5
-        self.bank: Bank = options.map.bank(rows, width=width, bias=bias)
+        self.bank: Bank = options.map.bank(rows, width=width, bias=options.starts_from_data)
 
     def products(self, batch_tokens: int) -> Iterator[Product]:
         yield from super().products(batch_tokens)

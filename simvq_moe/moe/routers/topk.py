@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.config.moe import Gates, MoEConfig
+from simvq_moe.config.moe import Gates
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening
@@ -21,17 +21,6 @@ from simvq_moe.moe.routers.rows import ProductOptions, RowOptions, RowRouter
 @dataclass(frozen=True)
 class RowProductOptions(RowOptions, ProductOptions):
     """Options of routers that score by x R^T."""
-
-
-@register
-@dataclass(frozen=True)
-class TopKOptions(RowProductOptions):
-    """The largest products x R^T (1701.06538); frozen rows without a map are a random router."""
-
-    kind: Literal["topk"] = "topk"
-
-    def make(self, width: int, layer: MoEConfig) -> TopKRouter:
-        return TopKRouter(width, layer.experts, layer.top_k, gates=layer.convention, options=self)
 
 
 class TopKRouter(RowRouter):
@@ -52,7 +41,7 @@ class TopKRouter(RowRouter):
         gates: Gates = "topk_softmax",
         options: RowProductOptions | None = None,
     ) -> None:
-        options = options or TopKOptions()
+        options = options or RowProductOptions()
         super().__init__(width, experts, top_k, gates=gates, options=options)
         self.bias = nn.Parameter(torch.zeros(experts)) if options.bias else None
 
@@ -99,3 +88,12 @@ class TopKRouter(RowRouter):
             self.centre = None
         else:
             super().fold_()
+
+
+@register
+@dataclass(frozen=True)
+class TopKOptions(RowProductOptions):
+    """The largest products x R^T (1701.06538); frozen rows without a map are a random router."""
+
+    router = TopKRouter
+    kind: Literal["topk"] = "topk"
