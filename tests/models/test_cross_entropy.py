@@ -13,7 +13,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.models import cross_entropy
 from simvq_moe.models.cross_entropy import IGNORED, mean_cross_entropy, token_cross_entropy
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.tasks.models import build_model
+from simvq_moe.tasks.registry import build_model
 from simvq_moe.tasks.sequences import token_sums
 from tests.live_memory import peak_bytes
 
