@@ -81,6 +81,7 @@ class Plan:
         self.frozen_bytes = sum(b.numel() * b.element_size() for b in model.buffers())
         self.groups = len(parameter_groups(model, config.optimizer))
         self.size = 4 if config.train.dtype == "fp32" else 2
+        self.gradient_size = 2 if config.train.dtype == "fp16" else 4
         self.sample: SampleCost | None = None
         if not isinstance(model, LanguageModel):
             self.sample = sample_cost(model, config)
@@ -99,26 +100,26 @@ class Plan:
         held = owned if stage else local
         weights = (owned if stage == 3 else local) * size
         gradients = local if stage < 2 else owned + min(local, BUCKET)
-        copies, calls = self._passes(stage)
+        sent, calls = self._passes(stage)
         per_sample, flops, saved = self._work(samples // train.accumulation)
         return PerRank(
             ranks=ranks,
             tokens=samples * per_sample,
             flops_per_token=flops,
             parameter_bytes=weights + self.frozen_bytes,
-            gradient_bytes=gradients * size,
+            gradient_bytes=gradients * self.gradient_size,
             optimizer_bytes=held * (MOMENT_BYTES + MASTER_BYTES * (stage > 0)),
             activation_bytes=saved,
             update_bytes=self._updated(stage, ranks, local, held),
-            dense_bytes=round(copies * self.dense * size * (ranks - 1) / ranks),
-            expert_bytes=round(copies * self.experts / parallel * size * (1 - parallel / ranks)),
+            dense_bytes=round(sent * self.dense * (ranks - 1) / ranks),
+            expert_bytes=round(sent * self.experts / parallel * (1 - parallel / ranks)),
             exchange_bytes=self._exchanged(samples * per_sample),
             reductions=calls + self._small_calls(stage),
             exchanges=0 if parallel == 1 else train.accumulation * self._mixtures() * 5,
         )
 
     def _passes(self, stage: int) -> tuple[int, int]:
-        """How often all weights go round a ring in a step, and the collectives of that.
+        """Bytes of each parameter that go round a ring in a step, and the collectives of that.
 
         Stages 1 and 2 are what DeepSpeed 0.19 does: it reduces whole gradients to every rank, where
         the paper would send each part to its owner alone; 2 and 3 reduce every micro-batch.
@@ -127,10 +128,12 @@ class Plan:
         buckets = -(-(self.dense + self.experts) // BUCKET)
         often = train.accumulation if stage >= 2 else 1
         if stage == 0:
-            return 2, buckets
+            return 2 * self.gradient_size, buckets
         if stage < 3:
-            return 2 * often + 1, buckets * often + self.groups
-        return 3 * often, (buckets + 2 * len(list(self.model.parameters()))) * often
+            sent = 2 * often * self.gradient_size + self.size
+            return sent, buckets * often + self.groups
+        sent = often * (self.gradient_size + 2 * self.size)
+        return sent, (buckets + 2 * len(list(self.model.parameters()))) * often
 
     def _small_calls(self, stage: int) -> int:
         norms = self.groups if stage else 0
@@ -138,13 +141,13 @@ class Plan:
 
     def _updated(self, stage: int, ranks: int, local: int, owned: int) -> int:
         """Bytes that pass through memory, for parameters held here and those updated here."""
-        train, size = self.config.train, self.size
+        train, size, gradient = self.config.train, self.size, self.gradient_size
         copies = train.accumulation if stage >= 2 else 1
         clipped = 8 if train.clip else 0
         # into a bucket, out of it in the order of their owners, and the mean over ranks
-        moved = copies * 6 * size * local if stage or ranks > 1 else 0
+        moved = copies * 6 * gradient * local if stage or ranks > 1 else 0
         if stage:  # back, together, to the optimizer's gradient in float32, and its weights back
-            moved += (copies * 4 * size + 2 * (size + 4)) * owned
+            moved += (copies * 4 * gradient + 2 * (size + 4)) * owned
         return moved + (4 + clipped + ADAM_BYTES) * owned
 
     def _work(self, samples: int) -> tuple[int, float, int]:

@@ -49,7 +49,7 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
         mark_pieces(model)
     # DeepSpeed asks of every optimizer whether it is Muon, whose module compiles itself when it is
     # imported: a second of torch's compiler for what is never used
-    with _variable("TORCHDYNAMO_DISABLE", "1"):
+    with _variable("TORCHDYNAMO_DISABLE", "1"), _same_stage_in_bf16(deepspeed):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -87,6 +87,25 @@ def _variable(name: str, value: str) -> Iterator[None]:
         del os.environ[name]
         if before is not None:
             os.environ[name] = before
+
+
+@contextmanager
+def _same_stage_in_bf16(deepspeed: Any) -> Iterator[None]:
+    """At stage 1, with gradients in float32, DeepSpeed takes an optimizer for bfloat16 that was
+    made for pipelines. That of stages 1 and 2 adds up in float32 as well, and has the state that
+    checkpoints know."""
+    engine = deepspeed.DeepSpeedEngine
+    check = engine._do_optimizer_sanity_check
+
+    def kind(self: Any, optimizer: Any) -> Any:
+        found = check(self, optimizer)
+        return "zero_optimization" if self.zero_optimization() else found
+
+    engine._do_optimizer_sanity_check = kind
+    try:
+        yield
+    finally:
+        engine._do_optimizer_sanity_check = check
 
 
 def _finish_gradients(engine: Any, largest: float, *_: Any) -> None:

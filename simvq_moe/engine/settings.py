@@ -26,6 +26,13 @@ LIMIT = 2**20
 NEVER = 1_000_000_000
 """Steps between DeepSpeed's own log lines."""
 
+GRADIENTS_IN_FP32 = {
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "communication_data_type": "fp32",
+}
+"""Gradients of micro-batches and of ranks are added up in more than bfloat16's 8 bits: by default
+DeepSpeed would add up, and reduce, in the precision of the model."""
+
 DECIDED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
@@ -94,6 +101,7 @@ def engine_settings(config: Config, ranks: int) -> dict[str, Any]:
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": train.dtype == "bf16"},
         "fp16": {"enabled": train.dtype == "fp16"},  # with a dynamic scale of the loss
+        **(GRADIENTS_IN_FP32 if train.dtype == "bf16" else {}),
         "steps_per_print": NEVER,
     }
     if train.deepspeed_config is None:
