@@ -76,6 +76,7 @@ class SweepArgs:
 def sweep(args: Sequence[str]) -> int:
     """Run arms x paired seeds, resume broken ones, end with the report."""
     options = parse_flags(SweepArgs, args, "simvq-moe sweep")
+    from simvq_moe import forked_run
     from simvq_moe.reports import report
     from simvq_moe.sweeps import checks, execute, machine, rate_grid
     from simvq_moe.sweeps import plan as sweeps
@@ -92,7 +93,9 @@ def sweep(args: Sequence[str]) -> int:
     runs = (*rate_grid.grid_runs(plan), *rate_grid.with_rates(plan).runs)
     origin = sweeps.origin_of(options.config)
     checks.check_runs(runs, origin, check_launch, options.ranks)
-    own = execute.execute(plan, here, options.index, options.count)
+    forks = forked_run.can_fork(here, [run.config for run in runs])
+    starter = forked_run.forked if forks else machine.launched
+    own = execute.execute(plan, here, options.index, options.count, starter=starter)
     complete = all(run.status == "finished" for run in own)
     if any(run.status in ("pending", "running") for run in plan.runs):
         print(

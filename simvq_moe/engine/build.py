@@ -42,7 +42,7 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # DeepSpeed makes room for a whole bucket in every step, however small the model
     settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, learned))
-    _import_compiler(config.train.compile)
+    import_compiler(compiles=config.train.compile)
     optimizer = make_optimizer(groups, config.optimizer, settings, world.device)
     sharded = stage == 3
     if sharded:
@@ -65,7 +65,7 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     return engine
 
 
-def _import_compiler(compiles: bool) -> None:
+def import_compiler(*, compiles: bool) -> None:
     """Every optimizer imports torch's compiler, which makes a folder for its cache in the temporary
     folder, also if nothing is ever compiled: that would be left behind, empty."""
     key = "TORCHINDUCTOR_CACHE_DIR"

@@ -20,14 +20,24 @@ from simvq_moe.records.progress import duration
 from simvq_moe.runs.folder import is_trained
 from simvq_moe.sweeps import rate_grid
 from simvq_moe.sweeps.followed import USAGE_ERROR, Clock, Followed, Process
-from simvq_moe.sweeps.machine import Machine, stop
+from simvq_moe.sweeps.machine import Machine, Starter, launched, stop
 from simvq_moe.sweeps.plan import PlannedRun, SweepPlan, share, write_plan
 
 SECONDS_BETWEEN_LOOKS = 0.3
 
 
-def execute(plan: SweepPlan, machine: Machine, index: int = 0, count: int = 1) -> list[PlannedRun]:
+def execute(
+    plan: SweepPlan,
+    machine: Machine,
+    index: int = 0,
+    count: int = 1,
+    *,
+    starter: Starter = launched,
+) -> list[PlannedRun]:
     """Do what is not done yet of share `index` of `count`; every run of that share.
+
+    Args:
+        starter: what starts a run.
 
     Raises:
         KeyboardInterrupt: SIGINT or SIGTERM, after the runs under way have saved and stopped.
@@ -47,7 +57,7 @@ def execute(plan: SweepPlan, machine: Machine, index: int = 0, count: int = 1) -
     done = sum(run.status == "finished" for run in own)
     if done:
         print(f"{done} of {len(own)} runs are finished and skipped, others go on", file=sys.stderr)
-    pool = Pool(plan.folder, machine, [*tried, *own], changed)
+    pool = Pool(plan.folder, machine, [*tried, *own], changed, starter)
     with _stopped_by_sigterm():
         if tried:
             pool.do(tried)
@@ -66,6 +76,7 @@ class Pool:
         machine: how many at a time, on what.
         runs: all that there are, for their numbers and the time left.
         changed: called whenever a run begins or ends.
+        starter: what starts a run.
     """
 
     def __init__(
@@ -74,7 +85,9 @@ class Pool:
         machine: Machine,
         runs: Sequence[PlannedRun],
         changed: Callable[[], None],
+        starter: Starter = launched,
     ) -> None:
+        self.starter = starter
         self.folder, self.machine, self.changed = folder, machine, changed
         self.numbers = {run.name: i for i, run in enumerate(runs, start=1)}
         self.waiting = {run.name: run.group for run in runs if run.status != "finished"}
@@ -95,7 +108,7 @@ class Pool:
                         todo.insert(0, process.run)
         except BaseException:
             own = [process for process in self.going.values() if isinstance(process, Process)]
-            stop([process.popen for process in own])
+            stop([process.started for process in own])
             for process in own:
                 process.record_end("interrupted")
             for process in self.going.values():
@@ -115,7 +128,7 @@ class Pool:
             file = self.folder / "configs" / f"{run.name.replace('/', '-')}.yaml"
             file.parent.mkdir(exist_ok=True)
             write_atomically(file, to_yaml(run.config))
-            self.going[slot] = Process(run, label, file, self.machine, slot)
+            self.going[slot] = Process(run, label, file, self.machine, slot, self.starter)
             print(f"{label}  starting", file=sys.stderr, flush=True)
         self.changed()
 

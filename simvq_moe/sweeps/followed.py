@@ -6,7 +6,6 @@ A run is followed by what it writes to launcher.log in its folder.
 from __future__ import annotations
 
 import heapq
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from simvq_moe.files.regular import write_json
 from simvq_moe.runs.folder import META, is_trained, own_meta
-from simvq_moe.sweeps.machine import Machine, command, environment
+from simvq_moe.sweeps.machine import Machine, Starter
 from simvq_moe.sweeps.plan import PROCESS, PlannedRun
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -81,30 +80,26 @@ class Process(Followed):
     """A run that is started here."""
 
     def __init__(
-        self, run: PlannedRun, label: str, config: Path, machine: Machine, slot: int
+        self,
+        run: PlannedRun,
+        label: str,
+        config: Path,
+        machine: Machine,
+        slot: int,
+        starter: Starter,
     ) -> None:
         super().__init__(run, label)
         run.folder.mkdir(parents=True, exist_ok=True)
         self.read_to = self.log.stat().st_size if self.log.is_file() else 0
-        gpus = machine.gpus_of(slot)
-        with self.log.open("a") as log:
-            self.popen = subprocess.Popen(
-                command(config, machine.ranks, gpus),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(machine, gpus),
-                # its own group, for the launcher leaves the ranks behind when it alone is killed
-                start_new_session=True,
-            )
+        self.started = starter(config, self.log, machine, machine.gpus_of(slot))
 
     def poll(self) -> int | None:
-        return self.popen.poll()
+        return self.started.poll()
 
     def record_end(self, became: str) -> None:
         """Write down the end of a run that could not do so itself, being killed or refused."""
         meta = own_meta(self.run.folder)
-        code = self.popen.returncode
+        code = self.started.wait()
         # a run that was refused is another process'
         if meta and (meta.get("status") != "running" or code == USAGE_ERROR):
             return

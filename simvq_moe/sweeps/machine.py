@@ -10,9 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import psutil
 
@@ -99,6 +100,43 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@runtime_checkable
+class Started(Protocol):
+    """A run's process, or the parent of its ranks."""
+
+    @property
+    def pid(self) -> int:
+        """Also the number of its group of processes."""
+        ...
+
+    def poll(self) -> int | None:
+        """The exit code; None: it goes on."""
+        ...
+
+    def wait(self) -> int:
+        """The exit code, once there is one; below 0: minus the signal that has ended it."""
+        ...
+
+
+Starter = Callable[[Path, Path, Machine, Sequence[str]], Started]
+"""Starts the run of a config on some GPUs of a machine; its output is added to a log, the second.
+"""
+
+
+def launched(config: Path, log: Path, machine: Machine, gpus: Sequence[str]) -> Started:
+    """The run in processes of its own, by the launcher if it has several ranks."""
+    with log.open("a") as file:
+        return subprocess.Popen(
+            command(config, machine.ranks, gpus),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment(machine, gpus),
+            # its own group, for the launcher leaves the ranks behind when it alone is killed
+            start_new_session=True,
+        )
+
+
 def environment(machine: Machine, gpus: Sequence[str]) -> dict[str, str]:
     """The runs and their ranks share this machine's cores and GPUs."""
     accelerator = "cuda" if machine.gpus else "cpu"
@@ -107,7 +145,7 @@ def environment(machine: Machine, gpus: Sequence[str]) -> dict[str, str]:
     return ours | os.environ | dealt
 
 
-def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def stop(processes: Sequence[Started]) -> None:
     """Ask every process of these runs to save and stop; kill those that do not."""
     members: list[psutil.Process] = []
     for process in processes:

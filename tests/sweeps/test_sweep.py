@@ -17,7 +17,7 @@ from simvq_moe.config.checks import check
 from simvq_moe.config.loading import ConfigError, first_difference
 from simvq_moe.config.schema import Config
 from simvq_moe.runs.folder import is_trained
-from simvq_moe.sweeps import execute, followed
+from simvq_moe.sweeps import execute, machine
 from simvq_moe.sweeps.checks import check_runs
 from simvq_moe.sweeps.followed import Clock
 from simvq_moe.sweeps.machine import Machine, command
@@ -191,7 +191,7 @@ def test_a_run_that_another_process_trains_is_followed_and_gone_on_with_if_it_di
     assert not is_trained(first.folder)
     ours = [sys.executable, "-c", HOLDER, str(first.folder), "finishes", "0"]
     started = []
-    monkeypatch.setattr(followed, "command", lambda *_: started.append(1) or ours)
+    monkeypatch.setattr(machine, "command", lambda *_: started.append(1) or ours)
     theirs = [*ours[:4], end, "2"]
     with subprocess.Popen(theirs, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -232,6 +232,19 @@ def in_background(*args: str, cwd: Path) -> subprocess.Popen[str]:
     return process
 
 
+def assert_equals_a_run_started_alone(run_dir: Path, config: Path, folder: Path) -> None:
+    """By a launcher, from the same config."""
+    alone = run("train", "--config", str(config), "--runs_dir", "alone", cwd=folder, ranks=2)
+    assert alone.returncode == 0, alone.stderr
+    (other,) = (file.parent for file in (folder / "alone").rglob("metrics.jsonl"))
+    assert metrics(run_dir) == metrics(other)
+    for file in (run_dir / "checkpoints").rglob("*.safetensors"):
+        same = other / file.relative_to(run_dir)
+        assert file.read_bytes() == same.read_bytes(), file.name
+    arguments = json.loads((run_dir / "meta.json").read_text())["command"]
+    assert arguments.endswith(f"train --config {config.relative_to(folder)}")
+
+
 @pytest.mark.distributed
 def test_a_sweep_runs_reports_failures_and_skips_what_is_finished(folder: Path) -> None:
     command = ("sweep", "--config", "sweep.yaml", "--ranks", "2", "--arms", "broken")
@@ -249,7 +262,9 @@ def test_a_sweep_runs_reports_failures_and_skips_what_is_finished(folder: Path) 
     assert "last good" in (root / "codes" / "broken" / "seed0" / "launcher.log").read_text()
     report = json.loads((root / "report" / "report.json").read_text())
     arms = {arm["name"]: arm for arm in report["groups"][0]["arms"]}
-    final = metrics(root / "codes" / "vq" / "seed0")[-1]
+    run_dir = root / "codes" / "vq" / "seed0"
+    assert_equals_a_run_started_alone(run_dir, root / "configs" / "codes-vq-seed0.yaml", folder)
+    final = metrics(run_dir)[-1]
     assert arms["vq"]["values"]["val/mse"] == [pytest.approx(final["val/mse"])]
     assert arms["broken"]["status"] == ["failed"]
     again = run(*command, cwd=folder)
@@ -283,10 +298,11 @@ def test_a_killed_run_is_failed_and_the_others_go_on(folder: Path) -> None:
     files = ("--config", "sweep.yaml", "--config", "long.yaml", "--arms", "simvq")
     process = in_background("sweep", *files, "--parallel", "2", cwd=folder)
     root = folder / "runs" / "long" / "codes"
+    log = str(root / "vq" / "seed0" / "launcher.log")
     training = next(
         child
-        for child in psutil.Process(process.pid).children()
-        if any("codes-vq-seed0" in word for word in child.cmdline())
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any(file.path == log for file in child.open_files())
     )
     training.kill()
     out, err = process.communicate(timeout=120)
