@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import inspect
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.registry import Options, family_named, family_of, of_kind
 from simvq_moe.files.regular import (
     BrokenFileError,
@@ -28,7 +30,7 @@ from simvq_moe.files.regular import (
 )
 from simvq_moe.files.tensors import read_safetensors
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 CONFIG_LIMIT = 2**20
 """Bytes of a config.json that are read at most."""
 NOT_MADE = (
@@ -58,25 +60,94 @@ class Pretrained(nn.Module):
         module.__dict__["arguments"] = arguments
         return module
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors into the directory."""
+    depths: ClassVar[tuple[str, ...]] = ()
+    """Arguments that are numbers of units, each of which has a tensor of its own, or more."""
+
+    def save_pretrained(
+        self, directory: str | Path, *, card: Mapping[str, str | bytes] | None = None
+    ) -> None:
+        """Write config.json, model.safetensors and a model card into the directory.
+
+        Args:
+            card: files of the card by name, README.md among them, such as
+                `inference.cards.card_of_run` makes; None: a README.md that says what it is, unless
+                there is one.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         with written_whole(directory / WEIGHTS) as aside:
             save_model(self, str(aside))
         write_atomically(directory / CONFIG, json.dumps(_spec(self), indent=2) + "\n")
+        if card is None and (directory / CARD).exists():
+            return
+        for name, content in (card or {CARD: card_text(self)}).items():
+            write_atomically(directory / name, content)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: Mapping[str, str | bytes] | None = None,
+        commit_message: str = "Push model",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub, made unless
+        it is there; the address of the commit.
+
+        Args:
+            repo_id: "name" or "owner/name".
+            card: see `save_pretrained`.
+            commit_message, private, token, branch, create_pr: as of
+                `huggingface_hub.PyTorchModelHubMixin`.
+        """
+        from huggingface_hub import HfApi  # takes half as long to import as torch
+
+        hub = HfApi(token=token)
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=card)
+            return hub.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=branch,
+                create_pr=create_pr,
+            )
 
     @classmethod
-    def from_pretrained(cls: type[Self], source: str | Path) -> Self:
-        """The module saved in a directory or in a Hugging Face repository of that name.
+    def from_pretrained(
+        cls: type[Self],
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """The module saved in a directory or in a Hugging Face repository of that name, in
+        evaluation mode.
+
+        Args:
+            revision, token, cache_dir, local_files_only: of the repository, as of
+                `huggingface_hub.PyTorchModelHubMixin`.
 
         Raises:
             ValueError: another class was saved there, or files that are broken.
         """
-        local = Path(source)
-        directory = local if local.is_dir() else _downloaded(str(source))
+        directory = Path(source)
+        if not directory.is_dir():
+            from huggingface_hub import snapshot_download  # takes half as long to import as torch
+
+            at = {"revision": revision, "token": token, "cache_dir": cache_dir}
+            options: dict[str, Any] = at | {"local_files_only": local_files_only}
+            found = snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS], **options)
+            directory = Path(found)
         spec = parse_json(read_bytes(directory / CONFIG, limit=CONFIG_LIMIT), directory / CONFIG)
         weights = read_safetensors(directory / WEIGHTS)
+        _check_depths(spec, len(weights), directory)
         with torch.device("meta"):  # described first, for its sizes may be anything
             described = _made(spec, directory)
         if not isinstance(described, cls):
@@ -89,13 +160,53 @@ class Pretrained(nn.Module):
             load_model(module, str(directory / WEIGHTS))
         except RuntimeError as error:
             raise BrokenFileError(directory / WEIGHTS, f"is not of {CONFIG}: {error}") from None
-        return module
+        return module.eval()
 
 
-def _downloaded(repository: str) -> Path:
-    from huggingface_hub import snapshot_download  # takes half as long to import as torch
+def card_text(module: Pretrained, *, about: str = "") -> str:
+    """A model card: what the module is, and how it is loaded.
 
-    return Path(snapshot_download(repository))
+    Args:
+        about: sections in Markdown that follow.
+    """
+    name, home = type(module).__name__, type(module).__module__
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    spec = json.dumps(_spec(module)["arguments"], indent=2)
+    return f"""---
+library_name: simvq-moe
+tags:
+- simvq-moe
+---
+# {name}
+
+{parameters:,} parameters.
+
+```python
+from {home} import {name}
+
+model = {name}.from_pretrained("REPOSITORY_OR_FOLDER")
+```
+{about}
+## Arguments
+
+```json
+{spec}
+```
+"""
+
+
+def _check_depths(spec: Any, tensors: int, directory: Path) -> None:
+    """Raise `BrokenFileError` for a module of more units than there are tensors."""
+    if not isinstance(spec, dict) or not isinstance(spec.get("arguments"), dict):
+        return
+    cls = _subclasses(Pretrained).get(str(spec.get("class")))
+    for name in () if cls is None else cls.depths:
+        value = spec["arguments"].get(name, 0)
+        if isinstance(value, int | float) and value > tensors:
+            reason = f"has {name} {value} for {tensors} tensors"
+            raise BrokenFileError(directory / CONFIG, reason)
+    for value in spec["arguments"].values():
+        _check_depths(value, tensors, directory)
 
 
 def _check_sizes(module: nn.Module, weights: Mapping[str, Tensor], directory: Path) -> None:
@@ -122,14 +233,26 @@ def _made(spec: Any, directory: Path) -> Any:
 def _spec(value: Any) -> Any:
     """Plain data for a constructor's argument."""
     if isinstance(value, Pretrained):
-        arguments = {name: _spec(item) for name, item in value.__dict__["arguments"].items()}
+        given = value.__dict__["arguments"]
+        arguments = {name: _spec(_now(value, name, item)) for name, item in given.items()}
         return {"class": type(value).__name__, "arguments": arguments}
     if isinstance(value, Options):
         of = family_of(type(value))
         assert of is not None
         own = {f.name: _spec(getattr(value, f.name)) for f in fields(value)}
         return {"options": of.__name__, **own}
+    if isinstance(value, MoEConfig):
+        own = {f.name: _spec(getattr(value, f.name)) for f in fields(value)}
+        return {"options": MoEConfig.__name__, **own}
+    if isinstance(value, nn.Module):  # a network of others, which judges in training alone
+        return None
     return [_spec(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _now(module: Pretrained, name: str, given: Any) -> Any:
+    """What has become of an argument that is a module, such as a quantizer that was folded."""
+    now = getattr(module, name, None)
+    return now if isinstance(given, Pretrained) and isinstance(now, Pretrained) else given
 
 
 def _build(spec: Any) -> Any:
@@ -147,9 +270,12 @@ def _build(spec: Any) -> Any:
     return known[spec["class"]](**{name: _build(v) for name, v in spec["arguments"].items()})
 
 
-def _options(spec: dict[str, Any]) -> Options:
-    """The options of a component: its family and kind by name, and the values of its fields."""
+def _options(spec: dict[str, Any]) -> Options | MoEConfig:
+    """The options of a component, its family and kind by name and the values of its fields, or of a
+    whole layer."""
     own = {name: _build(value) for name, value in spec.items() if name != "options"}
+    if spec["options"] == MoEConfig.__name__:
+        return MoEConfig(**own)
     return of_kind(family_named(spec["options"]), own.get("kind"), f"{CONFIG}: kind")(**own)
 
 

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"errors", "files", "data", "records", *RUNS, *MODELS},
     "costs": {"text_table", "config", "engine", "tasks", *MODELS},
     "training": {"errors", "files", "data", "records", "tasks", "costs", *RUNS, *MODELS},
-    "inference": {"errors", "files", "data", "records", "tasks", "training", *RUNS, *MODELS},
+    "inference": {"errors", "hub", "files", "data", "records", "tasks", "training", *RUNS, *MODELS},
     "sweeps": {"errors", "files", "config", "records", "runs", "analysis"},
     "analysis": {"errors", "files", "records", "runs"},
     "reports": {"errors", "files", "text_table", "records", "runs", "analysis"},

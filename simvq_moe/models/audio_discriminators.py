@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
+from simvq_moe.hub import Pretrained
 from simvq_moe.models.audio_spectra import Spectrogram
 
 SLOPE = 0.1
@@ -125,7 +126,7 @@ class SpectrumDiscriminator(nn.Module):
         return [*features, self.score(torch.cat(last, dim=2))]
 
 
-class Discriminators(nn.Module):
+class Discriminators(Pretrained):
     """Several discriminators that see the same recordings.
 
     Args:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from simvq_moe.core.state import Stateful
+from simvq_moe.hub import Pretrained
 
 FLOOR = 1e-5
 """Magnitude below which a logarithm sees silence; full scale is 1."""
@@ -77,7 +78,7 @@ class SpectralDistance(nn.Module):
         return torch.stack(distances).mean()
 
 
-class MelDistance(Stateful):
+class MelDistance(Pretrained, Stateful):
     """Mean over windows of |log10 max(M, floor) - log10 max(M', floor)|, M the mel bands.
 
     Units matter at the floor alone: there is one for every band, in the magnitudes that others

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.collectives import total
+from simvq_moe.hub import Pretrained
 from simvq_moe.models.image_vqgan import group_norm
 
 SLOPE = 0.2
@@ -36,7 +37,7 @@ class Game(NamedTuple):
     """Of the discriminator: half the mean of relu(1 - D(x)) + relu(1 + D(x'))."""
 
 
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(Pretrained):
     """A map of scores; each sees a patch, of 70 pixels a side with three layers.
 
     Args:

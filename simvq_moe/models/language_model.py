@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simvq_moe.config.moe import MoEConfig
 from simvq_moe.core.streams import own_stream
+from simvq_moe.hub import Pretrained
 from simvq_moe.models.attention import documents_of
 from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock, compiled_in_training, merge_gain
 from simvq_moe.models.cross_entropy import mean_cross_entropy, token_cross_entropy
@@ -25,7 +26,7 @@ class NotFiniteError(ValueError):
     """There is nothing to draw from: the model has diverged."""
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Pretrained):
     """Next-token prediction over windows of context + 1 tokens.
 
     Args:
@@ -42,6 +43,7 @@ class LanguageModel(nn.Module):
             end of each still predicts the first token of the next, so every token is a target.
     """
 
+    depths = ("layers",)
     end_of_text: Tensor | None
     """The token that ends a document; None: attention sees the whole window."""
 

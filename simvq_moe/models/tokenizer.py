@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from jaxtyping import Float, Int, Integer
-from torch import Tensor, nn
+from torch import Tensor
 
+from simvq_moe.hub import Pretrained
 from simvq_moe.quantizers import AnyQuantizer, Quantized
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(Pretrained):
     """Samples to ids of codes and back; a modality gives `latents`, `samples` and the loss."""
 
     quantizer: AnyQuantizer

@@ -32,9 +32,9 @@ def load_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
     return config, weights
 
 
-def load_model(run_dir: Path) -> tuple[Config, nn.Module]:
+def load_model(run_dir: str | Path) -> tuple[Config, nn.Module]:
     """The config of a run and its model, in evaluation mode on the CPU; see `load_run`."""
-    config, weights = load_run(run_dir)
+    config, weights = load_run(Path(run_dir))
     return config, model_of(config, weights).eval()
 
 
