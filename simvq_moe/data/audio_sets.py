@@ -23,7 +23,7 @@ from torch import Tensor
 from simvq_moe.data.media.recordings import FULL_SCALE, Part, frames_there, piece
 from simvq_moe.data.order import Indices
 from simvq_moe.errors import ConfigError
-from simvq_moe.files.regular import printable
+from simvq_moe.files.regular import is_told, printable
 
 NAMED = 5
 """Recordings that a warning names; the rest are counted."""
@@ -120,10 +120,8 @@ class Reader:
             self._say("skipped damaged recording", len(self.broken), number)
 
     def _say(self, what: str, count: int, number: int) -> None:
-        if self.announce:
-            name = printable(self.parts[number].path.name)
-            some = name if count <= NAMED else "and more, which are not named"
-            log.warning("%s %d: %s", what, count, some)
+        if self.announce and is_told(count):
+            log.warning("%s %d: %s", what, count, printable(self.parts[number].path.name))
 
 
 class LazyClips:

@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from simvq_moe.data.held_out import content_key
 from simvq_moe.errors import ConfigError
-from simvq_moe.files.regular import printable
+from simvq_moe.files.regular import is_told, printable
 
 PROSE = frozenset([".txt", ".md", ".rst", ".tex", ".html"])
 CODE = frozenset(
@@ -138,7 +138,8 @@ class Defects:
             raise CorruptDataError(f"{defect}: repair it, or set data.on_corrupt to skip")
         if defect.where not in self.skipped:
             self.skipped.add(defect.where)
-            log.warning("skipped %s (%d skipped by this process)", defect, len(self.skipped))
+            if is_told(len(self.skipped)):
+                log.warning("skipped %s (%d skipped by this process)", defect, len(self.skipped))
 
 
 def list_files(source: str) -> list[File]:

@@ -31,7 +31,7 @@ from simvq_moe.data.media.pictures import PHOTOS, REMEDY, Picture, files, hub_na
 from simvq_moe.data.media.pixels import MOST_PIXELS, Cut, Header, PixelBudget, header, rgb
 from simvq_moe.data.order import Indices
 from simvq_moe.errors import ConfigError
-from simvq_moe.files.regular import printable
+from simvq_moe.files.regular import is_told, printable
 
 __all__ = ["PHOTOS", "ImageCrops", "LazyCrops", "check_source", "image_crops"]
 
@@ -177,9 +177,9 @@ class LazyCrops:
     def _report(self, number: int) -> None:
         if number not in self.broken:
             self.broken.add(number)
-            some = len(self.broken) <= NAMED
-            name = self.parts[number].picture.name if some else "and more, which are not named"
-            log.warning("skipped damaged image %d: %s", len(self.broken), printable(name))
+            if is_told(len(self.broken)):
+                name = self.parts[number].picture.name
+                log.warning("skipped damaged image %d: %s", len(self.broken), printable(name))
 
 
 class _Split(NamedTuple):

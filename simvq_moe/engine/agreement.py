@@ -79,6 +79,14 @@ def is_lost_rank(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ends)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or this process, has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # PyTorch's allocator on the CPU raises nothing of its own
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 class Agreement:
     """All ranks learn whether one was asked to stop, has a loss that is not finite, or failed.
 

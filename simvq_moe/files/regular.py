@@ -52,6 +52,12 @@ def printable(text: str) -> str:
     return "".join(_visible(character) for character in text)
 
 
+def is_told(number: int) -> bool:
+    """Whether the so manieth of defects that are passed over gets a line: the first five, and then
+    ever fewer, because there may be millions."""
+    return number <= 5 or str(number).strip("0") == "1"
+
+
 def read_bytes(path: Path, *, limit: int = TEXT_LIMIT, inside: Path | None = None) -> bytes:
     """The content of a regular file.
 

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from simvq_moe.data.codes import (
 from simvq_moe.engine.devices import this_device
 from simvq_moe.engine.slurm import adopt_slurm
 from simvq_moe.engine.world import World, launched_ranks, start_distributed
-from simvq_moe.files.unfinished import ASIDE
+from simvq_moe.files.unfinished import ASIDE, LOCK, filled_alone
 from simvq_moe.inference.evaluate import with_source
 from simvq_moe.models.tokenizer import Tokenizer
 from simvq_moe.records.progress import SECONDS_BETWEEN_LINES, duration
@@ -93,10 +94,18 @@ def encode_run(
         whole=whole,
         **encoder.shapes(),
     )
-    found = _encode(encoder, wanted, items, out, world)
+    with ExitStack() as held:
+        world.agree(lambda: _hold(out, held) if world.is_main else None)
+        found = _encode(encoder, wanted, items, out, world)
     if world.size > 1:
         dist.destroy_process_group()
     return found
+
+
+def _hold(out: Path, held: ExitStack) -> None:
+    """Keep other processes from filling the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(filled_alone(out))
 
 
 class Encoder:
@@ -214,7 +223,6 @@ def _take_up(out: Path, wanted: Manifest, world: World) -> Manifest:
     # nobody writes until all have looked
     world.barrier()
     if before is None and world.is_main:
-        out.mkdir(parents=True, exist_ok=True)
         write_manifest(out, wanted)
     world.barrier()
     return before or wanted
@@ -246,8 +254,9 @@ def _check_folder(out: Path) -> None:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Whether a killed process was writing this file, of which nothing is known to be whole."""
-    return path.name.startswith(ASIDE) or path.name == f"{MANIFEST}.tmp"
+    """Whether it is a lock, or a killed process was writing this file, of which nothing is known to
+    be whole."""
+    return path.name.startswith(ASIDE) or path.name in (f"{MANIFEST}.tmp", LOCK)
 
 
 class _Progress:

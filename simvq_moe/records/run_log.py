@@ -24,6 +24,7 @@ from simvq_moe.files.regular import (
     open_regular,
     read_json,
     validate_json,
+    write_atomically,
     written_whole,
 )
 from simvq_moe.records.dead_slots import DeadSlots
@@ -110,7 +111,8 @@ class RunLog:
 
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(folder / f"val_{step:06d}.png")
+        with written_whole(folder / f"val_{step:06d}.png") as aside:
+            Image.fromarray(pixels).save(aside)
         self.tensorboard.image("samples", pixels, step)
 
     def write_sounds(self, step: int, sounds: Mapping[str, np.ndarray], sample_rate: int) -> None:
@@ -126,7 +128,8 @@ class RunLog:
         folder.mkdir(exist_ok=True, parents=True)
         for name, clips in sounds.items():
             for i, clip in enumerate(clips):
-                soundfile.write(folder / f"{i}_{name}.wav", clip, sample_rate)
+                with written_whole(folder / f"{i}_{name}.wav") as aside:
+                    soundfile.write(aside, clip, sample_rate)
                 self.tensorboard.sound(f"samples/{i}_{name}", clip, step, sample_rate)
 
     def write_text(self, step: int, text: str) -> None:
@@ -134,7 +137,7 @@ class RunLog:
 
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
-        (folder / f"val_{step:06d}.txt").write_text(text)
+        write_atomically(folder / f"val_{step:06d}.txt", text)
         # indented, so that Markdown leaves it as it is
         self.tensorboard.text("samples", textwrap.indent(text, "    "), step)
 

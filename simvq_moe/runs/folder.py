@@ -22,6 +22,7 @@ from simvq_moe.config.checks_moe import with_gates
 from simvq_moe.config.loading import first_difference, merge_files, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.locks import take
 from simvq_moe.files.regular import BrokenFileError, read_bytes, read_json, read_text, sync_folder
 from simvq_moe.runs import checkpoint
 
@@ -158,16 +159,10 @@ def _lock(file: IO[bytes], run_dir: Path) -> None:
     Raises:
         ConfigError: another process has done so.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(
-            f"another process is training in {run_dir}: wait for it, or give another --name"
-        ) from None
-    except OSError as error:
-        # a help and no need: Lustre without -o flock, many network and FUSE mounts have none
+    refusal = f"another process is training in {run_dir}: wait for it, or give another --name"
+    if reason := take(file, refusal):
         print(
-            f"{run_dir}: its file system has no locks ({error.strerror}): see to it that no other "
+            f"{run_dir}: its file system has no locks ({reason}): see to it that no other "
             "process trains there",
             file=sys.stderr,
         )

@@ -16,6 +16,7 @@ from simvq_moe.engine.agreement import (
     TrainingFailed,
     WriteFailed,
     is_lost_rank,
+    is_out_of_memory,
     writing,
 )
 from simvq_moe.engine.settings import check_device
@@ -85,11 +86,12 @@ def _run(run: Preflight, world: World, stop_asked: Callable[[], bool]) -> int:
     except Exception as failure:
         lost = is_lost_rank(failure)
         error = traceback.format_exc().strip().splitlines()[-1]
-        if lost:
-            error = _without_a_rank(config, world)
+        told = lost or is_out_of_memory(failure)
+        if told:
+            error = (_without_a_rank if lost else _out_of_memory)(config, world)
             print(f"{config.run_dir}: {error}", file=sys.stderr)
         meta.end("failed", error)
-        if not lost:
+        if not told:
             raise
         return FAILED  # with no call that the lost rank would have to answer
     meta.end(status, error)
@@ -102,6 +104,20 @@ def _run(run: Preflight, world: World, stop_asked: Callable[[], bool]) -> int:
 
 def _without_a_rank(config: Config, world: World) -> str:
     """What a run that has lost a rank says."""
-    newest = checkpoint.latest_step(config.run_dir / "checkpoints")
-    saved = "no checkpoint yet" if newest is None else f"newest checkpoint: step {newest}"
-    return f"rank {world.rank}: another rank has ended ({saved}); the same command goes on"
+    newest = _newest(config)
+    return f"rank {world.rank}: another rank has ended ({newest}); the same command goes on"
+
+
+def _out_of_memory(config: Config, world: World) -> str:
+    """What a run says that asked for more memory than there is."""
+    train = config.train
+    return (
+        f"rank {world.rank}: {world.device.type} is out of memory ({_newest(config)}): raise "
+        f"train.accumulation {train.accumulation} or lower train.batch_size {train.batch_size}; "
+        "`train --dry-run` says what takes how much"
+    )
+
+
+def _newest(config: Config) -> str:
+    step = checkpoint.latest_step(config.run_dir / "checkpoints")
+    return "no checkpoint yet" if step is None else f"newest checkpoint: step {step}"

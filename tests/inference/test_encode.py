@@ -20,6 +20,7 @@ from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.schema import Config
 from simvq_moe.data.codes import MANIFEST, open_codes, read_manifest
 from simvq_moe.engine.world import World
+from simvq_moe.files.unfinished import filled_alone
 from simvq_moe.models.audio_tokenizer import AudioTokenizer
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
@@ -191,6 +192,21 @@ def test_what_can_not_be_encoded_or_decoded_is_refused(
     assert words in error
     assert error.count("\n") == 1
     assert not Path("new").exists()
+
+
+def test_a_folder_that_another_process_encodes_into_is_refused(
+    encoded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["encode", str(encoded["image"] / "runs/run"), *to(tmp_path / "codes")]
+    (tmp_path / "codes").mkdir()
+    with filled_alone(tmp_path / "codes"):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "is being filled by another process" in error
+        assert error.count("\n") == 1
+    assert list((tmp_path / "codes").iterdir()) == []
+    assert main(command) == 0
+    assert not (tmp_path / "codes/.lock").exists()
 
 
 def test_another_source_is_encoded_by_the_same_tokenizer(

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 
-from simvq_moe.data.images import HELD_OUT_SHARE, NAMED, _Part, _pixels, _split, _warn
+from simvq_moe.data.images import HELD_OUT_SHARE, _Part, _pixels, _split, _warn
 from simvq_moe.data.media.pictures import STREAM
 from simvq_moe.data.media.pixels import Header, PixelBudget, header
 from simvq_moe.data.order import Indices, place_of
 from simvq_moe.errors import ConfigError
-from simvq_moe.files.regular import printable
+from simvq_moe.files.regular import is_told, printable
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class ImageWindows:
     def _report(self, number: int) -> None:
         if number not in self.damaged:
             self.damaged.add(number)
-            if len(self.damaged) <= NAMED:
+            if is_told(len(self.damaged)):
                 where = printable(self.parts[number].picture.where)
                 log.warning("damaged image, whose windows are black: %s", where)
 

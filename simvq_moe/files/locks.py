@@ -1,0 +1,45 @@
+"""Locks on files: one process at a time has a folder."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from simvq_moe.errors import ConfigError
+
+
+def take(lock: IO[bytes], refusal: str) -> str | None:
+    """Lock a file until it is closed.
+
+    Returns:
+        Why it is not locked, where the file system has no locks (Lustre without -o flock, many
+        network and FUSE mounts): a lock is a help and no need. None: it is locked.
+
+    Raises:
+        ConfigError: another process has locked it; its text is `refusal`.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(refusal) from None
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+@contextmanager
+def alone(file: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock file, which is made and in the end removed.
+
+    Raises:
+        ConfigError: another process holds it; its text is `refusal`.
+    """
+    with file.open("ab") as lock:
+        take(lock, refusal)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
