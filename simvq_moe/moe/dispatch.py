@@ -44,7 +44,9 @@ def dispatch(
         weighted = gates.reshape(-1)[order, None].to(outputs.dtype) * outputs
         summed = outputs.new_zeros(tokens, outputs.shape[-1])
         return summed.index_add(0, owners, weighted)
-    places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)).to(order))
+    places = torch.empty_like(order).index_copy_(
+        0, order, torch.arange(len(order), device=order.device)
+    )
     places = places.view(tokens, choices)
     outputs = experts(sorted_rows(x, order, places), counts)
     return gated_sum(outputs, gates.to(outputs.dtype), order, places)

@@ -45,7 +45,10 @@ class BatchReader:
 
     def open(self, step: int) -> None:
         """Begin to read the steps after this one."""
-        self.batches = Prefetched(self._steps_from(step), self.config.data.prefetch)
+        steps = self._steps_from(step)
+        if self.world.device.type == "cuda":
+            steps = map(_pinned, steps)
+        self.batches = Prefetched(steps, self.config.data.prefetch)
 
     def read(self) -> list[Tensor]:
         """The micro-batches of the next step; where they are broken, others of their shape, so that
@@ -95,3 +98,8 @@ class BatchReader:
                 f"{self.config.run_dir} began with, or were held out otherwise: put them back, or "
                 "give the run another --name"
             )
+
+
+def _pinned(step: StepBatches) -> StepBatches:
+    """In memory that a GPU copies from while the process goes on."""
+    return step._replace(micro_batches=[batch.pin_memory() for batch in step.micro_batches])

@@ -80,7 +80,7 @@ class OptimizerStep:
         agreement, sums = Agreement(self.world), Window()
         for i, micro_batch in enumerate(micro_batches):
             with self.phase("data"):
-                batch = micro_batch.to(self.world.device)
+                batch = micro_batch.to(self.world.device, non_blocking=True)
             with self.phase("forward"):
                 loss, terms = self._forward(batch)
             sums.add({"loss": loss, **terms}, 1 / parts)
