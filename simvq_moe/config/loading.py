@@ -65,7 +65,9 @@ def merge_files(schema: type[T], files: Sequence[Path], *, plugins: bool = False
 
 
 def with_overrides(config: T, overrides: Mapping[str, Any], origin: str) -> T:
-    """config with a nested mapping of overrides, as an arm of a sweep gives them."""
+    """config with a nested mapping of overrides, as an arm of a sweep gives them, and the plug-ins
+    loaded that they name."""
+    load_plugins(named_plugins(overrides))
     return _Reading(type(config), origin).section(type(config), overrides, config)
 
 

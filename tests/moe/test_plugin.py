@@ -52,8 +52,9 @@ def test_a_router_of_one_file_trains_on_two_ranks_is_named_and_folds(folder: Pat
 
 
 def test_an_arm_may_have_a_router_of_a_plug_in(folder: Path) -> None:
-    write(folder / "base.yaml", SMALL | {"plugins": ["my_router.py"]})
-    arms = {"base": {"label": "plain"}, "mine": {"label": "mine", "set": {"moe": MINE}}}
+    write(folder / "base.yaml", SMALL)
+    own = {"plugins": ["my_router.py"], "moe": MINE}
+    arms = {"base": {"label": "plain"}, "mine": {"label": "mine", "set": own}}
     group = {"question": "?", "config": "base.yaml", "baseline": "base", "arms": arms}
     group["outcomes"] = ["val/bits_per_byte"]
     write(folder / "s.yaml", {"name": "s", "title": "s", "seeds": [0], "groups": {"g": group}})
