@@ -17,5 +17,5 @@ trap 'kill "$types" 2> /dev/null || true' EXIT
 pytest -n 2 --dist worksteal -m "not slow" "$@"
 wait "$types"
 # the GPU's search, in Triton's interpreter
-TRITON_INTERPRET=1 pytest tests/core/test_nearest.py tests/core/test_nearest_triton.py
+TRITON_INTERPRET=1 pytest tests/core/search/test_nearest.py tests/core/search/test_nearest_triton.py
 echo "test: all checks passed" >&2

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -17,8 +17,26 @@ from simvq_moe.config.ranges import COUNT, FACTOR, SEED
 from simvq_moe.terminal import is_first_rank
 
 
-@dataclass(frozen=True)
-class EvalArgs:
+@dataclass(frozen=True, kw_only=True)
+class OfRun:
+    """What every command takes that builds a run's model."""
+
+    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A plug-in that the run needs; give it again for more."""
+
+
+Args = TypeVar("Args", bound=OfRun)
+
+
+def _parsed(schema: type[Args], args: Sequence[str], prog: str) -> Args:
+    """The flags of a command; its plug-ins are loaded."""
+    options: Args = parse_flags(schema, args, prog)
+    load_plugins(options.plugins)
+    return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArgs(OfRun):
     """Held-out measures of a run's model, as JSON on standard output."""
 
     run: tyro.conf.Positional[Path]
@@ -32,14 +50,11 @@ class EvalArgs:
     cache_dir: Path | None = None
     """Text: folder of what is derived from the source, such as the run's own data.cache_dir; None:
     .cache here, wherever the run's config says."""
-    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A plug-in that the run needs; give it again for more."""
 
 
 def evaluate(args: Sequence[str]) -> int:
     """Evaluate a run over its whole held-out set, or another source's: JSON."""
-    options = parse_flags(EvalArgs, args, "simvq-moe eval")
-    load_plugins(options.plugins)
+    options = _parsed(EvalArgs, args, "simvq-moe eval")
     from simvq_moe.inference import evaluate as evaluation
 
     measures = [name for name in ("lpips", "rfid") if getattr(options, name)]
@@ -50,8 +65,8 @@ def evaluate(args: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class FoldArgs:
+@dataclass(frozen=True, kw_only=True)
+class FoldArgs(OfRun):
     """Write the same model without shared maps, checked equal before anything is written."""
 
     run: tyro.conf.Positional[Path]
@@ -61,14 +76,11 @@ class FoldArgs:
     merge_norms: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Language models: also merge the gain of each norm into the matrices that read its output. The
     gain before a tied head stays, for its matrix is also the embedding."""
-    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A plug-in that the run needs; give it again for more."""
 
 
 def fold(args: Sequence[str]) -> int:
     """Merge a run's shared maps into its weights: model.safetensors."""
-    options = parse_flags(FoldArgs, args, "simvq-moe fold")
-    load_plugins(options.plugins)
+    options = _parsed(FoldArgs, args, "simvq-moe fold")
     from simvq_moe.inference import fold as folding
 
     difference = folding.fold_run(options.run, options.out, merge_norms=options.merge_norms)
@@ -76,8 +88,8 @@ def fold(args: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class ExportArgs:
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs(OfRun):
     """Write a run's model for others to load, without shared maps, checked equal before anything
     is written."""
 
@@ -88,14 +100,11 @@ class ExportArgs:
     safetensors: any model as one file with our names, whose header holds the config."""
     out: Path
     """Folder of the files."""
-    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A plug-in that the run needs; give it again for more."""
 
 
 def export(args: Sequence[str]) -> int:
     """Write a run's model for transformers, or as one safetensors file."""
-    options = parse_flags(ExportArgs, args, "simvq-moe export")
-    load_plugins(options.plugins)
+    options = _parsed(ExportArgs, args, "simvq-moe export")
     from simvq_moe.inference import export as exporting
 
     made = exporting.export_run(options.run, options.out, options.to)
@@ -103,8 +112,8 @@ def export(args: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class EncodeArgs:
+@dataclass(frozen=True, kw_only=True)
+class EncodeArgs(OfRun):
     """Write a data set as token shards: the codes that a tokenizer's run gives its images or
     recordings, each of them once. The same command again goes on; under a launcher the ranks share
     the shards."""
@@ -120,14 +129,11 @@ class EncodeArgs:
     recordings, which windows of the size of a crop cover once."""
     shard_samples: int = 16_384
     """Samples of a shard: windows or crops."""
-    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A plug-in that the run needs; give it again for more."""
 
 
 def encode(args: Sequence[str]) -> int:
     """Encode a run's images or audio, or another source's, into token shards."""
-    options = parse_flags(EncodeArgs, args, "simvq-moe encode")
-    load_plugins(options.plugins)
+    options = _parsed(EncodeArgs, args, "simvq-moe encode")
     check_range(shard_samples=(options.shard_samples, 1, COUNT))
     from simvq_moe.inference import encode as encoding
 
@@ -141,8 +147,8 @@ def encode(args: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class DecodeArgs:
+@dataclass(frozen=True, kw_only=True)
+class DecodeArgs(OfRun):
     """Write the images or recordings of token shards, by the tokenizer that encoded them."""
 
     folder: tyro.conf.Positional[Path]
@@ -151,14 +157,11 @@ class DecodeArgs:
     """Folder of train/000000.png ... and held_out/000000.png ..., or .wav."""
     limit: int | None = None
     """Images, recordings or crops of each part; None: all."""
-    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A plug-in that the run needs; give it again for more."""
 
 
 def decode(args: Sequence[str]) -> int:
     """Decode token shards to png or wav files."""
-    options = parse_flags(DecodeArgs, args, "simvq-moe decode")
-    load_plugins(options.plugins)
+    options = _parsed(DecodeArgs, args, "simvq-moe decode")
     check_range(limit=(options.limit, 1, COUNT))
     from simvq_moe.inference import decode as decoding
 
@@ -167,8 +170,8 @@ def decode(args: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class GenerateArgs:
+@dataclass(frozen=True, kw_only=True)
+class GenerateArgs(OfRun):
     """What a language model's run makes: text on standard output or, of codes, images or sound."""
 
     run: tyro.conf.Positional[Path]
@@ -188,14 +191,11 @@ class GenerateArgs:
     """Draw from so many best tokens; 0: from all."""
     seed: int = 0
     """Seed of the drawing."""
-    plugins: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A plug-in that the run needs; give it again for more."""
 
 
 def generate(args: Sequence[str]) -> int:
     """Let a language model's run continue a text, or make images or sound (--out)."""
-    options = parse_flags(GenerateArgs, args, "simvq-moe generate")
-    load_plugins(options.plugins)
+    options = _parsed(GenerateArgs, args, "simvq-moe generate")
     check_range(
         tokens=(options.tokens, 1, COUNT),
         samples=(options.samples, 1, COUNT),

@@ -253,11 +253,11 @@ def of_other_kind(old: Options, kind: type[Options]) -> Options:
     default, types = type(old)(), field_types(kind)
     kept = {
         name: getattr(old, name)
-        for name, of in types.items()
+        for name, kind_of_value in types.items()
         if name != "kind"
         and hasattr(old, name)
         and getattr(old, name) != getattr(default, name)
-        and _can_be(of, getattr(old, name))
+        and _can_be(kind_of_value, getattr(old, name))
     }
     return kind(**kept)
 
@@ -274,8 +274,9 @@ def _can_be(kind: Any, value: Any) -> bool:
 
 def kinds_with(options: Options, name: str) -> list[str]:
     """The kinds of the same family that have an option of this name."""
-    of = family_of(type(options))
-    return [k for k, one in kinds(of).items() if name in field_types(one)] if of else []
+    family = family_of(type(options))
+    every = kinds(family).items() if family else ()
+    return [kind for kind, one in every if name in field_types(one)]
 
 
 def of_another_kind(key: str, value: str, kind: str, others: Sequence[str]) -> str:
@@ -289,16 +290,16 @@ def of_another_kind(key: str, value: str, kind: str, others: Sequence[str]) -> s
     )
 
 
-def _is_required(of: Field[Any]) -> bool:
-    return of.default is MISSING and of.default_factory is MISSING
+def _is_required(option: Field[Any]) -> bool:
+    return option.default is MISSING and option.default_factory is MISSING
 
 
 def _default(schema: Any, name: str) -> Any:
     """What a field is before anything is said of it; None: it is required."""
-    (of,) = (f for f in fields(schema) if f.name == name)
-    if of.default is not MISSING:
-        return of.default
-    return None if of.default_factory is MISSING else of.default_factory()
+    (option,) = (f for f in fields(schema) if f.name == name)
+    if option.default is not MISSING:
+        return option.default
+    return None if option.default_factory is MISSING else option.default_factory()
 
 
 def _section(kind: Any) -> Any:

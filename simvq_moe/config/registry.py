@@ -81,11 +81,11 @@ def register(options: type[T]) -> type[T]:
     Raises:
         ValueError: another class has that kind, or no base of the class is a family.
     """
-    of = family_of(options)
+    of_family = family_of(options)
     kind = next(f.default for f in fields(options) if f.name == "kind")
-    if of is None or not isinstance(kind, str) or not kind:
+    if of_family is None or not isinstance(kind, str) or not kind:
         raise ValueError(f"{options.__name__} needs a family among its bases, and a kind")
-    known = _FAMILIES[of].kinds
+    known = _FAMILIES[of_family].kinds
     there = known.setdefault(kind, options)
     if (there.__module__, there.__qualname__) != (options.__module__, options.__qualname__):
         raise ValueError(
@@ -112,15 +112,15 @@ def family_named(name: object) -> type[Options]:
     Raises:
         ConfigError: there is none.
     """
-    named = {of.__name__: of for of in _FAMILIES}
+    named = {one.__name__: one for one in _FAMILIES}
     if not isinstance(name, str) or name not in named:
         raise ConfigError(f"options of {name!r}: use one of {', '.join(map(repr, named))}")
     return named[name]
 
 
-def kinds(of: type[T]) -> Mapping[str, type[T]]:
+def kinds(family: type[T]) -> Mapping[str, type[T]]:
     """Every kind of a family by its name."""
-    found = _FAMILIES[of]
+    found = _FAMILIES[family]
     if not found.imported:
         found.imported = True
         import_all(found.package)
@@ -136,7 +136,7 @@ def import_all(package: str) -> None:
         importlib.import_module(f"{package}.{inner.name}")
 
 
-def of_kind(of: type[T], kind: object, at: str) -> type[T]:
+def of_kind(family: type[T], kind: object, at: str) -> type[T]:
     """The options of a kind.
 
     Args:
@@ -145,27 +145,27 @@ def of_kind(of: type[T], kind: object, at: str) -> type[T]:
     Raises:
         ConfigError: there is no such kind.
     """
-    known = kinds(of)
+    known = kinds(family)
     if not isinstance(kind, str) or kind not in known:
         raise ConfigError(f"{at} {kind!r}: use one of {', '.join(map(repr, known))}")
     return known[kind]
 
 
-def default_of(of: type[T]) -> T:
+def default_of(family: type[T]) -> T:
     """The options of a config that names no kind."""
-    return kinds(of)[_FAMILIES[of].default]()
+    return kinds(family)[_FAMILIES[family].default]()
 
 
-def as_options(of: type[T], given: str | T, name: str) -> T:
+def as_options(family: type[T], given: str | T, name: str) -> T:
     """Options as given, or those of a kind with its defaults: `MoE(router="cosine")`.
 
     Raises:
         ValueError: there is no such kind.
     """
-    if isinstance(given, of):
+    if isinstance(given, family):
         return given
     try:
-        return of_kind(of, given, name)()
+        return of_kind(family, given, name)()
     except ConfigError as error:
         raise ValueError(str(error)) from None
 

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from simvq_moe.config.schema import Config
-from simvq_moe.core.nearest import flops_of_search
+from simvq_moe.core.search.nearest import flops_of_search
 from simvq_moe.core.state import held_tensors
 from simvq_moe.engine.devices import this_device
 from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock

@@ -22,7 +22,7 @@ from typing import Any
 from simvq_moe import text_table
 from simvq_moe.config.loading import ConfigError, merge_files
 from simvq_moe.config.schema import Config
-from simvq_moe.costs.rank import PerRank, Plan
+from simvq_moe.costs.rank import Plan, RankCosts
 
 LARGEST = 10**9
 """Of any number of a cluster."""
@@ -113,7 +113,7 @@ def gpu_counts(cluster: Cluster) -> list[int]:
     return sorted(counts)
 
 
-def predict(rank: PerRank, plan: Plan, cluster: Cluster) -> Prediction:
+def predict(rank: RankCosts, plan: Plan, cluster: Cluster) -> Prediction:
     """The step of a run whose ranks are all like this one, a GPU each."""
     parallel = plan.config.moe.expert_parallel
     again = 4 / 3 if plan.config.train.activation_checkpointing else 1.0

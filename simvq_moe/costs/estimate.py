@@ -12,7 +12,7 @@ from simvq_moe.config.loading import ConfigError, changed
 from simvq_moe.config.schema import Config, on_one_rank
 from simvq_moe.costs.cluster import Cluster, predictions, table
 from simvq_moe.costs.flops import parameter_counts
-from simvq_moe.costs.rank import PerRank, Plan
+from simvq_moe.costs.rank import Plan, RankCosts
 from simvq_moe.tasks.registry import task_of
 
 TITLES = {
@@ -86,7 +86,7 @@ def _check_countable(config: Config, model: nn.Module, numbers: int) -> None:
     )
 
 
-def _describe(parameters: dict[str, int], rank: PerRank, micro_batch: int) -> str:
+def _describe(parameters: dict[str, int], rank: RankCosts, micro_batch: int) -> str:
     sizes = {
         "weights": rank.parameter_bytes,
         "gradients": rank.gradient_bytes,

@@ -58,10 +58,10 @@ def cost_of(
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """All learned parameters, on whatever ranks, and those that a token meets."""
     parts, whole = _of_experts(model), Parts(Fraction(1), Fraction(1))
-    of = [(p.numel(), parts.get(id(p), whole)) for p in model.parameters()]
+    sizes = [(p.numel(), parts.get(id(p), whole)) for p in model.parameters()]
     return {
-        "total": int(sum(size * part.everywhere for size, part in of)),
-        "active": int(sum(size * part.met for size, part in of)),
+        "total": int(sum(size * part.everywhere for size, part in sizes)),
+        "active": int(sum(size * part.met for size, part in sizes)),
     }
 
 

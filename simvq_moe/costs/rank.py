@@ -30,7 +30,7 @@ MOMENT_BYTES, MASTER_BYTES = 8, 4
 
 
 @dataclass(frozen=True)
-class PerRank:
+class RankCosts:
     """One rank among `ranks` in one optimizer step; bytes unless said otherwise."""
 
     ranks: int
@@ -86,7 +86,7 @@ class Plan:
         if not isinstance(model, LanguageModel):
             self.sample = sample_cost(model, config)
 
-    def on(self, ranks: int, samples: int) -> PerRank:
+    def on(self, ranks: int, samples: int) -> RankCosts:
         """A rank's costs.
 
         Args:
@@ -102,7 +102,7 @@ class Plan:
         gradients = local if stage < 2 else owned + min(local, BUCKET)
         sent, calls = self._passes(stage)
         per_sample, flops, saved = self._work(samples // train.accumulation)
-        return PerRank(
+        return RankCosts(
             ranks=ranks,
             tokens=samples * per_sample,
             flops_per_token=flops,

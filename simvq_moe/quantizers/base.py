@@ -20,7 +20,7 @@ from simvq_moe.core.choices import check_choice
 from simvq_moe.core.collectives import share_of_tokens, total
 from simvq_moe.core.gradient import ESTIMATORS, Gradient
 from simvq_moe.core.ids import as_ids
-from simvq_moe.core.nearest import nearest, nearest_few
+from simvq_moe.core.search.nearest import nearest, nearest_few
 from simvq_moe.core.state import Stateful
 from simvq_moe.core.step_state import FollowsSteps
 from simvq_moe.core.usage import UsageCounter

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simvq_moe.config.ranges import Range
 from simvq_moe.config.registry import register
-from simvq_moe.core.nearest import numbered
+from simvq_moe.core.search.nearest import numbered
 from simvq_moe.quantizers.base import AnyQuantizer, check_each_once
 from simvq_moe.quantizers.grid import Grid
 from simvq_moe.quantizers.options import LevelOptions

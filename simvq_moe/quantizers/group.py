@@ -16,7 +16,7 @@ from simvq_moe.core.bank import Bank, wide
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.collectives import copy_from_rank_0
 from simvq_moe.core.moments import moments
-from simvq_moe.core.nearest import nearest
+from simvq_moe.core.search.nearest import nearest
 from simvq_moe.quantizers.base import Quantizer, random_codebook
 from simvq_moe.quantizers.options import CodebookOptions
 from simvq_moe.quantizers.simvq import MapInit

@@ -13,7 +13,7 @@ from torch import Tensor
 from simvq_moe.config.ranges import Weight
 from simvq_moe.config.registry import register
 from simvq_moe.core.collectives import mean_assignment_entropy
-from simvq_moe.core.nearest import numbered
+from simvq_moe.core.search.nearest import numbered
 from simvq_moe.quantizers.base import Quantized, SoftAssignment, mean_squared_error
 from simvq_moe.quantizers.options import LevelOptions
 from simvq_moe.quantizers.vq import VQ, Init

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from simvq_moe.core.collectives import copy_from_rank_0, sample, total
-from simvq_moe.core.nearest import nearest
+from simvq_moe.core.search.nearest import nearest
 
 KMEANS_ROUNDS = 10
 

@@ -19,7 +19,7 @@ from simvq_moe.config.quantizer import Own
 from simvq_moe.config.ranges import Weight
 from simvq_moe.config.registry import register
 from simvq_moe.core.collectives import mean_assignment_entropy
-from simvq_moe.core.nearest import numbered
+from simvq_moe.core.search.nearest import numbered
 from simvq_moe.quantizers.base import AnyQuantizer, check_each_once, mean_squared_error
 from simvq_moe.quantizers.grid import Grid
 from simvq_moe.quantizers.options import LevelOptions, bit_problems

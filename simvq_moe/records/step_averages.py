@@ -12,7 +12,7 @@ from simvq_moe.engine.step_phases import PHASES, Phases
 from simvq_moe.engine.world import World
 
 
-class Window:
+class StepAverages:
     """Sums since the last logged step; part of a checkpoint, so that a resumed window is whole."""
 
     def __init__(

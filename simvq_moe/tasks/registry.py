@@ -46,8 +46,3 @@ def fit_to_data(config: Config) -> Config:
 def check_files(config: Config) -> None:
     """Raise `ConfigError` for data or weights of others that are not here."""
     task_of(config).check_files(config)
-
-
-def source_of(config: Config) -> str:
-    """The data source of a config, or the embedded one of its task."""
-    return task_of(config).source(config)

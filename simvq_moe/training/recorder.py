@@ -19,7 +19,7 @@ from simvq_moe.engine.world import World
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.records.bank_metrics import Banks
 from simvq_moe.records.run_log import RunLog
-from simvq_moe.records.step_averages import Window, of_this_rank
+from simvq_moe.records.step_averages import StepAverages, of_this_rank
 from simvq_moe.records.usage_metrics import layers_of, usage_metrics
 from simvq_moe.runs.checkpoint import LoopState, Restored
 from simvq_moe.tasks.registry import AnyTask
@@ -53,7 +53,7 @@ class Recorder:
         self.peak = config.train.peak_flops or device_peak(world.device, config.train.dtype)
         self.cost = cost_of(task.model, config, world.size, run_samples=bool(self.peak))
         self.phases = Phases(world.device)
-        self.averages = Window()
+        self.averages = StepAverages()
         """Of the steps since the last logged one."""
         self.train_seconds = 0.0
         self.unwritten: WriteFailed | None = None
@@ -120,7 +120,7 @@ class Recorder:
         metrics |= usage_metrics(self.layers, counts)
         metrics |= self.banks.measure(counts, self.averages.steps, self.world)
         metrics |= self._speed()
-        self.averages = Window()
+        self.averages = StepAverages()
         measures, held_out_counts = held_out or ({}, None)
         samples = self.task.samples(step, self.world.device) if held_out else None
         spectra = self.banks.spectra() if held_out else {}
@@ -173,7 +173,7 @@ class Recorder:
         self.train_seconds = restored.shared["train_seconds"]
         self.banks.take_up(restored.shared["stale"])
         kept = of_this_rank(restored.own, self.world)
-        self.averages = Window(**kept["window"])
+        self.averages = StepAverages(**kept["window"])
         for counter, counts in zip(self.counters, kept["counts"], strict=True):
             counter.counts.copy_(counts)
 

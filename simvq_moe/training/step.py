@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from simvq_moe.config.schema import TrainConfig
-from simvq_moe.core.nearest import NotFiniteError
+from simvq_moe.core.search.nearest import NotFiniteError
 from simvq_moe.core.step_state import after_step, followers
 from simvq_moe.engine.agreement import Agreement
 from simvq_moe.engine.step_phases import Phase
 from simvq_moe.engine.world import World
-from simvq_moe.records.step_averages import Window
+from simvq_moe.records.step_averages import StepAverages
 
 
 class StepOutcome(NamedTuple):
@@ -77,7 +77,7 @@ class OptimizerStep:
         if not self.model.training:  # after an evaluation; to set it costs 1 % of a small step
             self.engine.train()
         parts = self.train.accumulation
-        agreement, sums = Agreement(self.world), Window()
+        agreement, sums = Agreement(self.world), StepAverages()
         for i, micro_batch in enumerate(micro_batches):
             with self.phase("data"):
                 batch = micro_batch.to(self.world.device, non_blocking=True)

@@ -18,7 +18,7 @@ from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.activations import activation_bytes, sample_cost, saved_bytes
 from simvq_moe.costs.cluster import Cluster, gpu_counts, predict, predictions, read_cluster
-from simvq_moe.costs.rank import PerRank, Plan
+from simvq_moe.costs.rank import Plan, RankCosts
 from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.step_phases import exchanged
 from simvq_moe.engine.world import World
@@ -152,9 +152,11 @@ def test_experts_on_several_ranks_travel_less_and_tokens_more() -> None:
     assert alone.update_bytes - shared.update_bytes == 6 * 4 * plan().experts * 3 // 4
 
 
-def rank_of(ranks: int, **other: Any) -> PerRank:
-    nothing = dict.fromkeys(PerRank.__dataclass_fields__, 0)
-    return PerRank(**(nothing | {"ranks": ranks, "tokens": 1000, "flops_per_token": 5e10} | other))
+def rank_of(ranks: int, **other: Any) -> RankCosts:
+    nothing = dict.fromkeys(RankCosts.__dataclass_fields__, 0)
+    return RankCosts(
+        **(nothing | {"ranks": ranks, "tokens": 1000, "flops_per_token": 5e10} | other)
+    )
 
 
 def test_a_step_is_products_the_optimizer_and_communication() -> None:

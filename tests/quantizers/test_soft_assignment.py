@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, FSQ, LFQ, VQ, SimVQ
-from simvq_moe.core.nearest import nearest_few
+from simvq_moe.core.search.nearest import nearest_few
 from simvq_moe.quantizers import BSQ, IBQ, MLPVQ, PADDING, CosineVQ, GroupVQ, Quantizer
 
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {

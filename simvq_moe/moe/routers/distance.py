@@ -13,8 +13,8 @@ from torch import Tensor
 from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.ranges import Weight
 from simvq_moe.config.registry import register
-from simvq_moe.core.centring import far_centre
 from simvq_moe.core.moments import moments
+from simvq_moe.core.search.centring import far_centre
 from simvq_moe.moe.products import Product, is_learned, number_of_rows, products_of_map
 from simvq_moe.moe.routers.rows import RowOptions, RowRouter
 

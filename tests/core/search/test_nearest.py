@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simvq_moe.core.nearest import nearest
+from simvq_moe.core.search.nearest import nearest
 
 
 def brute_force(z: Tensor, codes: Tensor) -> Tensor:

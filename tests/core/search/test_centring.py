@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from simvq_moe.core import nearest as search
-from simvq_moe.core.centring import best_centre
-from simvq_moe.core.nearest import Codes, nearest, nearest_few
+from simvq_moe.core.search import nearest as search
+from simvq_moe.core.search.centring import best_centre
+from simvq_moe.core.search.nearest import Codes, nearest, nearest_few
 
 PLACES = ["both far", "codes far", "latents far", "most codes dead at the origin", "one latent"]
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simvq_moe.core import nearest as search
-from simvq_moe.core import screening
-from simvq_moe.core.nearest import Codes, nearest
-from simvq_moe.core.screening import GROUP, groups_that_may_win
+from simvq_moe.core.search import nearest as search
+from simvq_moe.core.search import screening
+from simvq_moe.core.search.nearest import Codes, nearest
+from simvq_moe.core.search.screening import GROUP, groups_that_may_win
 
 KINDS = ["gaussian", "clustered", "near ties", "shifted", "long and short", "tiny", "integers"]
 

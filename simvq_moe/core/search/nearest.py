@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.core.centring import SAMPLE, best_centre, far_centre, spread_sample
 from simvq_moe.core.precision import full_precision
-from simvq_moe.core.screening import GROUP, groups_that_may_win, is_worth_screening
+from simvq_moe.core.search.centring import SAMPLE, best_centre, far_centre, spread_sample
+from simvq_moe.core.search.screening import GROUP, groups_that_may_win, is_worth_screening
 
 TOKEN_TILE = 1024
 """Tokens that meet a tile of codes at once: their scores stay in the processor's cache."""
@@ -270,7 +270,7 @@ def _improve(
     """Put a tile's best code in place of the best so far wherever it is strictly better."""
     best_of, at_once = _best, TOKEN_TILE
     if _has_kernel(z):
-        from simvq_moe.core.nearest_triton import best_codes as best_of
+        from simvq_moe.core.search.nearest_triton import best_codes as best_of
 
         at_once = TOKEN_BLOCK
     for first in range(0, len(z), at_once):

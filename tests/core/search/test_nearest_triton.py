@@ -1,6 +1,6 @@
 """The Triton kernel finds what the matrix product finds: on a GPU, or in Triton's interpreter:
 
-TRITON_INTERPRET=1 python -m pytest tests/core/test_nearest.py tests/core/test_nearest_triton.py
+TRITON_INTERPRET=1 python -m pytest tests/core/search -k nearest
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
 
-from simvq_moe.core import nearest_triton  # noqa: E402  # needs Triton
-from simvq_moe.core.nearest import nearest  # noqa: E402
-from simvq_moe.core.nearest_triton import best_codes  # noqa: E402
+from simvq_moe.core.search import nearest_triton  # noqa: E402  # needs Triton
+from simvq_moe.core.search.nearest import nearest  # noqa: E402
+from simvq_moe.core.search.nearest_triton import best_codes  # noqa: E402
 
 runs = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="needs a CUDA device or TRITON_INTERPRET=1"
