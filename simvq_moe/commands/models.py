@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -205,7 +205,7 @@ def generate(args: Sequence[str]) -> int:
     )
     from simvq_moe.inference import generate as generation
 
-    of_drawing = {"top_k": options.top_k, "seed": options.seed}
+    of_drawing: dict[str, Any] = {"top_k": options.top_k, "seed": options.seed}
     given = options.temperature
     if options.out is not None:
         of_drawing["temperature"] = 1.0 if given is None else given

@@ -8,6 +8,7 @@ are given as `at`: "moe.router" there and "router" here.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
@@ -62,9 +63,9 @@ class MapOptions(PartOptions):
         """Channels of a base row under rows of this width."""
         return width
 
+    @abstractmethod
     def bank(self, base: Any, *, width: int | None = None, bias: bool = False) -> Any:
         """The `core.bank.Bank` of these base rows under this map."""
-        raise NotImplementedError
 
 
 @family(package="simvq_moe.moe.whitening", default="none")
@@ -75,9 +76,9 @@ class WhiteningOptions(PartOptions):
     That is one map shared by all rows, which data set and no gradient.
     """
 
+    @abstractmethod
     def build(self, width: int) -> Any:
         """The `core.whitening.Whitening`, or None."""
-        raise NotImplementedError
 
 
 @family(package="simvq_moe.moe.expert_kinds", default="gelu")
@@ -86,18 +87,18 @@ class ExpertOptions(PartOptions):
     """The network that each expert is."""
 
     @property
+    @abstractmethod
     def is_gated(self) -> bool:
         """Whether its first projection has a second half, the gate, above the first."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def kept_numbers(self) -> int:
         """Numbers kept for the backward pass between the projections, for each hidden channel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def activate(self, x: Any) -> Any:
         """The hidden channels, of what comes out of the first projection."""
-        raise NotImplementedError
 
 
 @family(package="simvq_moe.moe.balances", default="none")
@@ -115,13 +116,13 @@ class BalanceOptions(PartOptions):
         """Whether it decides the choice by biases."""
         return False
 
+    @abstractmethod
     def loss(self, logits: Any, counts: Any) -> Any:
         """A loss of one layer from its logits and the assignments of each expert."""
-        raise NotImplementedError
 
+    @abstractmethod
     def biases(self, experts: int, top_k: int) -> Any:
         """Biases of the choice, a `moe.balances.base.SelectionBias`, or None."""
-        raise NotImplementedError
 
 
 @family(package="simvq_moe.moe.routers", default="topk")
@@ -187,6 +188,7 @@ class RouterOptions(PartOptions):
         """The fields that are others once maps are merged into rows."""
         return {}
 
+    @abstractmethod
     def build(self, width: int, layer: MoEConfig, vocabulary: int | None) -> Any:
         """The `moe.routers.base.Router` of a layer.
 
@@ -195,7 +197,6 @@ class RouterOptions(PartOptions):
             layer: options of the layer, with its gates spelled out.
             vocabulary: number of vocabulary ids, for routers that go by them.
         """
-        raise NotImplementedError
 
     def misfits(self, at: str, layer: MoEConfig, width: int) -> Iterator[str]:
         del width

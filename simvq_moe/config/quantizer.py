@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -25,9 +26,9 @@ class QuantizerOptions(Options):
     residual_levels: Annotated[int, Range(1, 256)] = 1
     """Quantizers in a row, each for what the ones before it left over."""
 
+    @abstractmethod
     def build(self) -> Any:
         """The quantizer, or as many of them in a row as it has residual levels."""
-        raise NotImplementedError
 
     @classmethod
     def example(cls: type[Own]) -> Own:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
@@ -29,7 +30,7 @@ from simvq_moe.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ABC):  # noqa: B024  # each family has methods that its kinds must have
     """What every kind of every family has."""
 
     kind: str = ""

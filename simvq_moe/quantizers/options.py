@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,9 @@ from simvq_moe.quantizers.composed import ResidualGradient, ResidualQuantizer
 class LevelOptions(QuantizerOptions):
     """Of a kind that gives one level, of which several make a residual quantizer."""
 
+    @abstractmethod
     def level(self) -> AnyQuantizer:
         """A quantizer by itself."""
-        raise NotImplementedError
 
     def gradient_of_levels(self) -> ResidualGradient:
         """How the gradient of several levels' output reaches the latents."""
