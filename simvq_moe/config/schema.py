@@ -131,9 +131,9 @@ class AudioTokenizerConfig:
     hidden: Annotated[int, Range(1, 2**12)] = 32
     """Channels of the first convolution; every stride doubles them."""
     strides: tuple[Annotated[int, Range(2, 2**10)], ...] = (2, 4, 5, 8)
-    """Of the strided convolutions: a token covers their product in samples."""
+    """Strides of the convolutions; a token covers their product in samples."""
     dilations: tuple[Annotated[int, Range(1, 2**12)], ...] = (1, 3, 9)
-    """Of the residual units before every strided convolution and after its mirror image."""
+    """Dilations of the residual units around every strided convolution and its mirror image."""
     loss_windows: tuple[Annotated[int, Range(32, 2**20)], ...] = (32, 64, 128, 256, 512, 1024, 2048)
     """Samples of a frame of the spectrograms in the loss."""
     waveform_weight: Weight = 1.0

@@ -25,7 +25,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.costs.rank import Plan, RankCosts
 
 LARGEST = 10**9
-"""Of any number of a cluster."""
+"""The largest number that a cluster may have for anything."""
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,26 @@ class Cluster:
     """Machines of one kind."""
 
     nodes: int
-    """Machines."""
+    """Number of machines."""
     gpus_per_node: int
-    """GPUs of a machine."""
+    """Number of GPUs in each machine."""
     peak_tflops: float
-    """Of a GPU, 1e12 floating-point operations a second in the precision of train.dtype."""
+    """1e12 floating-point operations a second that one GPU does at best, in train.dtype."""
     efficiency: float
     """Share of the peak that forward and backward reach on one GPU beyond `overhead_ms`, while its
     neighbours work as well."""
     overhead_ms: float
-    """Of forward and backward of a micro-batch, however few its tokens: launches, Python."""
+    """Milliseconds that a micro-batch takes however few its tokens are: kernel launches, Python."""
     memory_gb: float
-    """Of a GPU, 1e9 bytes."""
+    """Memory of one GPU, in 1e9 bytes."""
     memory_gb_per_s: float
-    """Bandwidth of a GPU's memory, 1e9 bytes a second."""
+    """1e9 bytes a second that one GPU reads from or writes to its memory."""
     intra_node_gb_per_s: float
-    """That a GPU sends to others of its node."""
+    """1e9 bytes a second that one GPU sends to the others within its node."""
     inter_node_gb_per_s: float
-    """That a node sends to others, by all its adapters."""
+    """1e9 bytes a second that one node sends to the others, over all its adapters."""
     latency_us: float
-    """Of a message, 1e-6 seconds."""
+    """Microseconds that a message of no bytes takes."""
 
     @property
     def gpus(self) -> int:
@@ -72,7 +72,7 @@ class Prediction:
     mfu: float
     """Share of the peak of all GPUs that goes into the model's FLOPs."""
     memory_bytes: int
-    """Of a GPU."""
+    """Bytes that a rank needs of its GPU."""
 
     @property
     def step_s(self) -> float:

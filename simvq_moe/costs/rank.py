@@ -26,7 +26,7 @@ from simvq_moe.moe import MoE
 ADAM_BYTES = 28
 """Memory traffic of an update in float32: weight, gradient and two moments read, three written."""
 MOMENT_BYTES, MASTER_BYTES = 8, 4
-"""Of a parameter that a rank owns: Adam's moments, and the weights that ZeRO updates."""
+"""Bytes of a parameter that a rank owns: Adam's moments, and the weights that ZeRO updates."""
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,26 @@ class RankCosts:
 
     ranks: int
     tokens: int
-    """Tokens of the step on this rank."""
+    """Tokens that the rank has in a step."""
     flops_per_token: float
     parameter_bytes: int
-    """Weights of forward and backward, and what is not learned."""
+    """Bytes of the weights of forward and backward, and of what is not learned."""
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
     update_bytes: int
-    """Read and written by the optimizer step and the engine's copies of gradients and weights."""
+    """Bytes that the optimizer and the engine's copies of gradients and weights read and write."""
     dense_bytes: int
-    """Sent for gradients and weights of what all ranks share."""
+    """Bytes that the rank sends for gradients and weights of what all ranks share."""
     expert_bytes: int
-    """Sent for those of experts, between ranks that hold the same ones."""
+    """Bytes that it sends for those of experts, to the ranks that hold the same ones."""
     exchange_bytes: int
-    """Sent by all-to-all: tokens on their way to experts and back, and their gradients."""
+    """Bytes that it sends by all-to-all: tokens on their way to experts and back, and gradients."""
     reductions: int
     """Collectives of the first two kinds, and small ones: norms of gradients, counts of
     assignments, and the agreement of ranks to go on."""
     exchanges: int
-    """All-to-alls."""
+    """Number of all-to-alls."""
 
     @property
     def memory_bytes(self) -> int:

@@ -29,11 +29,11 @@ class Game(NamedTuple):
     """What a batch of recordings and their reconstructions cost either player."""
 
     adversarial: Float[Tensor, ""]
-    """Of the reconstructions: mean (1 - D(x'))^2."""
+    """What the verdict costs the reconstructions: mean (1 - D(x'))^2."""
     feature: Float[Tensor, ""]
-    """Of the reconstructions: mean |D_l(x) - D_l(x')| over layers l."""
+    """What unlike activations cost the reconstructions: mean |D_l(x) - D_l(x')| over layers l."""
     discriminator: Float[Tensor, ""]
-    """Of the discriminators: mean (1 - D(x))^2 + D(x')^2."""
+    """The loss of the discriminators: mean (1 - D(x))^2 + D(x')^2."""
 
 
 class Stack(nn.Module):

@@ -32,9 +32,9 @@ class Game(NamedTuple):
     """What a batch of images and their reconstructions cost either player."""
 
     adversarial: Float[Tensor, ""]
-    """Of the reconstructions."""
+    """What the verdict costs the reconstructions."""
     discriminator: Float[Tensor, ""]
-    """Of the discriminator: half the mean of relu(1 - D(x)) + relu(1 + D(x'))."""
+    """The loss of the discriminator: half the mean of relu(1 - D(x)) + relu(1 + D(x'))."""
 
 
 class PatchDiscriminator(Pretrained):

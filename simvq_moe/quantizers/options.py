@@ -16,7 +16,7 @@ from simvq_moe.quantizers.composed import ResidualGradient, ResidualQuantizer
 
 @dataclass(frozen=True)
 class LevelOptions(QuantizerOptions):
-    """Of a kind that gives one level, of which several make a residual quantizer."""
+    """Options of a kind that gives one level, of which several make a residual quantizer."""
 
     @abstractmethod
     def level(self) -> AnyQuantizer:
@@ -35,7 +35,7 @@ class LevelOptions(QuantizerOptions):
 
 @dataclass(frozen=True)
 class LearnedOptions(LevelOptions):
-    """Of codes that are learned, by a gradient or as averages."""
+    """Options of codes that are learned, by a gradient or as averages."""
 
     gradient: Gradient = "straight_through"
     """How the decoder's gradient reaches the encoder."""
@@ -57,7 +57,7 @@ class LearnedOptions(LevelOptions):
 
 @dataclass(frozen=True)
 class CodebookOptions(LearnedOptions):
-    """Of codes that are learned by a gradient."""
+    """Options of codes that are learned by a gradient."""
 
     codebook_weight: Weight = 1.0
     """Weight of |e - sg z|^2."""

@@ -61,7 +61,7 @@ class TokenizerTask(Task[Model]):
     loss_measure: ClassVar[str]
     """The held-out measure that is also called val/loss."""
     suffix: ClassVar[str]
-    """Of a sample's file."""
+    """The suffix of the file of a sample."""
 
     def __init__(self, config: Config, *, measures: Measures | None = None) -> None:
         crops = self.crops(config)

@@ -31,7 +31,7 @@ class StepOutcome(NamedTuple):
     finite_loss: bool
     """Whether the losses of all are finite."""
     norm: float
-    """Of the gradient over all ranks, before it was clipped."""
+    """Norm of the gradient over all ranks, before it was clipped."""
     terms: dict[str, Tensor]
     """The loss and its terms on this rank, and the norm."""
 
