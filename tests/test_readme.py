@@ -17,11 +17,12 @@ from simvq_moe.cli import main
 from simvq_moe.engine.world import World
 from tests.launching import ROOT, environment
 
+DOCS = ROOT / "docs"
 SHORT = (
     *("--train.steps", "2", "--train.log_every", "1", "--data.crops", "64"),
     *("--data.held_out_crops", "18", "--train.eval_batch_size", "256"),
 )
-QUICKSTARTS = ("launch/quickstart.sh", "launch/dashboard.sh", "simvq-moe sweep")
+QUICKSTARTS = ("launch/quickstart.sh", "launch/test.sh", "simvq-moe sweep")
 """Commands that train every arm, or need its runs: `test_the_quickstart_runs_in_a_fresh_clone`."""
 IN_THIS_PROCESS = tuple(
     f"simvq-moe {name} "
@@ -32,8 +33,13 @@ BENCH = "simvq-moe bench"
 """Minutes: `test_the_benchmark_prints_its_table`."""
 
 
+PAGES = ("README.md", "docs/start.md", "docs/tokenizers.md", "docs/python.md")
+"""Whose commands go on from each other; `test_docs` has the pages that stand alone."""
+
+
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = "".join((ROOT / page).read_text() for page in PAGES)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -109,13 +115,14 @@ def test_the_program_of_the_readme_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_the_paths_that_the_readme_names_exist() -> None:
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in DOCS.glob("*.md"))])
+def test_the_paths_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
     named = re.findall(r"`((?:simvq_moe|configs|launch|tests)/[\w./]*)`", text)
-    linked = re.findall(r"\]\(([\w./]+)\)", text)
-    assert len(named) > 5
-    for path in {*named, *linked}:
-        assert (ROOT / path).exists(), path
+    assert all((ROOT / path).exists() for path in named), named
+    linked = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
+    for path in linked:
+        assert ((ROOT / page).parent / path).exists(), path
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Numbers of the README are those of the studies' report.json, rounded once."""
+"""Numbers of the README and of the results page are those of report.json, rounded once."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def compared(where: tuple[str, str], arm: str, other: str, metric: str) -> dict[
 
 @pytest.fixture(scope="module")
 def readme() -> str:
-    return " ".join((ROOT / "README.md").read_text().split())
+    pages = (ROOT / "README.md", ROOT / "docs/results/index.md")
+    return " ".join(" ".join(page.read_text() for page in pages).split())
 
 
 @pytest.mark.parametrize(("where", "arm", "other", "metric", "words"), SENTENCES)
