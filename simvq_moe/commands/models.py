@@ -14,6 +14,7 @@ import tyro
 from simvq_moe.config.flags import check_range, parse_flags
 from simvq_moe.config.plugins import load_plugins
 from simvq_moe.config.ranges import COUNT, FACTOR, SEED
+from simvq_moe.errors import ConfigError
 from simvq_moe.terminal import is_first_rank
 
 
@@ -47,6 +48,11 @@ class EvalArgs(OfRun):
     """Image tokenizers: also the Frechet distance, by the InceptionV3 of torch-fidelity."""
     lpips: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Image tokenizers: also LPIPS, by torchvision's weights of VGG16."""
+    tasks: str | None = None
+    """Language models on text: tasks of lm-eval in place of the held-out set, names or .yaml files
+    with commas between them; their measures join the summary of a finished run."""
+    limit: int | None = None
+    """With --tasks: examples of each task at most, which then join no summary; None: all."""
     cache_dir: Path | None = None
     """Text: folder of what is derived from the source, such as the run's own data.cache_dir; None:
     .cache here, wherever the run's config says."""
@@ -55,12 +61,31 @@ class EvalArgs(OfRun):
 def evaluate(args: Sequence[str]) -> int:
     """Evaluate a run over its whole held-out set, or another source's: JSON."""
     options = _parsed(EvalArgs, args, "simvq-moe eval")
+    if options.tasks is not None:
+        return _evaluate_tasks(options)
+    if options.limit is not None:
+        raise ConfigError(f"--limit {options.limit} is for --tasks: add --tasks, or drop it")
     from simvq_moe.inference import evaluate as evaluation
 
     measures = [name for name in ("lpips", "rfid") if getattr(options, name)]
     found = evaluation.evaluate_run(
         options.run, options.data, measures=measures, cache_dir=options.cache_dir
     )
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+def _evaluate_tasks(options: EvalArgs) -> int:
+    for name in ("data", "rfid", "lpips", "cache_dir"):
+        if getattr(options, name):
+            raise ConfigError(f"--{name} with --tasks, which have data of their own: drop one")
+    check_range(limit=(options.limit, 1, COUNT))
+    from simvq_moe.inference import harness
+
+    names = [name.strip() for name in str(options.tasks).split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--tasks names no task: give names of lm-eval, or .yaml files")
+    found = harness.evaluate_tasks(options.run, names, limit=options.limit)
     print(json.dumps(found, indent=1))
     return 0
 

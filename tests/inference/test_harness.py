@@ -1,0 +1,102 @@
+"""Tasks of lm-eval on a run: a local one against the model's own likelihoods."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from simvq_moe.cli import main
+from simvq_moe.data.tokenizer import encode_text, load_tokenizer
+from simvq_moe.inference.harness import measures_of
+from simvq_moe.models.language_model import LanguageModel
+from simvq_moe.tasks.loading import load_model
+from tests.inference.test_export import run_of
+
+QUESTIONS = [
+    {"question": "to be or not", "choices": [" to be", " suffer"], "answer": 0},
+    {"question": "whether 'tis", "choices": [" to be", " nobler"], "answer": 1},
+    {"question": "that is the", "choices": [" or", " question"], "answer": 1},
+]
+
+
+def task_file(folder: Path) -> Path:
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    lines = [
+        "task: hamlet",
+        "dataset_path: json",
+        "dataset_kwargs:",
+        "  data_files:",
+        f"    test: {folder / 'questions.jsonl'}",
+        "test_split: test",
+        "output_type: multiple_choice",
+        'doc_to_text: "{{question}}"',
+        'doc_to_choice: "{{choices}}"',
+        'doc_to_target: "{{answer}}"',
+        'target_delimiter: ""',
+        "metric_list:",
+        "  - metric: acc",
+    ]
+    (folder / "hamlet.yaml").write_text("\n".join(lines) + "\n")
+    return folder / "hamlet.yaml"
+
+
+def accuracy(run: Path) -> float:
+    config, model = load_model(run)
+    assert isinstance(model, LanguageModel)
+    tokenizer = load_tokenizer(str(run / "tokenizer.json"), config.data.vocabulary)
+    right = 0
+    for example in QUESTIONS:
+        context = encode_text(tokenizer, str(example["question"]))
+        scores = []
+        for choice in example["choices"]:  # pyright: ignore[reportGeneralTypeIssues]
+            whole = encode_text(tokenizer, f"{example['question']}{choice}")
+            with torch.no_grad():
+                logits, _ = model.logits(torch.tensor([whole[:-1]]))
+            told = logits[0].log_softmax(-1)[range(len(whole) - 1), whole[1:]]
+            scores.append(float(told[len(context) - 1 :].sum()))
+        right += scores.index(max(scores)) == example["answer"]
+    return right / len(QUESTIONS)
+
+
+def test_a_local_task_measures_what_the_model_says_and_joins_the_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    run = run_of(tmp_path / "run")
+    (run / "summary.json").write_text('{"status": "finished", "val/loss": 1.5}')
+    assert main(["eval", str(run), "--tasks", str(task_file(tmp_path))]) == 0
+    expected = {"eval/hamlet/acc": accuracy(run)}
+    assert json.loads(capsys.readouterr().out) == pytest.approx(expected)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary == pytest.approx({"status": "finished", "val/loss": 1.5} | expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tasks", "arc_easy"), "pip install 'simvq-moe[eval]'"),
+        (("--tasks", " , "), "--tasks names no task"),
+        (("--tasks", "arc_easy", "--data", "x"), "--data with --tasks"),
+        (("--limit", "3"), "--limit 3 is for --tasks"),
+    ],
+)
+def test_what_can_not_be_evaluated_is_refused_in_a_line(
+    flags: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["eval", str(tmp_path), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_numbers_are_called_by_task_and_measure() -> None:
+    numbers = {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "hamlet", "f1,strict": 1}
+    assert measures_of({"a b": numbers}) == {"eval/a_b/acc": 0.5, "eval/a_b/f1_strict": 1.0}
