@@ -1,6 +1,7 @@
 """The optimizer: which parameters learn at which rate, its schedule, and whose AdamW steps.
 
-The kernel is the faster one here: DeepSpeed's on a GPU where it builds, else torch's.
+It is torch's fused kernel, on CPUs and GPUs alike; DeepSpeed's where the optimizer is offloaded
+from a GPU. Its FusedAdam would need a compiler, and counts a group's steps at its last parameter.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from simvq_moe.moe.routers.base import Router
 
 logger = logging.getLogger(__name__)
 
-Kernel = Literal["FusedAdam", "DeepSpeedCPUAdam", "AdamW"]
+Kernel = Literal["DeepSpeedCPUAdam", "AdamW"]
 
 
 def make_optimizer(
@@ -60,18 +61,16 @@ def choose_kernel(settings: Mapping[str, Any], device: torch.device) -> tuple[Ke
     """Which implementation, and why."""
     if device.type != "cuda":
         return "AdamW", "without a GPU DeepSpeed's takes minutes to compile and gains nothing"
+    if not offloads(settings):
+        return "AdamW", "its fused kernel comes with torch"
+    if settings.get("zero_force_ds_cpu_optimizer") is False:
+        return "AdamW", "zero_force_ds_cpu_optimizer is false"
     from deepspeed.ops import op_builder
 
     builders: Any = op_builder  # filled at run time by what the accelerator has
-    if offloads(settings):
-        if settings.get("zero_force_ds_cpu_optimizer") is False:
-            return "AdamW", "zero_force_ds_cpu_optimizer is false"
-        if not builders.CPUAdamBuilder().is_compatible(verbose=False):
-            return "AdamW", "DeepSpeedCPUAdam can't be built here"
-        return "DeepSpeedCPUAdam", "the optimizer is offloaded to the CPU"
-    if not builders.FusedAdamBuilder().is_compatible(verbose=False):
-        return "AdamW", "FusedAdam can't be built here"
-    return "FusedAdam", "it builds here"
+    if not builders.CPUAdamBuilder().is_compatible(verbose=False):
+        return "AdamW", "DeepSpeedCPUAdam can't be built here"
+    return "DeepSpeedCPUAdam", "the optimizer is offloaded to the CPU"
 
 
 def offloads(settings: Mapping[str, Any]) -> bool:

@@ -12,11 +12,14 @@ from collections.abc import MutableMapping
 from simvq_moe.config.loading import ConfigError
 
 FIRST_PORT, PORTS = 20_000, 10_000
-"""Ports of jobs: FIRST_PORT + job number modulo PORTS, so that jobs on one node differ."""
+STRIDE = 97
+"""Ports of steps: FIRST_PORT + (job number + STRIDE * step number) modulo PORTS, so that jobs on
+one node differ, and the steps of a job."""
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in a step of several tasks.
+    """Set RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in a step of
+    several tasks.
 
     What another launcher, or the user, has set stays.
 
@@ -36,8 +39,21 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
     environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
     environ["WORLD_SIZE"] = tasks
     environ.setdefault("MASTER_ADDR", first_host(nodes))
-    job = int(environ.get("SLURM_JOB_ID", "0"))
-    environ.setdefault("MASTER_PORT", str(FIRST_PORT + job % PORTS))
+    job, step = (int(environ.get(f"SLURM_{name}_ID", "0")) for name in ("JOB", "STEP"))
+    environ.setdefault("MASTER_PORT", str(FIRST_PORT + (job + STRIDE * step) % PORTS))
+    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_NTASKS_PER_NODE")
+    if per_node:
+        here = tasks_of_node(per_node, int(environ.get("SLURM_NODEID", "0")))
+        environ.setdefault("LOCAL_WORLD_SIZE", str(here))
+
+
+def tasks_of_node(tasks: str, node: int) -> int:
+    """Of SLURM's compressed list of tasks by node: node 2 of "4(x2),3" has 3."""
+    numbers: list[int] = []
+    for part in tasks.split(","):
+        number, _, times = part.rstrip(")").partition("(x")
+        numbers += [int(number)] * int(times or 1)
+    return numbers[min(node, len(numbers) - 1)]
 
 
 def first_host(nodes: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,9 @@ from simvq_moe.engine.settings import import_deepspeed
 from simvq_moe.errors import ConfigError
 
 T = TypeVar("T")
+
+SECONDS_BETWEEN_LOOKS = 0.05
+"""How long a rank that waits for another one's work sleeps."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,30 @@ class World:
         return result  # pyright: ignore[reportReturnType]
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """Work on rank 0 first: what it derives from the data once is then there for the others.
+        """Work on rank 0 first: what it derives from the data once is then there for the others,
+        which wait for as long as it takes.
 
         Raises:
             ConfigError: on every rank, if it was raised on one.
         """
-        done = self.agree(lambda: [work()] if self.is_main else [])
+        if self.size == 1:
+            return work()
+        store = dist.distributed_c10d._get_default_store()
+        turn = store.add(f"simvq_moe/turns/{self.rank}", 1)  # the same one on every rank
+        over = f"simvq_moe/turn/{turn}/over"
+
+        def first() -> list[T]:
+            # a collective call would give up after a while; a store that rank 0 took along raises
+            while not self.is_main and not store.check([over]):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            if not self.is_main:
+                return []
+            try:
+                return [work()]
+            finally:
+                store.set(over, "")
+
+        done = self.agree(first)
         return self.agree(lambda: done[0] if self.is_main else work())
 
 
@@ -98,9 +120,15 @@ def share_cores(environ: Mapping[str, str]) -> None:
     """Give each rank of a machine its part of the cores, unless OMP_NUM_THREADS says otherwise.
 
     torchrun sets that to 1; under `deepspeed` every rank would take all cores, and wait for them.
+    SLURM may say how many each has, and has bound it to these or not.
     """
+    if "OMP_NUM_THREADS" in environ:
+        return
+    if own := int(environ.get("SLURM_CPUS_PER_TASK") or 0):
+        torch.set_num_threads(min(own, torch.get_num_threads()))
+        return
     ranks = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or 1)
-    if ranks > 1 and "OMP_NUM_THREADS" not in environ:
+    if ranks > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
 
 

@@ -119,5 +119,6 @@ def _out_of_memory(config: Config, world: World) -> str:
 
 
 def _newest(config: Config) -> str:
-    step = checkpoint.latest_step(config.run_dir / "checkpoints")
-    return "no checkpoint yet" if step is None else f"newest checkpoint: step {step}"
+    """Every rank may say so, and none reads a checkpoint for it."""
+    steps = checkpoint.committed_steps(config.run_dir / "checkpoints")
+    return f"newest checkpoint: step {steps[-1]}" if steps else "no checkpoint yet"

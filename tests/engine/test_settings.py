@@ -157,3 +157,8 @@ def test_on_a_gpu_a_user_may_ask_for_torchs_optimizer_on_the_cpu() -> None:
     assert choose_kernel(settings, ON_GPU)[0] in ("DeepSpeedCPUAdam", "AdamW")
     settings |= {"zero_force_ds_cpu_optimizer": False}
     assert choose_kernel(settings, ON_GPU) == ("AdamW", "zero_force_ds_cpu_optimizer is false")
+
+
+def test_on_a_gpu_the_optimizer_is_torchs_unless_it_is_offloaded() -> None:
+    settings = {"zero_optimization": {"stage": 1}}
+    assert choose_kernel(settings, ON_GPU) == ("AdamW", "its fused kernel comes with torch")

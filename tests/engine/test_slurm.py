@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.engine.slurm import adopt_slurm, first_host
+from simvq_moe.engine.slurm import adopt_slurm, first_host, tasks_of_node
+from simvq_moe.engine.world import share_cores
 
 STEP = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
 NODES = {"SLURM_STEP_NODELIST": "gpu[007-008]", "SLURM_JOB_ID": "123456"}
@@ -54,3 +56,41 @@ def test_the_users_own_address_is_kept_and_a_missing_one_is_named() -> None:
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.1", "1234")
     with pytest.raises(ConfigError, match="export MASTER_ADDR"):
         adopt_slurm(dict(STEP))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "here"), [("4", 0, 4), ("4(x2),3", 1, 4), ("4(x2),3", 2, 3), ("8", 3, 8)]
+)
+def test_the_tasks_of_a_node_in_a_compressed_list(tasks: str, node: int, here: int) -> None:
+    assert tasks_of_node(tasks, node) == here
+
+
+@pytest.mark.parametrize(
+    ("told", "threads"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "4"}, 2),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "1"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "3"}, 3),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "16"}, 8),  # not bound
+    ],
+)
+def test_tasks_of_a_node_share_its_cores(told: dict[str, str], threads: int) -> None:
+    before = torch.get_num_threads()
+    environ = STEP | NODES | told
+    try:
+        torch.set_num_threads(8)
+        adopt_slurm(environ)
+        share_cores(environ)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_steps_of_a_job_and_neighbouring_jobs_meet_at_other_ports() -> None:
+    ports = set()
+    for job in ("123456", "123457"):
+        for step in ("0", "1"):
+            environ = STEP | NODES | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}
+            adopt_slurm(environ)
+            ports.add(environ["MASTER_PORT"])
+    assert len(ports) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from torch.testing import assert_close
 
 from simvq_moe.cli import main
+from simvq_moe.config.schema import Config
 from simvq_moe.engine.agreement import TrainingFailed
 from simvq_moe.engine.world import World
 from simvq_moe.runs import checkpoint
+from simvq_moe.training.run import _without_a_rank
 from tests.launching import ROOT, metrics, run
 from tests.short_training import train_flags
 from tests.two_ranks import TwoRanks
@@ -150,3 +153,18 @@ def test_a_run_does_not_go_on_with_other_data(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "are not those that runs/changed began with" in error
     assert (run_dir / "checkpoints" / "4").is_dir()
+
+
+def test_ranks_that_have_lost_one_name_the_newest_checkpoint_without_reading_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a terabyte and 1,000 ranks that would be a petabyte from a shared file system."""
+    config = replace(Config(), runs_dir=str(tmp_path), name="lost")
+    others = World(5, 8, torch.device("cpu"))
+    assert "(no checkpoint yet)" in _without_a_rank(config, others)
+    (config.run_dir / "checkpoints" / "10").mkdir(parents=True)
+    read: list[Path] = []
+    monkeypatch.setattr(checkpoint, "file_sha256", read.append)
+    said = _without_a_rank(config, others)
+    assert said.startswith("rank 5: another rank has ended (newest checkpoint: step 10)")
+    assert not read
