@@ -145,6 +145,7 @@ def test_models_come_back_in_evaluation_mode_and_compute_the_same(
 
 def test_a_quantizer_that_was_folded_in_a_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
     model = image_tokenizer()
+    assert isinstance(model.quantizer, SimVQ)
     model.quantizer = model.quantizer.fold()
     model.save_pretrained(tmp_path)
     assert type(ImageTokenizer.from_pretrained(tmp_path).quantizer) is VQ

@@ -36,8 +36,8 @@ def evaluate_tasks(
         ConfigError: lm-eval is missing, a task is unknown, or the run can't be exported.
     """
     try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             f"--tasks needs lm-eval ({error}): pip install 'simvq-moe[eval]'"
