@@ -8,6 +8,7 @@ environment test
 
 # tests start several processes of their own, which would fight over the cores
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+unset PYTHONDONTWRITEBYTECODE # compiled once, not in each of hundreds of processes
 ruff check .
 ruff format --check .
 pyright & # one core's work, beside that of the tests

@@ -43,15 +43,27 @@ class ForkedRun:
         log: file that its output is added to.
         ranks: its processes.
         variables: of its environment.
+        results: file that its standard output is added to; None: also to the log.
+        folder: that it works in; None: this one.
     """
 
     def __init__(
-        self, arguments: Sequence[str], log: Path, ranks: int, variables: Mapping[str, str]
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        ranks: int,
+        variables: Mapping[str, str],
+        results: Path | None = None,
+        folder: Path | None = None,
     ) -> None:
         context = get_context("forkserver")
         context.set_forkserver_preload([IMPORTS])
         self._process = context.Process(
-            target=_begin, args=(tuple(arguments), log, ranks, dict(variables), Path.cwd())
+            target=_begin,
+            args=(
+                *(tuple(arguments), results or log, log, ranks, dict(variables)),
+                *(folder or Path.cwd(),),
+            ),
         )
         # one that is interrupted has either not been started, or is known
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
@@ -100,15 +112,21 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _begin(
-    arguments: Sequence[str], log: Path, ranks: int, variables: Mapping[str, str], folder: Path
+    arguments: Sequence[str],
+    results: Path,
+    log: Path,
+    ranks: int,
+    variables: Mapping[str, str],
+    folder: Path,
 ) -> None:
     """What the forked process does; it never returns."""
     os.setsid()
     os.chdir(folder)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for source, stream in ((nothing, 0), (said, 1), (said, 2)):
-        os.dup2(source, stream)
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # as for `python -m simvq_moe`: plug-ins may lie there
+    added = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for stream, path, flags in ((0, os.devnull, os.O_RDONLY), (1, results, added), (2, log, added)):
+        os.dup2(os.open(path, flags, 0o666), stream)
     os.environ.clear()
     os.environ.update(variables)
     sys.argv = ["simvq-moe", *arguments]

@@ -27,7 +27,7 @@ from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.codes import draw_sequences
 from simvq_moe.tasks.decoder import Decoder
 from simvq_moe.tasks.registry import build_model, build_task, fit_to_data
-from tests.launching import metrics, run
+from tests.launching import metrics, run_forked
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
 
@@ -477,7 +477,9 @@ def test_two_ranks_write_the_bytes_of_one_and_train_on_them(
 ) -> None:
     folder = encoded["image"]
     # beside the shards of one rank, so that the run lies equally far away
-    done = run("encode", str(folder / "runs/run"), *to(folder / "two"), cwd=tmp_path, ranks=2)
+    done = run_forked(
+        "encode", str(folder / "runs/run"), *to(folder / "two"), cwd=tmp_path, ranks=2
+    )
     assert done.returncode == 0, done.stderr
     for path in (folder / "codes").iterdir():
         assert path.read_bytes() == (folder / "two" / path.name).read_bytes(), path.name

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launching import ROOT, run
+from tests.launching import ROOT, run_forked
 from tests.quantizers.test_plugin import cli
 
 SMALL = {
@@ -38,7 +38,7 @@ def write(file: Path, content: object) -> None:
 def test_a_router_of_one_file_trains_on_two_ranks_is_named_and_folds(folder: Path) -> None:
     mine = SMALL | {"plugins": ["my_router.py"], "moe": SMALL["moe"] | MINE}
     write(folder / "mine.yaml", mine)
-    done = run("train", "--config", "mine.yaml", "--name", "mine", cwd=folder, ranks=2)
+    done = run_forked("train", "--config", "mine.yaml", "--name", "mine", cwd=folder, ranks=2)
     assert done.returncode == 0, done.stderr
     meta = json.loads((folder / "runs/mine/meta.json").read_text())
     assert meta["plugins"] == ["my_router.py"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-from tests.launching import ROOT
+from tests.launching import run_forked
 
 SMALL = (
     *("--train.steps", "2", "--train.batch_size", "4", "--data.crops", "16", "--name", "mine"),
@@ -18,11 +17,7 @@ SMALL = (
 
 
 def cli(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "simvq_moe", *args]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(folder)}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    return run_forked(*args, cwd=folder)
 
 
 def test_a_quantizer_of_one_file_has_flags_checks_and_records_like_ours(tmp_path: Path) -> None:

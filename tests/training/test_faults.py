@@ -33,7 +33,7 @@ from tests.launching import (
     ROOT,
     metrics,
     rank_of,
-    run,
+    run_forked,
     start,
     start_local,
     start_tasks,
@@ -221,7 +221,7 @@ def test_ctrl_c_saves_exits_with_130_and_the_run_goes_on_as_if_nothing_had_happe
     meta = json.loads((run_dir / "meta.json").read_text())
     assert meta["threads"] == 1
     (run_dir / "meta.json").write_text(json.dumps(meta | {"threads": 7}))
-    resumed = run("train", "--name", "stopped", *flags, cwd=folder)
+    resumed = run_forked("train", "--name", "stopped", *flags, cwd=folder)
     assert resumed.returncode == 0, resumed.stderr
     other = "on 1 x 1 threads, not to the bit: it was on 1 x 7 threads"
     assert f"resuming runs/stopped at step {stopped_at} {other}\n" in resumed.stderr

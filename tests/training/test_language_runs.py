@@ -20,7 +20,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.tasks.registry import build_task
 from simvq_moe.tasks.text import LanguageModelTask
-from tests.launching import ROOT, metrics, run
+from tests.launching import ROOT, metrics, run_forked
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
 
@@ -54,7 +54,7 @@ def test_a_dense_run_leaves_the_records_of_any_run_and_is_reported_beside_a_mixt
     steps = ("--train.steps", "2", "--train.log_every", "1", "--data.source", source)
     for name, every in (("dense", "0"), ("moe", "1")):
         arm = ("--name", name, "--language_model.moe_every", every)
-        done = run("train", *TEXT, *steps, *arm, cwd=tmp_path)
+        done = run_forked("train", *TEXT, *steps, *arm, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert ("used" in done.stderr.splitlines()[-2]) == (name == "moe"), done.stderr
     dense = tmp_path / "runs" / "dense"
@@ -201,7 +201,7 @@ def test_a_compiled_run_trains_what_an_eager_one_does(
     found = []
     for compile in ("False", "True"):
         arm = ("--name", compile, "--train.compile", compile, "--train.log_every", "1")
-        done = run("train", *flags, *arm, cwd=tmp_path)
+        done = run_forked("train", *flags, *arm, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         found.append([line["train/loss"] for line in metrics(tmp_path / "runs" / compile)])
     # fused kernels round differently: in bfloat16 to 3 digits

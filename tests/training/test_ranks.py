@@ -17,7 +17,7 @@ from simvq_moe.engine.agreement import TrainingFailed
 from simvq_moe.engine.world import World
 from simvq_moe.runs import checkpoint
 from simvq_moe.training.run import _without_a_rank
-from tests.launching import ROOT, metrics, run
+from tests.launching import ROOT, metrics, run, run_forked
 from tests.short_training import train_flags
 from tests.two_ranks import TwoRanks
 
@@ -82,7 +82,7 @@ def test_two_copies_of_experts_split_over_two_ranks_train_what_one_process_does(
     flags += ("--data.source", str(folder / "corpus"))
     one = train_flags(world, folder, "--name", "experts_1", *flags)
     split = ("--name", "experts_4", "--moe.expert_parallel", "2")
-    finished = run("train", *flags, *split, cwd=folder, ranks=4)
+    finished = run_forked("train", *flags, *split, cwd=folder, ranks=4)
     assert finished.returncode == 0, finished.stderr
     four = folder / "runs" / "experts_4"
     for key in ("train/loss", "train/grad_norm", "val/loss"):

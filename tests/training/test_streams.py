@@ -18,7 +18,7 @@ from simvq_moe.engine.agreement import Interrupted
 from simvq_moe.engine.world import World
 from simvq_moe.runs import checkpoint
 from simvq_moe.training.loop import Trainer
-from tests.launching import metrics, run
+from tests.launching import metrics, run_forked
 from tests.two_ranks import TwoRanks
 
 FLAGS = (
@@ -104,7 +104,7 @@ def test_a_broken_shard_of_one_rank_ends_both_with_its_name_and_skip_goes_on(
     content = broken.read_bytes()
     broken.write_bytes(content[: len(content) // 3].ljust(len(content), b"x"))
     command = flags(tmp_path, "run", *on, steps=80)
-    stopped = run("train", *command, cwd=tmp_path, ranks=2)
+    stopped = run_forked("train", *command, cwd=tmp_path, ranks=2)
     assert stopped.returncode == 1
     ours = [line for line in stopped.stderr.splitlines() if str(broken) in line]
     assert len(ours) == 1, stopped.stderr
@@ -113,7 +113,7 @@ def test_a_broken_shard_of_one_rank_ends_both_with_its_name_and_skip_goes_on(
     assert 'File "' not in stopped.stderr.split(ours[0])[0]
     meta = json.loads((tmp_path / "runs" / "run" / "meta.json").read_text())
     assert meta["status"] == "failed"
-    done = run("train", *command, "--data.on_corrupt", "skip", cwd=tmp_path, ranks=2)
+    done = run_forked("train", *command, "--data.on_corrupt", "skip", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     assert f"skipped {broken} line " in (tmp_path / "runs" / "run" / "log.txt").read_text()
 
