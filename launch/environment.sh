@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it: `environment [extra]` makes .venv in the project's root, installs
-# the project there with the pinned versions, and changes into the root. Nothing outside is touched.
+# the project there with what training, reports and the embedded data need, in the pinned versions,
+# and changes into the root. Nothing outside is touched.
 # `supervised deepspeed ARGS` passes signals on to the ranks here, which save and stop (exit code 130):
 # the launcher alone would end and leave them running. `free_port` prints a port for ranks to meet at.
 
@@ -18,7 +19,7 @@ environment() {
         echo "environment: installing into .venv (about 2 GB, 2 minutes and the download)" >&2
         "$python" -m venv .venv
         .venv/bin/pip install --quiet --disable-pip-version-check \
-            --constraint constraints.txt --editable ".${extra:+[$extra]}"
+            --constraint constraints.txt --editable ".[train,report,image,demo${extra:+,$extra}]"
         echo "$wanted" > "$stamp"
     fi
     PATH="$PWD/.venv/bin:$PATH"

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from simvq_moe.moe import MoE
     from simvq_moe.quantizers import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["EMAVQ", "FSQ", "LFQ", "VQ", "MoE", "ResidualQuantizer", "SimVQ", "usage"]
 
 _HOMES = {"usage": "simvq_moe.core.usage", "MoE": "simvq_moe.moe"}

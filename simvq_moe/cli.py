@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import simvq_moe
 from simvq_moe.errors import ConfigError
+from simvq_moe.extras import is_missing
 from simvq_moe.terminal import USAGE_ERROR, ending, is_first_rank, open_streams
 
 
@@ -108,7 +109,10 @@ def _run(args: Sequence[str]) -> int:
             "simvq-moe --help lists them"
         )
     module, _, function = COMMANDS[args[0]].function.partition(":")
-    return getattr(importlib.import_module(f"simvq_moe.{module}"), function)(args[1:])
+    try:
+        return getattr(importlib.import_module(f"simvq_moe.{module}"), function)(args[1:])
+    except ModuleNotFoundError as error:
+        raise is_missing(error) or error from None
 
 
 def _overview() -> str:

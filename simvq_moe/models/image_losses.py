@@ -65,7 +65,8 @@ class LPIPS(nn.Module):
     def load(cls, file: Path) -> LPIPS:
         """From the file of VGG16's weights, and torchmetrics' heads."""
         spec = find_spec("torchmetrics")
-        assert spec is not None
+        if spec is None:
+            raise ModuleNotFoundError("no module torchmetrics", name="torchmetrics")
         assert spec.submodule_search_locations is not None
         root = Path(spec.submodule_search_locations[0])
         heads = root / "functional" / "image" / "lpips_models" / "vgg.pth"

@@ -86,7 +86,7 @@ def optional_measures(config: ImageTokenizerConfig, names: Sequence[str]) -> Ima
         network = LPIPS.load(file)
     if "rfid" in names:
         if not find_spec("torch_fidelity"):
-            raise ConfigError("--rfid needs torch-fidelity: pip install 'simvq-moe[image]'")
+            raise ConfigError("--rfid needs torch-fidelity: pip install 'simvq-moe[fid]'")
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         try:
