@@ -24,7 +24,7 @@ class Tokenizer(Pretrained):
 
     def reconstruct(
         self, x: Float[Tensor, "batch axis *axes"]
-    ) -> tuple[Float[Tensor, "batch axis *axes"], Quantized]:
+    ) -> tuple[Float[Tensor, "batch covered *sides"], Quantized]:
         """Samples through the codebook and back, and what the quantizer returned."""
         quantized = self.quantizer(self.latents(x))
         return self.samples(quantized.z_q), quantized
