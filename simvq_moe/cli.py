@@ -72,6 +72,14 @@ COMMANDS = {
         "commands.models:generate",
         "Let a language model's run continue a text, or make images or sound (--out).",
     ),
+    "recipes": Command(
+        "commands.looking:recipes",
+        "List the configs and sweeps that come with the package.",
+    ),
+    "init": Command(
+        "commands.looking:init",
+        "Copy a recipe to a file of your own: init image_quickstart.",
+    ),
     "bench": Command(
         "benchmarks.command:bench",
         "Measure against peers: bench quantizer, moe, train; or this machine: bench cluster.",

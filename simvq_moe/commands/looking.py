@@ -1,4 +1,4 @@
-"""`report`, `dashboard`, `watch` and `doctor`: what is there, and what it says."""
+"""`report`, `dashboard`, `watch`, `recipes`, `init`, `doctor`: what is there, what it says."""
 
 from __future__ import annotations
 
@@ -75,6 +75,44 @@ def watch(args: Sequence[str]) -> int:
     from simvq_moe.reports import watch as watching
 
     return watching.watch(options.runs_dir, once=options.once)
+
+
+@dataclass(frozen=True)
+class RecipesArgs:
+    """List the configs and sweeps that come with the package, as `--config` takes their names."""
+
+
+def recipes(args: Sequence[str]) -> int:
+    """List recipes with their question, hardware, minutes and numbers."""
+    parse_flags(RecipesArgs, args, "simvq-moe recipes")
+    from simvq_moe.config.recipes import recipes as all_recipes
+
+    for recipe in all_recipes():
+        print(
+            f"{recipe.name}\n  {recipe.question}\n  {recipe.hardware}\n  Expect: {recipe.expect}\n"
+        )
+    return 0
+
+
+@dataclass(frozen=True)
+class InitArgs:
+    """Copy a recipe to a file of your own."""
+
+    recipe: tyro.conf.Positional[str]
+    """Its name, which `simvq-moe recipes` lists."""
+    out: Path | None = None
+    """The file; None: that of the recipe, here."""
+
+
+def init(args: Sequence[str]) -> int:
+    """Copy a recipe to a file of your own."""
+    options = parse_flags(InitArgs, args, "simvq-moe init")
+    from simvq_moe.config.recipes import copy_out
+
+    out = options.out or Path(f"{Path(options.recipe).stem}.yaml")
+    copy_out(options.recipe, out)
+    print(f"init: {out}; it runs by --config {out}", file=sys.stderr)
+    return 0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from simvq_moe.config.conversion import SHOWN, WrongValueError, converted, shown
 from simvq_moe.config.old_keys import new_key
 from simvq_moe.config.plugins import check_loaded, load_plugins, named_plugins
+from simvq_moe.config.recipes import recipe_file
 from simvq_moe.config.registry import (
     Options,
     default_of,
@@ -158,10 +159,11 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        return read_yaml(file)
+        return read_yaml(recipe_file(file))
     except MissingFileError:
         raise ConfigError(
-            f"--config {file} does not exist: give a YAML file, such as those in configs/"
+            f"--config {file} does not exist: give a YAML file, or a recipe that "
+            "`simvq-moe recipes` lists"
         ) from None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from simvq_moe.config.conversion import shown
 from simvq_moe.config.loading import ConfigError, merge_files, suggestion, with_overrides
+from simvq_moe.config.recipes import recipe_file
 from simvq_moe.config.schema import Config
 from simvq_moe.files.regular import write_json
 from simvq_moe.runs.folder import status_of
@@ -45,7 +46,7 @@ class GroupSpec:
     question: str
     """The question, in a sentence."""
     config: str
-    """The config that all arms share, relative to the sweep's file."""
+    """The config that all arms share: a file, relative to the sweep's, or a recipe's name."""
     baseline: str
     """Arm that the others are compared with."""
     outcomes: tuple[str, ...]
@@ -155,7 +156,7 @@ def plan(files: Sequence[Path], arms: Sequence[str] = ()) -> SweepPlan:
     configs = {
         (name, arm): config
         for name, group in spec.groups.items()
-        for arm, config in _configs(spec, name, group, files[0].parent, origin).items()
+        for arm, config in _configs(spec, name, group, recipe_file(files[0]).parent, origin).items()
     }
     runs = [
         run_of(spec, group, arm, seed, config)
@@ -198,7 +199,9 @@ def _configs(
 ) -> dict[str, Config]:
     key = f"{origin}: groups.{name}"
     try:
-        base = merge_files(Config, [folder / group.config], plugins=True)
+        beside = folder / group.config
+        file = beside if beside.exists() else Path(group.config)
+        base = merge_files(Config, [file], plugins=True)
     except ConfigError as error:
         raise ConfigError(f"{key}.config {shown(group.config)}: {error}") from None
     for where, overrides in ((f"{origin}: set", spec.set), (f"{key}.set", group.set)):
