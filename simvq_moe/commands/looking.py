@@ -88,9 +88,8 @@ def recipes(args: Sequence[str]) -> int:
     from simvq_moe.config.recipes import recipes as all_recipes
 
     for recipe in all_recipes():
-        print(
-            f"{recipe.name}\n  {recipe.question}\n  {recipe.hardware}\n  Expect: {recipe.expect}\n"
-        )
+        said = (recipe.question, recipe.hardware, f"Expect: {recipe.expect}")
+        print("\n  ".join([recipe.name, *said]), end="\n\n")
     return 0
 
 
