@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from simvq_moe.benchmarks.timing import Step, best_of_rounds, installed
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.moe import ExpertOptions
-from simvq_moe.config.registry import of_kind
+from simvq_moe.config.registry import as_options
 from simvq_moe.moe import MoE
 from simvq_moe.moe.experts import FeedForward
 from simvq_moe.text_table import markdown
@@ -139,7 +139,7 @@ def layers(
     sizes = (case.width, case.hidden, case.experts, case.top_k)
     found: dict[str, tuple[str, Any, nn.Module]] = {}
     for kind in LIMITS:
-        expert = of_kind(ExpertOptions, kind, "expert")()
+        expert = as_options(ExpertOptions, kind, "expert")
         dense = FeedForward(case.width, case.top_k * case.hidden, expert=expert)
         ours = _routed(MoE(*sizes, expert=kind), rows)
         found[LIMITS[kind]] = (kind, dense, dense)

@@ -87,9 +87,12 @@ class _MeanInPieces(torch.autograd.Function):
         ctx.dtypes = x.dtype, matrix.dtype
         return nats.sum() / counted
 
+    # the decorator loses the names of parameters
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
         of_x, of_matrix, counted = ctx.saved_tensors
         scale = grads[0] / counted
         x_dtype, matrix_dtype = ctx.dtypes

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from simvq_moe import MoE
 from simvq_moe.config.moe import MapOptions
-from simvq_moe.config.registry import kinds
+from simvq_moe.config.registry import as_options, kinds
 from simvq_moe.core.bank import Bank
 from simvq_moe.moe.dispatch import within_capacity
 from simvq_moe.moe.experts import grouped_product
@@ -159,7 +159,7 @@ def test_a_map_starts_as_the_identity_so_that_step_0_equals_the_baseline(
     torch.manual_seed(1)
     plain = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K)
     torch.manual_seed(1)
-    made = kinds(MapOptions)[kind]()
+    made = as_options(MapOptions, kind, "map")
     mapped = MoE(
         *(WIDTH, HIDDEN, EXPERTS, TOP_K),
         **{site: TopKOptions(map=made) if site == "router" else made},  # pyright: ignore[reportArgumentType]

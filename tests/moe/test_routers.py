@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simvq_moe import MoE
 from simvq_moe.config.moe import ExpertOptions, MapOptions, RouterOptions
-from simvq_moe.config.registry import kinds, of_kind
+from simvq_moe.config.registry import as_options, kinds
 from simvq_moe.core.step_state import after_step
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.engine.world import World
@@ -350,7 +350,8 @@ def test_two_ranks_get_the_biases_and_means_of_one_process(
 @pytest.mark.parametrize("kind", ["linear", "diagonal"])
 def test_a_distance_router_starts_with_the_moments_of_its_input(kind: Any) -> None:
     torch.manual_seed(0)
-    options = DistanceOptions(map=of_kind(MapOptions, kind, "map")(train_base=False), init="data")
+    frozen = replace(as_options(MapOptions, kind, "map"), train_base=False)
+    options = DistanceOptions(map=frozen, init="data")
     router = DistanceRouter(WIDTH, 4000, TOP_K, options=options).double()
     scales = torch.arange(1, WIDTH + 1)
     x = torch.randn(4000, WIDTH, dtype=torch.float64) * scales + 3
