@@ -10,13 +10,24 @@ from typing import Any
 import pytest
 
 from simvq_moe.cli import main
+from simvq_moe.config.checks import check
 from simvq_moe.engine.world import World
+from simvq_moe.sweeps.plan import plan
 from tests.launching import ROOT
 from tests.test_readme import shortened
 
 TEXT = ("--data.source", str(ROOT / "tests" / "moe"))
 """A hundredth of the text that the pages train on."""
 PAGES = ("export.md", "transformers.md")
+
+
+def test_the_sweep_that_a_page_shows_would_start(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block)
+    runs = plan([tmp_path / "mine.yaml"]).runs
+    assert len(runs) == 12
+    for run in runs:
+        check(run.config)
 
 
 def blocks(page: str) -> list[tuple[str, str]]:

@@ -44,7 +44,7 @@ class Comparison:
     p_min: float | None
     """The smallest p that n pairs can give at all."""
     p_equivalent: float | None
-    """p of `tost`; None without a margin or a second pair."""
+    """p of `tost`; None without a margin, or n too small."""
 
 
 def compare(differences: Sequence[float], margin: float | None = None) -> Comparison:
@@ -63,7 +63,7 @@ def compare(differences: Sequence[float], margin: float | None = None) -> Compar
         interval=t_interval(d),
         p=permutation_p(d),
         p_min=smallest_p(len(d)),
-        p_equivalent=tost(d, margin) if margin and len(d) > 1 else None,
+        p_equivalent=tost(d, margin) if margin and len(d) >= LEAST_PAIRS_INTERVAL else None,
     )
 
 

@@ -36,6 +36,11 @@ from simvq_moe.files.regular import MissingFileError, printable
 from simvq_moe.files.yaml import plain_yaml, read_yaml
 
 T = TypeVar("T")
+FILES = (
+    ("groups", ("title", "seeds", "groups", "lr_grid"), "a sweep's file: use `simvq-moe sweep`"),
+    ("task", ("task", "data", "train", "moe"), "a run's config: use `simvq-moe train`"),
+)
+"""A key that only one kind of file has, keys by which that kind is known, and its command."""
 
 
 def merge_files(schema: type[T], files: Sequence[Path], *, plugins: bool = False) -> T:
@@ -239,6 +244,9 @@ class _Reading:
                 f"{self.origin}: {of_another_kind(key, shown(value), base.kind, others)}"
             )
         known = {*key_names(self.root), *key_names(schema, inside)}
+        for own, keys, file in FILES:
+            if not inside and name in keys and own not in known:
+                return ConfigError(f"{self.origin}: {printable(key)} is a key of {file}")
         hint = suggestion(key, sorted(known))
         return ConfigError(
             f"{self.origin}: unknown key {printable(key[:SHOWN])}.{hint} --help lists every key"

@@ -74,6 +74,16 @@ def usage_leaves(chart: Chart) -> list[str]:
     return [one.leaf for one in USAGE if chart in one.charts and "{" in one.name]
 
 
+def held_out_names() -> list[str]:
+    """Names of held-out measures of a whole run, such as a sweep's outcomes may be."""
+    found = []
+    for one in METRICS:
+        slots = [one.name.replace("{slots}", place) for place in WHOLE]
+        named = [name.replace("[val/]", "val/") for name in dict.fromkeys(slots)]
+        found += [name for name in named if name.startswith("val/") and "{" not in name]
+    return found
+
+
 def router_leaves(chart: Chart) -> list[str]:
     """The measures of routers of a chart, each as the last part of its names."""
     return [one.leaf for one in ROUTERS if chart in one.charts]

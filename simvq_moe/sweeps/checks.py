@@ -3,14 +3,16 @@ group and the arm."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 from simvq_moe.config.checks_values import name_problems
+from simvq_moe.config.loading import suggestion
 from simvq_moe.config.ranges import SEED
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
+from simvq_moe.records.catalogue import find, held_out_names
 from simvq_moe.sweeps.registration import unknown
 
 if TYPE_CHECKING:
@@ -26,6 +28,23 @@ def check_spec(spec: SweepSpec, origin: str) -> None:
     """Raise `ConfigError` for the first problem of a sweep by itself."""
     for problem in _problems(spec):
         raise ConfigError(f"{origin}: {problem}")
+
+
+def check_outcomes(spec: SweepSpec, configs: Mapping[tuple[str, str], Config], origin: str) -> None:
+    """Raise `ConfigError` for the first outcome that no run logs; plug-ins may log what they like.
+
+    Args:
+        configs: by group and arm.
+    """
+    for name, group in spec.groups.items():
+        if any(config.plugins for (of, _), config in configs.items() if of == name):
+            continue
+        for outcome in group.outcomes:
+            if find(outcome) is None:
+                raise ConfigError(
+                    f"{origin}: groups.{name}.outcomes {outcome!r} is no measure of a run."
+                    f"{suggestion(outcome, held_out_names())} docs/metrics.md lists them"
+                )
 
 
 def check_runs(

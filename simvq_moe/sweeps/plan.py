@@ -20,7 +20,7 @@ from simvq_moe.config.recipes import recipe_file
 from simvq_moe.config.schema import Config
 from simvq_moe.files.regular import write_json
 from simvq_moe.runs.folder import status_of
-from simvq_moe.sweeps.checks import check_spec
+from simvq_moe.sweeps.checks import check_outcomes, check_spec
 from simvq_moe.sweeps.registration import stamps
 
 PROCESS = f"{socket.gethostname()}-{os.getpid()}-"
@@ -158,6 +158,7 @@ def plan(files: Sequence[Path], arms: Sequence[str] = ()) -> SweepPlan:
         for name, group in spec.groups.items()
         for arm, config in _configs(spec, name, group, recipe_file(files[0]).parent, origin).items()
     }
+    check_outcomes(spec, configs, origin)
     runs = [
         run_of(spec, group, arm, seed, config)
         for seed in spec.seeds

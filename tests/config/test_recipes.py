@@ -71,6 +71,8 @@ def test_a_copy_is_refused_where_it_would_lie_on_a_file_and_for_no_recipe(
     for command, words in (
         ("init image_quickstart", "image_quickstart.yaml is there already"),
         ("init image_quickstrat --out x.yaml", "is no recipe: use one of audio_16khz_gpu"),
+        ("train --config sweeps/quickstart", "title is a key of a sweep's file: use `simvq-moe sw"),
+        ("sweep --config language_s64", "task is a key of a run's config: use `simvq-moe train`"),
         ("train --config nothing.yaml", "or a recipe that `simvq-moe recipes` lists"),
     ):
         assert main(command.split()) == 2

@@ -84,6 +84,7 @@ def test_a_plan_has_every_arm_with_every_seed_and_only_their_own_changes(folder:
         ("groups: {codes: {primary: {simvq: val/x}}}", ["groups.codes.primary.simvq 'val/x'"]),
         *((f"name: {name}", [f"name {name!r}"]) for name in ("../s", "a/b", "report", ".")),
         ("seeds: []", ["seeds []"]),
+        ("groups: {codes: {outcomes: [val/msee]}}", ["outcomes 'val/msee'", "val/mse"]),
         ("predictions: [P8, P99]", ["predictions 'P99'", "P1, P2"]),
         ("seeds: [0, 0]", ["seeds [0, 0]", "twice"]),
         ("seeds: [-1]", ["seeds -1"]),
