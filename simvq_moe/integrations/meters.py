@@ -122,8 +122,8 @@ def meter(model: PreTrainedModel) -> None:
             f"the experts of this {type(model).__name__} are split over ranks: use a model with "
             "whole weights, or shards of FSDP or ZeRO"
         )
-    top_k = model.config.get_text_config().num_experts_per_tok
-    meters = Meters(model, top_k)
+    # a dense model's config has no such key, and `Meters` refuses it
+    meters = Meters(model, getattr(model.config.get_text_config(), "num_experts_per_tok", 0))
     model.add_module(METERS, meters.train(model.training))
 
 
