@@ -52,7 +52,8 @@ def filling(out: Path, command: str, made_of: Mapping[str, Any]) -> Iterator[Non
         for left_over in out.rglob(f"{ASIDE}*"):
             left_over.unlink(missing_ok=True)
         sync_folder(out)
-        # the last touch: whoever finds no mark finds all files
+        (out / LOCK).unlink(missing_ok=True)
+        # the last touch: whoever finds no mark finds all files, and nothing else
         (out / MARK).unlink(missing_ok=True)
 
 
