@@ -45,16 +45,13 @@ def filling(out: Path, command: str, made_of: Mapping[str, Any]) -> Iterator[Non
     wanted = {"command": command, **made_of}
     _check(out, wanted)
     out.mkdir(parents=True, exist_ok=True)
-    with filled_alone(out):
-        _check(out, wanted)  # another process may have filled it meanwhile
-        write_json(out / MARK, wanted)
-        yield
-        for left_over in out.rglob(f"{ASIDE}*"):
-            left_over.unlink(missing_ok=True)
-        sync_folder(out)
-        (out / LOCK).unlink(missing_ok=True)
-        # the last touch: whoever finds no mark finds all files, and nothing else
-        (out / MARK).unlink(missing_ok=True)
+    write_json(out / MARK, wanted)
+    yield
+    for left_over in out.rglob(f"{ASIDE}*"):
+        left_over.unlink(missing_ok=True)
+    sync_folder(out)
+    # the last touch: whoever finds no mark finds all files
+    (out / MARK).unlink(missing_ok=True)
 
 
 def filled_alone(out: Path) -> AbstractContextManager[None]:

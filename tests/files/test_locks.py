@@ -32,22 +32,6 @@ def test_a_file_system_without_locks_goes_on(tmp_path: Path, monkeypatch: pytest
         pass
 
 
-def test_a_folder_that_is_being_filled_is_refused_and_stays_as_it_is(tmp_path: Path):
-    out = tmp_path / "out"
-    with filling(out, "decode", {"weights": "a"}):
-        (out / "file").write_text("half")
-        with (
-            pytest.raises(ConfigError, match="another process"),
-            filling(out, "decode", {"weights": "a"}),
-        ):
-            pass
-        assert (out / MARK).is_file()
-        (out / "file").write_text("whole")
-    assert [path.name for path in out.iterdir()] == ["file"]
-    with pytest.raises(ConfigError, match="not empty"), filling(out, "decode", {"weights": "a"}):
-        pass
-
-
 def test_what_was_left_half_filled_is_gone_on_with(tmp_path: Path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt), filling(out, "decode", {"weights": "a"}):
