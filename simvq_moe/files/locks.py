@@ -1,8 +1,9 @@
-"""Locks on files: one process at a time has a folder."""
+"""Locks: one process at a time has a folder."""
 
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import IO
 from simvq_moe.errors import ConfigError
 
 
-def take(lock: IO[bytes], refusal: str) -> str | None:
-    """Lock a file until it is closed.
+def take(lock: IO[bytes] | int, refusal: str) -> str | None:
+    """Lock an open file or folder until it is closed.
 
     Returns:
         Why it is not locked, where the file system has no locks (Lustre without -o flock, many
@@ -31,15 +32,15 @@ def take(lock: IO[bytes], refusal: str) -> str | None:
 
 
 @contextmanager
-def alone(file: Path, refusal: str) -> Iterator[None]:
-    """Hold a lock file, which is made and in the end removed.
+def alone(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold a folder, which is locked itself: nothing is left in it, however this process ends.
 
     Raises:
         ConfigError: another process holds it; its text is `refusal`.
     """
-    with file.open("ab") as lock:
-        take(lock, refusal)
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        take(descriptor, refusal)
+        yield
+    finally:
+        os.close(descriptor)

@@ -17,7 +17,6 @@ from simvq_moe.files.locks import alone
 from simvq_moe.files.regular import read_json, sync_folder, write_json
 
 MARK = "unfinished.json"
-LOCK = ".lock"
 ASIDE = ".tmp-"
 """Beginning of the names of files that are being written."""
 
@@ -45,13 +44,15 @@ def filling(out: Path, command: str, made_of: Mapping[str, Any]) -> Iterator[Non
     wanted = {"command": command, **made_of}
     _check(out, wanted)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / MARK, wanted)
-    yield
-    for left_over in out.rglob(f"{ASIDE}*"):
-        left_over.unlink(missing_ok=True)
-    sync_folder(out)
-    # the last touch: whoever finds no mark finds all files
-    (out / MARK).unlink(missing_ok=True)
+    with filled_alone(out):
+        _check(out, wanted)  # another process may have filled it meanwhile
+        write_json(out / MARK, wanted)
+        yield
+        for left_over in out.rglob(f"{ASIDE}*"):
+            left_over.unlink(missing_ok=True)
+        sync_folder(out)
+        # the last touch: whoever finds no mark finds all files
+        (out / MARK).unlink(missing_ok=True)
 
 
 def filled_alone(out: Path) -> AbstractContextManager[None]:
@@ -61,7 +62,7 @@ def filled_alone(out: Path) -> AbstractContextManager[None]:
         ConfigError: another process is filling it.
     """
     return alone(
-        out / LOCK,
+        out,
         f"--out {out} is being filled by another process: wait for it, or give a new folder",
     )
 
@@ -81,5 +82,5 @@ def _check(out: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def _content(folder: Path) -> list[Path]:
-    """What is in it, but for files that a command was about to write first."""
-    return [path for path in folder.iterdir() if path.name not in (f"{ASIDE}{MARK}", LOCK)]
+    """What is in it, but for a file that a command was about to write first."""
+    return [path for path in folder.iterdir() if path.name != f"{ASIDE}{MARK}"]

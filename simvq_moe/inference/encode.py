@@ -42,7 +42,7 @@ from simvq_moe.data.codes import (
 from simvq_moe.engine.devices import this_device
 from simvq_moe.engine.slurm import adopt_slurm
 from simvq_moe.engine.world import World, launched_ranks, start_distributed
-from simvq_moe.files.unfinished import ASIDE, LOCK, filled_alone
+from simvq_moe.files.unfinished import ASIDE, filled_alone
 from simvq_moe.inference.evaluate import with_source
 from simvq_moe.models.tokenizer import Tokenizer
 from simvq_moe.records.progress import SECONDS_BETWEEN_LINES, duration
@@ -254,9 +254,8 @@ def _check_folder(out: Path) -> None:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Whether it is a lock, or a killed process was writing this file, of which nothing is known to
-    be whole."""
-    return path.name.startswith(ASIDE) or path.name in (f"{MANIFEST}.tmp", LOCK)
+    """Whether a killed process was writing this file, of which nothing is known to be whole."""
+    return path.name.startswith(ASIDE) or path.name == f"{MANIFEST}.tmp"
 
 
 class _Progress:

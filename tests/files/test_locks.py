@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,23 @@ from simvq_moe.files.regular import is_told
 from simvq_moe.files.unfinished import MARK, filling
 
 
-def test_a_lock_that_is_held_is_refused_and_leaves_nothing(tmp_path: Path):
-    file = tmp_path / "lock"
-    with alone(file, "taken"), pytest.raises(ConfigError, match="taken"), alone(file, "taken"):
+def test_a_folder_that_is_held_is_refused_and_nothing_is_left_in_it(tmp_path: Path):
+    with alone(tmp_path, "taken"):
+        with pytest.raises(ConfigError, match="taken"), alone(tmp_path, "taken"):
+            pass
+        assert list(tmp_path.iterdir()) == []
+    with alone(tmp_path, "taken"):
         pass
-    assert not file.exists()
-    with alone(file, "taken"):
-        assert file.exists()
+
+
+def test_a_process_that_is_killed_holds_nothing_any_more(tmp_path: Path):
+    process = os.fork()
+    if process == 0:
+        with alone(tmp_path, "taken"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    with alone(tmp_path, "taken"):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_system_without_locks_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -28,7 +40,23 @@ def test_a_file_system_without_locks_goes_on(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with alone(tmp_path / "lock", "taken"):
+    with alone(tmp_path, "taken"):
+        pass
+
+
+def test_a_folder_that_is_being_filled_is_refused_and_stays_as_it_is(tmp_path: Path):
+    out = tmp_path / "out"
+    with filling(out, "decode", {"weights": "a"}):
+        (out / "file").write_text("half")
+        with (
+            pytest.raises(ConfigError, match="another process"),
+            filling(out, "decode", {"weights": "a"}),
+        ):
+            pass
+        assert (out / MARK).is_file()
+        (out / "file").write_text("whole")
+    assert [path.name for path in out.iterdir()] == ["file"]
+    with pytest.raises(ConfigError, match="not empty"), filling(out, "decode", {"weights": "a"}):
         pass
 
 
