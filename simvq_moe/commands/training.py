@@ -62,9 +62,12 @@ class SweepArgs:
     config: tyro.conf.UseAppendAction[tuple[Path, ...]]
     """A sweep, such as configs/sweeps/quickstart.yaml; give it again to merge another on top."""
     ranks: int = 1
-    """Processes of a run, more than one by the deepspeed launcher."""
+    """Processes of a run."""
     parallel: int = 1
     """Runs at a time, which share cores and GPUs."""
+    launcher: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Start every run anew, one of several processes by the deepspeed launcher, as always on GPUs;
+    else runs on CPUs are forked from one process that has imported everything."""
     arms: str = ""
     """Only these arms and their baselines, as in "vq,simvq" or "codes_512/vq"; empty: all."""
     index: int = 0
@@ -93,7 +96,7 @@ def sweep(args: Sequence[str]) -> int:
     runs = (*rate_grid.grid_runs(plan), *rate_grid.with_rates(plan).runs)
     origin = sweeps.origin_of(options.config)
     checks.check_runs(runs, origin, check_launch, options.ranks)
-    forks = forked_run.can_fork(here, [run.config for run in runs])
+    forks = not options.launcher and forked_run.can_fork(here, [run.config for run in runs])
     starter = forked_run.forked if forks else machine.launched
     own = execute.execute(plan, here, options.index, options.count, starter=starter)
     complete = all(run.status == "finished" for run in own)

@@ -95,7 +95,7 @@ class UsageCallback(TrainerCallback):
             return
         step = state.global_step
         metrics = usage_metrics(self.layers, counts)
-        self.last = {f"train/{name}": float(logs[name]) for name in ("loss",)} | metrics
+        self.last = {"train/loss": float(logs["loss"])} | metrics
         state.log_history.append(
             {name: metrics[name] for name in metrics if "/mean/" in name} | {"step": step}
         )

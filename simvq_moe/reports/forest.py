@@ -25,15 +25,12 @@ def outcomes_of(group: GroupResult) -> list[str]:
     return [name for name in dict.fromkeys(order) if name in drawn][:PANELS]
 
 
-def forest_figure(group: GroupResult, *, standalone: bool = False) -> str:
+def forest_figure(group: GroupResult) -> str:
     """Differences to the baseline as SVG, a panel an outcome; "" where nothing is paired.
 
     A point is the mean over paired seeds, its line the 95 % interval; where there are too few for
     an interval the single differences are drawn. Green: better by the whole interval; orange:
     worse.
-
-    Args:
-        standalone: with colours of its own, for a file; else with those of the page.
     """
     names, baseline = outcomes_of(group), group.baseline_arm
     arms = [arm for arm in group.arms if not arm.baseline and arm.n]
@@ -51,7 +48,7 @@ def forest_figure(group: GroupResult, *, standalone: bool = False) -> str:
         for label, arm in zip(panels[0].get_yticklabels(), arms, strict=True):
             label.set_style("italic" if arm.control else "normal")
         about = f"Differences to {baseline.label} with 95 % intervals, arm by arm"
-        return plots.svg(figure, about, standalone=standalone)
+        return plots.svg(figure, about)
 
 
 def _draw_panel(axes: Axes, pairs: Sequence[Paired | None], name: str) -> None:

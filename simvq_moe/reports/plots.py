@@ -60,6 +60,11 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.formatter.useoffset": False,
 }
+FILE = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+    'style="background: white" '
+)
+"""How the element begins where it is a file."""
 SKIPPED_START = 0.05
 """Share of the steps at the start whose losses don't widen the axis."""
 
@@ -278,26 +283,26 @@ def _frame(axes: Axes, curves: Sequence[Curve], name: str) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
 
 
-def svg(figure: Figure, description: str, *, standalone: bool = False) -> str:
-    """The figure as an element of a page: no header, no fixed size, colours by variable.
+def as_file(svg: str) -> str:
+    """A figure of the page as a file of its own: in the placeholders' colours, on white."""
+    for i, colour in enumerate(ARM_COLOURS):
+        svg = svg.replace(f"var(--arm-{i})", colour)
+    return svg.replace("var(--ink)", INK).replace("<svg ", FILE, 1)
 
-    Args:
-        standalone: it is a file of its own, in black on white.
-    """
+
+def svg(figure: Figure, description: str) -> str:
+    """The figure as an element of a page: no header, no fixed size, colours by variable."""
     stream = io.StringIO()
-    figure.patch.set_facecolor("white")
-    figure.savefig(stream, format="svg", transparent=not standalone, metadata={"Date": None})
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    names = r'<svg xmlns="http://www.w3.org/2000/svg" \1>' if standalone else r"<svg \1>"
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', names, svg, count=1)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg, count=1)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
-    if not standalone:
-        for i, colour in enumerate(ARM_COLOURS):
-            svg = svg.replace(colour, f"var(--arm-{i})")
-        svg = svg.replace(INK, "var(--ink)")
+    for i, colour in enumerate(ARM_COLOURS):
+        svg = svg.replace(colour, f"var(--arm-{i})")
+    svg = svg.replace(INK, "var(--ink)")
     escaped = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)

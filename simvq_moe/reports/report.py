@@ -89,9 +89,9 @@ def _write(out: Path, results: Results, figures: Sequence[Figures]) -> Report:
         table=_terminal_text(results),
     )
     write_atomically(written.json, json.dumps(results.as_json(), allow_nan=False))
-    for i, group in enumerate(results.groups, start=1):
-        if drawn := forest_figure(group, standalone=True):
-            write_atomically(out / f"forest-{i}.svg", drawn)
+    for i, drawn in enumerate(figures, start=1):
+        if drawn.forest:
+            write_atomically(out / f"forest-{i}.svg", plots.as_file(str(drawn.forest)))
     write_atomically(written.markdown, _render("report.md.j2", results, []))
     write_atomically(written.html, _render("report.html.j2", results, figures))
     return written

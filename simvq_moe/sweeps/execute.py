@@ -22,6 +22,7 @@ from simvq_moe.sweeps import rate_grid
 from simvq_moe.sweeps.followed import USAGE_ERROR, Clock, Followed, Process
 from simvq_moe.sweeps.machine import Machine, Starter, launched, stop
 from simvq_moe.sweeps.plan import PlannedRun, SweepPlan, share, write_plan
+from simvq_moe.sweeps.registration import stamps
 
 SECONDS_BETWEEN_LOOKS = 0.3
 
@@ -50,8 +51,10 @@ def execute(
     ]
     options = ("--ranks", str(machine.ranks), "--parallel", str(machine.parallel))
 
+    registered = stamps(plan.files, plan.spec.predictions, plan.folder)
+
     def changed() -> None:
-        write_plan(rate_grid.with_rates(plan), options, rate_grid.chosen(plan))
+        write_plan(rate_grid.with_rates(plan), options, registered, rate_grid.chosen(plan))
 
     changed()
     done = sum(run.status == "finished" for run in own)

@@ -19,9 +19,9 @@ from simvq_moe.config.loading import ConfigError, merge_files, suggestion, with_
 from simvq_moe.config.recipes import recipe_file
 from simvq_moe.config.schema import Config
 from simvq_moe.files.regular import write_json
+from simvq_moe.runs.files import Stamp
 from simvq_moe.runs.folder import status_of
 from simvq_moe.sweeps.checks import check_outcomes, check_spec
-from simvq_moe.sweeps.registration import stamps
 
 PROCESS = f"{socket.gethostname()}-{os.getpid()}-"
 """Tells the tasks of a job array apart, which may write the same file at the same time."""
@@ -225,12 +225,14 @@ def run_of(
 def write_plan(
     plan: SweepPlan,
     options: Sequence[str] = (),
+    registered: Sequence[Stamp] = (),
     rates: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """sweep.json: the groups, arms and runs, for the report.
 
     Args:
         options: what the command had beside the sweep's files and arms.
+        registered: what was written down beforehand.
         rates: learning rates that a grid has chosen, by group/arm.
     """
     arms = ("--arms", ",".join(plan.arms)) if plan.arms else ()
@@ -241,7 +243,7 @@ def write_plan(
         "title": plan.spec.title,
         "command": shlex.join(["simvq-moe", "sweep", *configs, *arms, *options]),
         "predictions": list(plan.spec.predictions),
-        "registered": stamps(plan.files, plan.spec.predictions, plan.folder),
+        "registered": [stamp.model_dump() for stamp in registered],
         **({} if grid is None else {"lr_grid": asdict(grid)}),
         "groups": [_group(plan, name, rates or {}) for name in plan.spec.groups],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from simvq_moe.config.recipes import recipe_file
 from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.runs.files import Stamp, read_sweep
 from simvq_moe.runs.history import last_change, shown_name
@@ -19,9 +20,7 @@ def unknown(numbers: Sequence[str]) -> str | None:
     return None
 
 
-def stamps(
-    files: Sequence[Path], predictions: Sequence[str], folder: Path
-) -> list[dict[str, str | None]]:
+def stamps(files: Sequence[Path], predictions: Sequence[str], folder: Path) -> list[Stamp]:
     """One for each file, and for each earlier state of it in which runs were started.
 
     Args:
@@ -31,12 +30,13 @@ def stamps(
     """
     rules = _rules() if predictions else {}
     rule_files = [rules[number] for number in predictions]
-    found = [_stamp(file) for file in dict.fromkeys([*files, *rule_files])]
+    own = [recipe_file(file) for file in files]
+    found = [_stamp(file) for file in dict.fromkeys([*own, *rule_files])]
     try:
         before = read_sweep(folder).registered or []
     except BrokenFileError:  # it is the first time, or the file is written anew
         before = []
-    return [one.model_dump() for one in [*before, *(one for one in found if one not in before)]]
+    return [*before, *(one for one in found if one not in before)]
 
 
 def _rules() -> dict[str, Path]:

@@ -87,18 +87,18 @@ def test_stamps_are_the_last_change_that_is_committed_and_earlier_ones_stay(tmp_
     file, folder = tmp_path / "s.yaml", tmp_path / "runs"
     folder.mkdir()
     file.write_text("name: s\n")
-    assert stamps([file], [], folder) == [
-        {"file": f"{tmp_path.name}/s.yaml", "commit": None, "date": None}
-    ]
+    name = f"{tmp_path.name}/s.yaml"
+    assert stamps([file], [], folder) == [Stamp(file=name)]
     git("init", "-q")
     git("add", "s.yaml")
     git("commit", "-qm", "first")
     first = stamps([file], [], folder)
-    assert first[0]["commit"] == git("rev-parse", "--short=12", "HEAD").strip()
-    assert first[0]["date"] == git("log", "-1", "--format=%cI").strip()
+    assert first[0].commit == git("rev-parse", "--short=12", "HEAD").strip()
+    assert first[0].date == git("log", "-1", "--format=%cI").strip()
     arm = {"name": "a", "runs": []}
     content = {"groups": [{"name": "g", "baseline": "a", "outcomes": [], "arms": [arm]}]}
-    write_json(folder / "sweep.json", content | {"registered": first})
+    saved = {"registered": [stamp.model_dump() for stamp in first]}
+    write_json(folder / "sweep.json", content | saved)
     assert stamps([file], [], folder) == first
     file.write_text("name: other\n")
-    assert stamps([file], [], folder) == [*first, {**first[0], "commit": None, "date": None}]
+    assert stamps([file], [], folder) == [*first, Stamp(file=name)]

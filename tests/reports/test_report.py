@@ -7,6 +7,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -410,6 +411,7 @@ def test_differences_are_drawn_first_and_lie_in_a_file_for_markdown(small: Path)
     assert text.count("](forest-1.svg)") == text.count("](forest-2.svg)") == 1
     for i in (1, 2):
         drawn = (small / f"forest-{i}.svg").read_text()
+        assert ElementTree.fromstring(drawn).tag == "{http://www.w3.org/2000/svg}svg"
         assert "var(--" not in drawn
         assert "MSE ↓" in drawn or "bits/byte ↓" in drawn
     # each measure is defined once, where it first stands
