@@ -9,7 +9,6 @@ content, so that a changed corpus is encoded anew and an equal one never is.
 from __future__ import annotations
 
 import codecs
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +53,7 @@ from simvq_moe.data.tokenizer import (
 )
 from simvq_moe.data.tokens import Corpus, is_token_folder, load_tokens, write_tokens
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.locks import alone, in_turn
 from simvq_moe.files.regular import printable, sync_folder
 
 if TYPE_CHECKING:
@@ -73,9 +73,8 @@ COLUMNS = ("key", "name", "domain", "text")
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1024, 2**24
 """Documents that wait in memory until they are written, or one more than so long together."""
 
-BUILDING, LOCK = "building-", ".lock"
-"""Beginning of the name of a folder that is being built in the cache, and what its builder keeps
-locked in it."""
+BUILDING = "building-"
+"""Beginning of the name of a folder that is being built in the cache; its builder holds it."""
 SECONDS_TO_BUILD = 7 * 86_400.0
 """After which a folder without a lock is taken for left over."""
 
@@ -178,15 +177,8 @@ def build_once(folder: Path, fill: Callable[[Path, Path], None]) -> None:
     """
     fresh = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left_over(folder.parent)
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder.parent) as aside,
-            Path(aside, LOCK).open("wb") as lock,
-            _quiet(),
-        ):
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with _aside(folder.parent) as aside, _quiet():
             built = Path(aside, "built")
             built.mkdir()
             fill(built, Path(aside, "scratch"))
@@ -209,19 +201,26 @@ def build_once(folder: Path, fill: Callable[[Path, Path], None]) -> None:
         raise
 
 
+@contextmanager
+def _aside(cache: Path) -> Iterator[Path]:
+    """A folder to build in, held by this process; what ended processes were building is removed.
+
+    It is made and held in one turn of the cache: between the two it would look left over.
+    """
+    with ExitStack() as kept:
+        with in_turn(cache):
+            _remove_left_over(cache)
+            made = tempfile.TemporaryDirectory(prefix=BUILDING, dir=cache)
+            aside = Path(kept.enter_context(made))
+            kept.enter_context(in_turn(aside))
+        yield aside
+
+
 def _remove_left_over(cache: Path) -> None:
-    """Remove what processes that have ended were building: a living one holds its lock."""
+    """Remove what processes that have ended were building: a living one holds its folder."""
     for aside in cache.glob(f"{BUILDING}*"):
-        try:
-            with Path(aside, LOCK).open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                dead = True
-        except BlockingIOError:
-            continue
-        except OSError:  # it has no lock yet, or no more, or there are none here
-            dead = False
-        with suppress(OSError):
-            if dead or time.time() - aside.stat().st_mtime > SECONDS_TO_BUILD:
+        with suppress(ConfigError, OSError), alone(aside, "it is being built") as held:
+            if held or time.time() - aside.stat().st_mtime > SECONDS_TO_BUILD:
                 shutil.rmtree(aside)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -32,15 +32,32 @@ def take(lock: IO[bytes] | int, refusal: str) -> str | None:
 
 
 @contextmanager
-def alone(folder: Path, refusal: str) -> Iterator[None]:
+def alone(folder: Path, refusal: str) -> Iterator[bool]:
     """Hold a folder, which is locked itself: nothing is left in it, however this process ends.
+
+    Yields:
+        Whether it is held: not so on a file system without locks.
 
     Raises:
         ConfigError: another process holds it; its text is `refusal`.
     """
+    with _opened(folder) as descriptor:
+        yield take(descriptor, refusal) is None
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is locked itself, as soon as no other process does."""
+    with _opened(folder) as descriptor:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        take(descriptor, refusal)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)

@@ -5,10 +5,12 @@ import fcntl
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,8 @@ from simvq_moe.config.loading import ConfigError
 from simvq_moe.data import documents, text
 from simvq_moe.data.held_out import held_out_by_content
 from simvq_moe.data.order import place_of
-from simvq_moe.data.text import check_source, token_windows
+from simvq_moe.data.text import build_once, check_source, token_windows
+from simvq_moe.files.locks import alone
 
 WORDS = ["shared", "map", "code", "expert", "idle", "naïve", "漢字", "🙂", "<|endoftext|>\t\r\n"]
 
@@ -338,17 +341,45 @@ def test_embedded_text_passes_the_check(source):
 
 def test_what_a_dead_process_was_building_goes_and_what_a_living_one_builds_stays(source, tmp_path):
     cache = tmp_path / "cache"
-    dead, living, unlocked, old = (cache / f"building-{name}" for name in "abcd")
-    for folder in (dead, living, unlocked, old):
+    dead, living = cache / "building-a", cache / "building-b"
+    for folder in (dead, living):
         (folder / "built").mkdir(parents=True)
         (folder / "built" / "train.npy").write_bytes(b"half")
-    (dead / ".lock").touch()
-    os.utime(old, (0, 0))
-    with (living / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(living, "taken"):
         windows(source, cache)
-    left = sorted(path.name for path in cache.glob("building-*"))
-    assert left == [living.name, unlocked.name]
+    assert list(cache.glob("building-*")) == [living]
+
+
+def test_two_processes_that_start_at_once_build_one_cache(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one has just made, and does not hold yet, is not left over to the other."""
+    lock = fcntl.flock
+
+    def late(*wanted: Any) -> None:
+        time.sleep(0.002)
+        lock(*wanted)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    context = multiprocessing.get_context("fork")
+    barrier, failed = context.Barrier(2), context.Value("i", 0)
+
+    def build_all() -> None:
+        try:
+            for i in range(50):
+                barrier.wait(30)
+                build_once(tmp_path / f"text-{i}", lambda built, _: (built / "a").touch())
+        except OSError:
+            failed.value = 1
+            barrier.abort()
+
+    processes = [context.Process(target=build_all) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert not failed.value
+    assert len(list(tmp_path.iterdir())) == 50
 
 
 def test_a_file_system_without_locks_holds_a_cache(
@@ -361,7 +392,13 @@ def test_a_file_system_without_locks_holds_a_cache(
     (tmp_path / "texts").mkdir()
     for i in range(30):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"document {i} alpha beta gamma")
+    young, old = tmp_path / "cache" / "building-a", tmp_path / "cache" / "building-b"
+    for left in (young, old):
+        left.mkdir(parents=True)
+    os.utime(old, (0, 0))
     found: Any = token_windows(
         str(tmp_path / "texts"), vocabulary=257, context=8, cache_dir=str(tmp_path / "cache")
     )
+    assert young.exists()
+    assert not old.exists()
     assert found.decode(np.asarray(found.train.tokens)).count("alpha") > 20
