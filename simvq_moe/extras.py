@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from simvq_moe.errors import ConfigError
 
 EXTRAS = {
@@ -20,6 +22,9 @@ EXTRAS = {
     **dict.fromkeys(("captcha", "skimage", "sklearn"), "demo"),
     "transformers": "hf",
     "lm_eval": "eval",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+    "wandb": "wandb",
 }
 """By the name that is imported."""
 
@@ -27,6 +32,16 @@ EXTRAS = {
 def is_missing(error: ModuleNotFoundError) -> ConfigError | None:
     """The line for a package that is not installed; None: no extra brings it."""
     name = (error.name or "").partition(".")[0]
-    if name not in EXTRAS:
-        return None
-    return ConfigError(f"{name} is not installed: pip install 'simvq-moe[{EXTRAS[name]}]'")
+    return ConfigError(not_installed(name)) if name in EXTRAS else None
+
+
+def not_installed(name: str) -> str:
+    """What to say of a package that is missing, by the name that is imported."""
+    way = f"'simvq-moe[{EXTRAS[name]}]'" if name in EXTRAS else name
+    return f"{name} is not installed: pip install {way}"
+
+
+def is_installed(name: str) -> bool:
+    """Whether there is a package to import, which a folder that has its name is not."""
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None

@@ -13,6 +13,7 @@ MODELS = {"core", "quantizers", "moe", "models"}
 RUNS = {"config", "engine", "runs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "extras": {"errors"},
     "text_table": set(),
     "files": {"errors"},
     "core": set(),
@@ -25,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": {"core", "config", "files", "records"},
     "engine": {"errors", "files", "config", *MODELS},
     "runs": {"errors", "files", "config", "engine", "data", *MODELS},
-    "records": {"files", "text_table", *RUNS, *MODELS},
+    "records": {"errors", "extras", "files", "text_table", *RUNS, *MODELS},
     "tasks": {"errors", "files", "data", "records", *RUNS, *MODELS},
     "costs": {"text_table", "config", "engine", "tasks", *MODELS},
     "training": {"errors", "files", "data", "records", "tasks", "costs", *RUNS, *MODELS},

@@ -35,7 +35,7 @@ BROKEN = "broken"
 """Status of a run with a file that can't be read."""
 FILES = {"config.yaml", "meta.json", "metrics.jsonl"}
 """A folder that has two of them is a run."""
-PARTS = {"checkpoints", "samples", "tensorboard", "profile"}
+PARTS = {"checkpoints", "samples", "tensorboard", "wandb", "profile"}
 """Folders of a run, in which there are no other runs."""
 
 T = TypeVar("T")

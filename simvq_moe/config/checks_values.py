@@ -15,7 +15,7 @@ from simvq_moe.config.schema import Config
 LIST = 64
 """Values of a list at most."""
 
-RESERVED = ("report", "checkpoints", "tensorboard", "samples", "profile")
+RESERVED = ("report", "checkpoints", "tensorboard", "wandb", "samples", "profile")
 """Folders that stand beside runs, or within one."""
 PART_BYTES, NAME_BYTES = 200, 1000
 """Of a part of a name, and of a name: file systems end at 255 and 4,096."""

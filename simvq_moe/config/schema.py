@@ -252,6 +252,11 @@ class TrainConfig:
     """Latest checkpoints kept."""
     keep_every: CountOr0 = 0
     """Checkpoints at multiples of this step are kept for good; 0: none."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where the run is logged to beside its metrics.jsonl: tensorboard, wandb, mlflow, trackio, or
+    a plug-in's; one that fails is named once and left alone."""
+    tracker_project: str = "simvq_moe"
+    """Project of the run in wandb and trackio, experiment in mlflow."""
     on_not_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient norm that is NaN or infinite: end the run, or change nothing in that step,
     count it as train/skipped_steps and end the run after 10 in a row."""

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl (the source of truth), usage.npz, TensorBoard, meta.json.
+"""What a run leaves behind: metrics.jsonl (the source of truth), usage.npz, trackers, meta.json.
 
 Only rank 0 writes. Going on from a checkpoint drops what was logged after it, so that an
 interrupted run leaves the same records as an uninterrupted one.
@@ -10,14 +10,15 @@ import json
 import logging
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simvq_moe.config.schema import Config
+from simvq_moe.config.schema import Config, TrainConfig
 from simvq_moe.files.arrays import Layout, read_arrays
 from simvq_moe.files.regular import (
     BrokenFileError,
@@ -28,7 +29,8 @@ from simvq_moe.files.regular import (
     written_whole,
 )
 from simvq_moe.records.dead_slots import DeadSlots
-from simvq_moe.records.tensorboard import TensorBoard
+from simvq_moe.records.trackers.base import LoggedLine, TrackedRun
+from simvq_moe.records.trackers.guarded import Trackers
 from simvq_moe.records.usage_metrics import Layer
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,10 @@ class RunLog:
         layers: the counted layers.
         step: the step that the run goes on from, 0 for a new one.
         steps: those of the whole run.
-        config: shown in TensorBoard; None: the run is another library's.
+        config: says where else the run is logged to; None: the run is another library's, and is
+            logged to TensorBoard.
+        tracker_ids: of the run in trackers that have ids.
+        known: trackers that have had what metrics.jsonl holds so far.
     """
 
     def __init__(
@@ -75,6 +80,8 @@ class RunLog:
         *,
         steps: int,
         config: Config | None = None,
+        tracker_ids: Mapping[str, str] | None = None,
+        known: Collection[str] = (),
     ) -> None:
         self.run_dir = run_dir
         self.layers = layers
@@ -82,10 +89,13 @@ class RunLog:
         self.dead = DeadSlots(len(layers))
         self.steps: dict[str, list[int]] = {"": [], "val_": []}
         self.counts: dict[str, list[np.ndarray]] = {"": [], "val_": []}
-        self._go_on_from(step)
+        logged_until = self._go_on_from(step)
         self.metrics = (run_dir / METRICS).open("a")
-        self.tensorboard = TensorBoard(
-            run_dir / "tensorboard", layers, step, config=config, command=_command(run_dir)
+        self.trackers = Trackers(
+            TrainConfig().trackers if config is None else config.train.trackers,
+            TrackedRun(run_dir, layers, step, config, _command(run_dir)),
+            ids=tracker_ids or {},
+            logged_until=dict.fromkeys(known, logged_until),
         )
 
     def write(
@@ -95,7 +105,7 @@ class RunLog:
         counts: Sequence[np.ndarray],
         held_out_counts: Sequence[np.ndarray] | None,
     ) -> None:
-        """One line of metrics.jsonl, then TensorBoard; counts are kept for usage.npz."""
+        """One line of metrics.jsonl, then of the trackers; counts are kept for usage.npz."""
         self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         self.metrics.flush()
         self.step = step
@@ -103,20 +113,20 @@ class RunLog:
         self._keep("", step, counts)
         if held_out_counts is not None:
             self._keep("val_", step, held_out_counts)
-        self.tensorboard.write(step, metrics, counts, held_out_counts, self.dead)
+        self.trackers.write(LoggedLine(step, metrics, counts, held_out_counts, self.dead))
 
     def write_samples(self, step: int, pixels: np.ndarray) -> None:
-        """samples/val_<step>.png and the same picture in TensorBoard; (height, width, 3) uint8."""
+        """samples/val_<step>.png and the same picture in trackers; (height, width, 3) uint8."""
         from PIL import Image  # only runs over images need it
 
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
         with written_whole(folder / f"val_{step:06d}.png") as aside:
             Image.fromarray(pixels).save(aside)
-        self.tensorboard.image("samples", pixels, step)
+        self.trackers.image("samples", pixels, step)
 
     def write_sounds(self, step: int, sounds: Mapping[str, np.ndarray], sample_rate: int) -> None:
-        """samples/val_<step>/<number>_<name>.wav and the same in TensorBoard.
+        """samples/val_<step>/<number>_<name>.wav and the same in trackers.
 
         Args:
             sounds: by name, each (samples, time) in [-1, 1].
@@ -130,23 +140,23 @@ class RunLog:
             for i, clip in enumerate(clips):
                 with written_whole(folder / f"{i}_{name}.wav") as aside:
                     soundfile.write(aside, clip, sample_rate)
-                self.tensorboard.sound(f"samples/{i}_{name}", clip, step, sample_rate)
+                self.trackers.sound(f"samples/{i}_{name}", clip, step, sample_rate)
 
     def write_text(self, step: int, text: str) -> None:
-        """samples/val_<step>.txt and the same text in TensorBoard."""
+        """samples/val_<step>.txt and the same text in trackers."""
 
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"val_{step:06d}.txt", text)
         # indented, so that Markdown leaves it as it is
-        self.tensorboard.text("samples", textwrap.indent(text, "    "), step)
+        self.trackers.text("samples", textwrap.indent(text, "    "), step)
 
     def write_pictures(self, step: int, pictures: Mapping[str, np.ndarray], rows: str) -> None:
-        """Heat maps in TensorBoard, (height, width, 3) uint8 by name, and what their rows are."""
+        """Heat maps in trackers, (height, width, 3) uint8 by name, and what their rows are."""
         for name, pixels in pictures.items():
-            self.tensorboard.image(name, pixels, step)
+            self.trackers.image(name, pixels, step)
         if pictures:
-            self.tensorboard.text("val/moe/rows_of_pictures", rows, step)
+            self.trackers.text("val/moe/rows_of_pictures", rows, step)
 
     def write_usage(self) -> None:
         """usage.npz: int64 counts [log step, layer, slot], and of the held-out set; zero-padded."""
@@ -172,7 +182,7 @@ class RunLog:
     def close(self) -> None:
         self.write_usage()
         self.metrics.close()
-        self.tensorboard.close(finished=self.step == self.steps_to_do)
+        self.trackers.close(finished=self.step == self.steps_to_do)
 
     def _keep(self, which: str, step: int, counts: Sequence[np.ndarray]) -> None:
         slots = max((layer.slots for layer in self.layers), default=0)
@@ -180,14 +190,20 @@ class RunLog:
         self.steps[which].append(step)
         self.counts[which].append(np.array(rows, dtype=np.int64).reshape(len(rows), slots))
 
-    def _go_on_from(self, step: int) -> None:
-        """Drop records after `step`: they are written again, the same."""
+    def _go_on_from(self, step: int) -> int:
+        """Drop records after `step`: they are written again, the same. The last step so far."""
         path = self.run_dir / METRICS
+        last = 0.0
         if path.is_file():
             with open_regular(path) as lines, written_whole(path) as aside, aside.open("wb") as new:
-                new.writelines(line.rstrip() + b"\n" for line in lines if _step_of(line) <= step)
+                for line in lines:
+                    at = _step_of(line)
+                    last = max(last, at if isfinite(at) else 0)
+                    if at <= step:
+                        new.write(line.rstrip() + b"\n")
         if step and (self.run_dir / USAGE).is_file():
             self._take_up_usage(step)
+        return int(last)
 
     def _take_up_usage(self, step: int) -> None:
         try:

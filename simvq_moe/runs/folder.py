@@ -37,7 +37,7 @@ long at most (acdirmax)."""
 FREE_TO_CHANGE = (
     *("zero_stage", "activation_checkpointing", "compile", "profile", "peak_flops"),
     *("log_every", "eval_every", "save_every", "keep_checkpoints", "keep_every"),
-    *("on_not_finite", "timeout_s"),
+    *("on_not_finite", "timeout_s", "trackers", "tracker_project"),
 )
 """Keys of `train` that change, when a run goes on, where numbers lie, how they are computed and how
 often they are looked at, but not what they are."""

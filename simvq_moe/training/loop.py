@@ -199,6 +199,7 @@ class Trainer:
                 "held_out": len(self.task.held_out),
             },
             "tokens_per_sample": self.task.tokens_per_sample,
+            "trackers": self.recorder.tracker_ids,
         }
 
     def _begin_records(self, begin: Callable[[Trainer], None] | None) -> None:

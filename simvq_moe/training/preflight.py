@@ -15,6 +15,7 @@ from simvq_moe.config.checks_moe import with_gates
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.settings import engine_settings
 from simvq_moe.engine.world import launched_rank
+from simvq_moe.records.trackers.guarded import check_trackers
 from simvq_moe.runs.folder import RunFolder, check_same_run, claimed, has_summary
 from simvq_moe.tasks.registry import check_files, fit_to_data
 
@@ -47,6 +48,7 @@ def resolved(config: Config) -> Config:
 def check_settings(config: Config, ranks: int) -> None:
     """Raise `ConfigError` for a resolved config that can't run on so many ranks."""
     check_ranks(config, ranks)
+    check_trackers(config.train.trackers)
     engine_settings(config, ranks)
 
 

@@ -20,8 +20,10 @@ from simvq_moe.files.regular import write_atomically
 from simvq_moe.records.bank_metrics import Banks
 from simvq_moe.records.run_log import RunLog
 from simvq_moe.records.step_averages import StepAverages, of_this_rank
+from simvq_moe.records.trackers.ids import ids_of_run, known_ids
 from simvq_moe.records.usage_metrics import layers_of, usage_metrics
 from simvq_moe.runs.checkpoint import LoopState, Restored
+from simvq_moe.runs.folder import own_meta
 from simvq_moe.tasks.registry import AnyTask
 from simvq_moe.tasks.text import TOKENIZER
 from simvq_moe.training.evaluation import evaluate, take_counts
@@ -64,6 +66,8 @@ class Recorder:
         """Follow the model from this step on; nothing is written."""
         self.layers = layers_of(self.counters)
         self.probe = Probe(self.task, self.config.train, self.world, self.config.run_dir, step)
+        self.known_ids = known_ids(own_meta(self.config.run_dir))
+        self.tracker_ids = ids_of_run(self.config.train.trackers, self.known_ids)
 
     def begin(self, step: int) -> None:
         """Begin, or go on with, the files of the records; rank 0's alone.
@@ -76,7 +80,13 @@ class Recorder:
                 write_atomically(self.config.run_dir / TOKENIZER, self.task.tokenizer.read_bytes())
             steps = self.config.train.steps
             self.log = RunLog(
-                self.config.run_dir, self.layers, step, steps=steps, config=self.config
+                self.config.run_dir,
+                self.layers,
+                step,
+                steps=steps,
+                config=self.config,
+                tracker_ids=self.tracker_ids,
+                known=self.known_ids,
             )
 
     def before_logged_step(self) -> None:

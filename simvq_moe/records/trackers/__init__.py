@@ -1,0 +1,1 @@
+"""Where a run is logged to beside metrics.jsonl: a file each tracker, none of which can stop it."""

@@ -1,0 +1,54 @@
+"""TensorBoard's events in the run's folder, which `simvq-moe dashboard` shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from simvq_moe.config.registry import register
+from simvq_moe.records.trackers.base import LoggedLine, TrackedRun, Tracker, TrackerOptions
+
+
+@register
+@dataclass(frozen=True)
+class TensorBoardOptions(TrackerOptions):
+    """Events in the run's `tensorboard/`; what is rewound by a resume is dropped."""
+
+    kind: Literal["tensorboard"] = "tensorboard"
+    package: ClassVar[str] = "tensorboard"
+    at_once: ClassVar[bool] = True
+
+    def open(self, run: TrackedRun) -> Tracker:
+        return Events(run)
+
+
+class Events(Tracker):
+    """The events of a run."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        from simvq_moe.records.tensorboard import TensorBoard  # a name needs none of it
+
+        self.board = TensorBoard(
+            run.folder / "tensorboard",
+            run.layers,
+            run.step,
+            config=run.config,
+            command=run.command,
+        )
+
+    def write(self, line: LoggedLine) -> None:
+        self.board.write(line.step, line.metrics, line.counts, line.held_out_counts, line.dead)
+
+    def image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        self.board.image(name, pixels, step)
+
+    def sound(self, name: str, clip: np.ndarray, step: int, sample_rate: int) -> None:
+        self.board.sound(name, clip, step, sample_rate)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        self.board.text(name, text, step)
+
+    def close(self, *, finished: bool) -> None:
+        self.board.close(finished=finished)
