@@ -42,7 +42,7 @@ def start(*args: str, cwd: Path, ranks: int = 1) -> subprocess.Popen[str]:
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return _process([*launch, "-m", "simvq_moe", *args], cwd)
+    return start_command([*launch, "-m", "simvq_moe", *args], cwd)
 
 
 def start_local(*args: str, cwd: Path, ranks: int = 2) -> subprocess.Popen[str]:
@@ -50,10 +50,11 @@ def start_local(*args: str, cwd: Path, ranks: int = 2) -> subprocess.Popen[str]:
     deepspeed = ["deepspeed", "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
     command = [*deepspeed, "--master_port", str(free_port()), "--module", "simvq_moe", *args]
     script = f'source {ROOT}/launch/environment.sh && supervised "$@"'
-    return _process(["bash", "-c", script, "local", *command], cwd)
+    return start_command(["bash", "-c", script, "local", *command], cwd)
 
 
-def _process(command: Sequence[str], cwd: Path, **variables: str) -> subprocess.Popen[str]:
+def start_command(command: Sequence[str], cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    """Any command in cwd, in a session of its own."""
     return subprocess.Popen(
         command,
         cwd=cwd,
@@ -94,7 +95,7 @@ def start_tasks(*args: str, cwd: Path, ranks: int = 2) -> list[subprocess.Popen[
     step |= {"MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "simvq_moe", *args]
     return [
-        _process(command, cwd, **step, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
+        start_command(command, cwd, **step, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
         for i in range(ranks)
     ]
 

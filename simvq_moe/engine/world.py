@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from simvq_moe.engine.devices import keep_freed_memory
+from simvq_moe.engine.elastic import agent_store
 from simvq_moe.engine.settings import import_deepspeed
 from simvq_moe.errors import ConfigError
 
@@ -146,11 +147,17 @@ def start_distributed(timeout_s: float = 0.0) -> World:
         keep_freed_memory()
     share_cores(os.environ)
     backend = "nccl" if cuda else "gloo"
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # the engine reads it as well
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     # a process that another has started may inherit its rank, but nobody to meet
     nobody = launched_ranks() == 1 and "MASTER_ADDR" not in os.environ
     if ("RANK" not in os.environ or nobody) and not dist.is_initialized():
         # in this process' memory: there is nobody to meet, and so no file that would be left behind
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif not dist.is_initialized() and (store := agent_store(os.environ, timeout)):
+        ranks = {"rank": launched_rank(), "world_size": launched_ranks()}
+        bound = {"device_id": device} if cuda else {}  # as DeepSpeed does it
+        dist.init_process_group(backend, store=store, timeout=timeout, **ranks, **bound)
     try:
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
     except dist.DistNetworkError as error:
@@ -161,8 +168,6 @@ def start_distributed(timeout_s: float = 0.0) -> World:
             f"MASTER_PORT {port} of this machine is taken, by another run perhaps: give the "
             "launcher a free one (deepspeed --master_port, torchrun --master-port)"
         ) from None
-    local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # the engine reads it as well
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)  # objects are exchanged by way of it
     return World(dist.get_rank(), dist.get_world_size(), device)
