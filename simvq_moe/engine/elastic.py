@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 SECONDS_BETWEEN_LOOKS = 0.01
 

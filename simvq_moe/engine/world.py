@@ -155,9 +155,14 @@ def start_distributed(timeout_s: float = 0.0) -> World:
         # in this process' memory: there is nobody to meet, and so no file that would be left behind
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     elif not dist.is_initialized() and (store := agent_store(os.environ, timeout)):
-        ranks = {"rank": launched_rank(), "world_size": launched_ranks()}
-        bound = {"device_id": device} if cuda else {}  # as DeepSpeed does it
-        dist.init_process_group(backend, store=store, timeout=timeout, **ranks, **bound)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=launched_rank(),
+            world_size=launched_ranks(),
+            timeout=timeout,
+            device_id=device if cuda else None,  # as DeepSpeed does it
+        )
     try:
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
     except dist.DistNetworkError as error:

@@ -9,8 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from torch._C._distributed_c10d import HashStore
-from torch.distributed import Store
+from torch._C._distributed_c10d import HashStore, Store
 from torch.testing import assert_close
 
 from simvq_moe.engine.elastic import name_of_start
