@@ -201,6 +201,9 @@ class OptimizerConfig:
     """Learning rate at the last step over the peak, reached by a cosine; 1: constant."""
     map_lr_multiplier: Weight = 1.0
     """Factor on the learning rate of every shared map W."""
+    codebook_lr_multiplier: Weight = 1.0
+    """Factor on the learning rate of all that codebooks learn: rows, maps (beside the factor above)
+    and biases. Averages, running moments and grids have no rate."""
     router_lr_multiplier: Weight = 1.0
     """Factor on the learning rate of everything in routers but their maps."""
 

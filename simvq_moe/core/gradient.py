@@ -1,10 +1,12 @@
-"""Gradients through the choice of a code: the forward value is the code, exactly.
+"""Gradients through the choice of a code: the forward value is the code, exactly, but for one.
 
 Straight-through (Bengio et al., arXiv:1308.3432) copies the gradient of the code to the latent.
 The rotation trick (Fifty et al., arXiv:2410.06424, section 4.2) turns it by the rotation that
 carries the latent onto the code and scales it by the ratio of their lengths. DiVeQ
 (arXiv:2509.26469) keeps the length of the error differentiable and its direction fixed, so that
-the task's own loss trains latents and codes alike.
+the task's own loss trains latents and codes alike. Noise substitution (NSVQ, Vali and Baeckstroem,
+IEEE Access 10, 2022) puts noise as long as the error in its place, while it trains: that value is
+differentiable as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Gradient = Literal["straight_through", "rotation", "diveq"]
+Gradient = Literal["straight_through", "rotation", "diveq", "noise_substitution"]
 
 MAX_GAIN = 10.0
 """Largest |e| / |z| that the rotation trick passes on: without a bound it explodes at z = 0."""
@@ -70,10 +72,23 @@ def diveq(
     return _with_value_of(e, z + error.norm(dim=-1, keepdim=True) * v_hat)
 
 
+def noise_substitution(
+    z: Float[Tensor, "*batch width"], e: Float[Tensor, "*batch width"]
+) -> Float[Tensor, "*batch width"]:
+    """z + |e - z| v^, its value and its gradient in z and e: v^ is a random direction.
+
+    It is for training alone. The task's own loss trains codes, without a codebook loss, and drives
+    the length of the error down, for all that the decoder sees of it is noise.
+    """
+    direction, _ = _direction(torch.randn_like(z))
+    return z + (e - z).norm(dim=-1, keepdim=True) * direction
+
+
 ESTIMATORS: dict[Gradient, Callable[[Tensor, Tensor], Tensor]] = {
     "straight_through": straight_through,
     "rotation": rotation,
     "diveq": diveq,
+    "noise_substitution": noise_substitution,
 }
 
 

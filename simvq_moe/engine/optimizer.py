@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from simvq_moe.config.schema import Config, OptimizerConfig
 from simvq_moe.core.bank import Bank
 from simvq_moe.moe.routers.base import Router
+from simvq_moe.quantizers import Quantizer
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ def offloads(settings: Mapping[str, Any]) -> bool:
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameters by role: shared maps, routers, matrices, and vectors, which never decay."""
+    """Parameters by role: shared maps, routers, codebooks, matrices, and vectors, which never
+    decay."""
     role = {id(p): "vector" if p.ndim < 2 else "matrix" for p in model.parameters()}
     for module in model.modules():
         if isinstance(module, Router):
@@ -91,12 +93,21 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
             role[id(rows)] = "router"  # of DeepSpeed's own layer
         if isinstance(module, Bank):
             role |= {id(p): "map" for p in module.maps}
+    factor = optimizer.codebook_lr_multiplier
+    if factor != 1:  # without it the order of parameters, and so of checkpoints, stays
+        for module in model.modules():
+            if isinstance(module, Quantizer):
+                own = {id(p) for p in module.parameters()}
+                role |= {i: f"codebook_{role[i]}" for i in own if i in role}
     settings = {
         "matrix": (1.0, optimizer.weight_decay),
         "vector": (1.0, 0.0),
         "router": (optimizer.router_lr_multiplier, optimizer.weight_decay),
         "router_vector": (optimizer.router_lr_multiplier, 0.0),
         "map": (optimizer.map_lr_multiplier, 0.0),
+        "codebook_matrix": (factor, optimizer.weight_decay),
+        "codebook_vector": (factor, 0.0),
+        "codebook_map": (factor * optimizer.map_lr_multiplier, 0.0),
     }
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, (multiplier, decay) in settings.items():

@@ -20,6 +20,7 @@ from simvq_moe.data.tokenizer import load_tokenizer
 from simvq_moe.files.regular import read_bytes, write_atomically, written_whole
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.moe import MoE
+from simvq_moe.quantizers import RunningMapVQ
 from simvq_moe.runs.loading import FOLDED, weights_sha256
 from simvq_moe.tasks.loading import load_run, model_of
 from simvq_moe.tasks.registry import AnyTask, task_of
@@ -83,7 +84,7 @@ def folded_run(run_dir: Path, *, merge_norms: bool = False, plain: bool = False)
     model = model_of(config, weights).double().eval()
     tokenizer, made_of = _tokenizer(run_dir, config), weights_sha256(weights)
     mapped = any(
-        (isinstance(module, Bank) and module.maps) or isinstance(module, Whitening)
+        (isinstance(module, Bank) and module.maps) or isinstance(module, Whitening | RunningMapVQ)
         for module in model.modules()
     )
     if not (mapped or merge_norms):
@@ -139,12 +140,12 @@ def write_weights(
 
 
 def fold_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model with every bank, and every whitening, folded."""
+    """The state dict of a model with every bank, whitening and running map folded."""
     weights = dict(model.state_dict())
     layers = [name for name, module in model.named_modules() if isinstance(module, MoE)]
     for name, module in model.named_modules():
         in_layer = any(name.startswith(f"{layer}.") for layer in layers)  # which folds as a whole
-        if isinstance(module, Bank | MoE) and not in_layer:
+        if isinstance(module, Bank | MoE | RunningMapVQ) and not in_layer:
             for key in [key for key in weights if key.startswith(f"{name}.")]:
                 del weights[key]
             weights |= {f"{name}.{k}": v for k, v in module.fold().state_dict().items()}

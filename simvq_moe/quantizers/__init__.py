@@ -18,7 +18,9 @@ from simvq_moe.quantizers.group import GroupVQ
 from simvq_moe.quantizers.ibq import IBQ
 from simvq_moe.quantizers.lfq import LFQ
 from simvq_moe.quantizers.mlp import MLPVQ
+from simvq_moe.quantizers.ns_vq import NSVQ
 from simvq_moe.quantizers.options import CodebookOptions, LearnedOptions, LevelOptions
+from simvq_moe.quantizers.running_map import RunningMapVQ
 from simvq_moe.quantizers.simvq import SimVQ
 from simvq_moe.quantizers.vq import VQ
 
@@ -29,6 +31,7 @@ __all__ = [
     "IBQ",
     "LFQ",
     "MLPVQ",
+    "NSVQ",
     "PADDING",
     "VQ",
     "AnyQuantizer",
@@ -42,6 +45,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "ResidualQuantizer",
+    "RunningMapVQ",
     "SimVQ",
     "SoftAssignment",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from simvq_moe.core.bank import wide
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.collectives import share_of_tokens, total
-from simvq_moe.core.gradient import ESTIMATORS, Gradient
+from simvq_moe.core.gradient import ESTIMATORS, Gradient, straight_through
 from simvq_moe.core.ids import as_ids
 from simvq_moe.core.search.nearest import nearest, nearest_few
 from simvq_moe.core.state import Stateful
@@ -296,8 +296,9 @@ class Quantizer(AnyQuantizer, FollowsSteps):
     def pass_gradient(
         self, z: Float[Tensor, "tokens width"], e: Float[Tensor, "tokens width"]
     ) -> Float[Tensor, "tokens width"]:
-        """The codes, with a gradient for the latents."""
-        return self.estimator(z, e)
+        """The codes, with a gradient for the latents; noise stands for them in training alone."""
+        exact = self.gradient == "noise_substitution" and not self.training
+        return straight_through(z, e) if exact else self.estimator(z, e)
 
     @property
     def changes_by_steps(self) -> bool:

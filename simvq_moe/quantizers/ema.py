@@ -14,9 +14,9 @@ from simvq_moe.config.ranges import Share
 from simvq_moe.config.registry import register
 from simvq_moe.core.choices import check_choice
 from simvq_moe.quantizers.base import Quantizer, mean_squared_error, random_codebook
-from simvq_moe.quantizers.kmeans import assigned, kmeans
 from simvq_moe.quantizers.options import LearnedOptions, restart_problems
-from simvq_moe.quantizers.restart import check_restart, restart_codes
+from simvq_moe.quantizers.parts.kmeans import assigned, kmeans
+from simvq_moe.quantizers.parts.restart import check_restart, restart_codes
 from simvq_moe.quantizers.vq import Init
 
 

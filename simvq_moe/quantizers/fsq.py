@@ -16,8 +16,8 @@ from simvq_moe.config.ranges import Range
 from simvq_moe.config.registry import register
 from simvq_moe.core.search.nearest import numbered
 from simvq_moe.quantizers.base import AnyQuantizer, check_each_once
-from simvq_moe.quantizers.grid import Grid
 from simvq_moe.quantizers.options import LevelOptions
+from simvq_moe.quantizers.parts.grid import Grid
 
 
 class FSQ(Grid):

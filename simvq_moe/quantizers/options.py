@@ -38,20 +38,21 @@ class LearnedOptions(LevelOptions):
     """Options of codes that are learned, by a gradient or as averages."""
 
     gradient: Gradient = "straight_through"
-    """How the decoder's gradient reaches the encoder."""
+    """How the decoder's gradient reaches the encoder; with noise_substitution (NSVQ of 2022) the
+    decoder also trains on noise as long as the error, and weights of 0 leave all to its loss."""
     commitment_weight: Weight = 0.25
     """Weight of |z - sg e|^2."""
 
     def gradient_of_levels(self) -> ResidualGradient:
-        assert self.gradient != "diveq"
+        assert self.gradient in ("straight_through", "rotation")
         return self.gradient
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
         del config
-        if self.residual_levels > 1 and self.gradient == "diveq":
+        if self.residual_levels > 1 and self.gradient in ("diveq", "noise_substitution"):
             yield (
-                f"{at}.gradient 'diveq' knows no {at}.residual_levels {self.residual_levels}: use "
-                "'straight_through' or 'rotation'"
+                f"{at}.gradient {self.gradient!r} knows no {at}.residual_levels "
+                f"{self.residual_levels}: use 'straight_through' or 'rotation'"
             )
 
 

@@ -16,9 +16,9 @@ from simvq_moe.core.bank import Bank, wide
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.collectives import total
 from simvq_moe.quantizers.base import Quantized, Quantizer, random_codebook
-from simvq_moe.quantizers.kmeans import kmeans
 from simvq_moe.quantizers.options import CodebookOptions, restart_problems
-from simvq_moe.quantizers.restart import check_restart, restart_codes
+from simvq_moe.quantizers.parts.kmeans import kmeans
+from simvq_moe.quantizers.parts.restart import check_restart, restart_codes
 
 Init = Literal["random", "kmeans"]
 

@@ -174,6 +174,12 @@ LOSSES = (
         "Mean squared distance that pulls codes to latents.",
     ),
     Metric(
+        "train/neighbour_loss",
+        "training neighbour loss",
+        "Mean squared distance that pulls codes which were not selected, by a soft assignment "
+        "(NS-VQ).",
+    ),
+    Metric(
         "train/commitment_loss",
         "training commitment loss",
         "Mean squared distance that pulls latents to codes.",
@@ -214,6 +220,15 @@ LOSSES = (
         "train/router_commitment_loss",
         "training router commitment loss",
         "Mean squared distance that pulls a router's inputs to the chosen rows.",
+    ),
+    Metric(
+        "train/latent_drift",
+        "latent drift of a step",
+        "Shift of the mean latent of the same held-out samples by the last step, over their root "
+        "mean square distance from that mean.",
+        decimals=4,
+        charts=("curve",),
+        log=True,
     ),
     Metric("train/grad_norm", "training grad norm", "Norm of the gradient before it is clipped."),
     Metric("train/lr", "training lr", "Learning rate of the last step."),

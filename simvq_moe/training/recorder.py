@@ -27,6 +27,7 @@ from simvq_moe.runs.folder import own_meta
 from simvq_moe.tasks.registry import AnyTask
 from simvq_moe.tasks.text import TOKENIZER
 from simvq_moe.training.evaluation import evaluate, take_counts
+from simvq_moe.training.latent_drift import LatentDrift
 from simvq_moe.training.probe import Probe
 from simvq_moe.training.step import StepOutcome
 
@@ -68,6 +69,7 @@ class Recorder:
         self.probe = Probe(self.task, self.config.train, self.world, self.config.run_dir, step)
         self.known_ids = known_ids(own_meta(self.config.run_dir))
         self.tracker_ids = ids_of_run(self.config.train.trackers, self.known_ids)
+        self.drift = LatentDrift(self.task, self.world.device)
 
     def begin(self, step: int) -> None:
         """Begin, or go on with, the files of the records; rank 0's alone.
@@ -92,6 +94,7 @@ class Recorder:
     def before_logged_step(self) -> None:
         """The step that comes is the last one of a line of the log."""
         self.banks.mark()
+        self.drift.mark()
 
     def add(self, outcome: StepOutcome) -> None:
         """Add a step that the engine took."""
@@ -129,6 +132,7 @@ class Recorder:
         metrics |= engine_metrics
         metrics |= usage_metrics(self.layers, counts)
         metrics |= self.banks.measure(counts, self.averages.steps, self.world)
+        metrics |= self.drift.measure()
         metrics |= self._speed()
         self.averages = StepAverages()
         measures, held_out_counts = held_out or ({}, None)

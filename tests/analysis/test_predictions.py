@@ -48,7 +48,11 @@ WHITE, DIAGONAL = (
 HALF = WHITE | {"moe.router.whiten.exponent": 0.5}
 STRONG = AUX | {"moe.balance.weight": 0.03}
 FREE = {"moe.balance.kind": "loss_free", "moe.balance.rate": 0.001}
-RESTARTED = {"quantizer.kind": "ema", "quantizer.restart": 0.1}
+RESTARTED = {
+    "quantizer.kind": "ema",
+    "quantizer.init": "default",
+    "quantizer.restart": 0.1,
+}
 MANY = {"quantizer.codes": 8192}
 SELF = {"moe.router.kind": "self_selecting", "moe.router.init": "default"}
 SELF_MAP = SELF | {"moe.expert_in_map.kind": "linear"}

@@ -20,6 +20,7 @@ from tests.short_training import train_two_steps
 FLAGS = {
     "image": ("--quantizer.codes", "32", "--quantizer.bias", "True", "--optimizer.lr", "0.01"),
     "residual": ("--quantizer.codes", "32", "--quantizer.residual_levels", "2"),
+    "running map": ("--quantizer.codes", "32", "--quantizer.kind", "running_map"),
     "text": (
         *("--task", "language_model", "--moe.expert_out_map.kind", "linear", "--moe.experts", "8"),
         *("--moe.router.map.kind", "linear", "--moe.router.map.base_width", "4"),

@@ -16,7 +16,17 @@ from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
 from simvq_moe.core.usage import counters
-from simvq_moe.quantizers import BSQ, IBQ, MLPVQ, AnyQuantizer, CosineVQ, GroupVQ, Projected
+from simvq_moe.quantizers import (
+    BSQ,
+    IBQ,
+    MLPVQ,
+    NSVQ,
+    AnyQuantizer,
+    CosineVQ,
+    GroupVQ,
+    Projected,
+    RunningMapVQ,
+)
 
 RANKS, STEPS, TOKENS, WIDTH = 3, 4, 33, 4
 
@@ -30,6 +40,8 @@ def quantizers() -> dict[str, AnyQuantizer]:
         "ema": EMAVQ(12, WIDTH, decay=0.9),
         "ema kmeans": EMAVQ(12, WIDTH, decay=0.9, init="kmeans"),
         "ema restart": EMAVQ(12, WIDTH, decay=0.5, restart=0.9),
+        "ns": NSVQ(12, WIDTH, halving=2),
+        "running map": RunningMapVQ(12, WIDTH, decay=0.9),
         "cosine": CosineVQ(12, WIDTH),
         "cosine restart": CosineVQ(12, WIDTH, restart=0.99),
         "simvq": SimVQ(12, WIDTH),

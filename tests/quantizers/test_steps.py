@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from simvq_moe import EMAVQ, VQ, ResidualQuantizer
 from simvq_moe.core.step_state import after_step, drop_step, follow_steps
 from simvq_moe.engine.world import World
-from simvq_moe.quantizers import AnyQuantizer, CosineVQ
+from simvq_moe.quantizers import NSVQ, AnyQuantizer, CosineVQ, RunningMapVQ
 from tests.two_ranks import TwoRanks
 
 WIDTH, STEPS, TOKENS = 4, 5, 24
@@ -22,10 +22,19 @@ BUILD: dict[str, Callable[[], AnyQuantizer]] = {
     "ema restart": lambda: EMAVQ(12, WIDTH, decay=0.5, restart=0.9),
     "vq restart": lambda: VQ(12, WIDTH, restart=0.985),
     "cosine restart": lambda: CosineVQ(12, WIDTH, restart=0.985),
+    "ns": lambda: NSVQ(12, WIDTH, halving=2),
+    "ns restart": lambda: NSVQ(12, WIDTH, restart=0.985),
+    "running map": lambda: started(RunningMapVQ(12, WIDTH, decay=0.5)),
     "levels": lambda: ResidualQuantizer(
         [EMAVQ(12, WIDTH, decay=0.5, restart=0.9), VQ(12, WIDTH, restart=0.985)]
     ),
 }
+
+
+def started(quantizer: RunningMapVQ) -> RunningMapVQ:
+    """From the first batch as a whole, as training does before the first step."""
+    quantizer.initialize(batches()[0])
+    return quantizer
 
 
 def batches() -> list[Tensor]:
@@ -63,7 +72,10 @@ def test_micro_batches_change_nothing(name: str) -> None:
     for parts in (2, 4):
         assert_close(trained(name, parts).state_dict(), whole.state_dict())
     steps = [v for k, v in whole.state_dict().items() if k.endswith("step")]
-    assert steps
+    if name == "running map":  # the first batch also started it
+        assert float(whole.state_dict()["weight"]) == sum(0.5**age for age in range(STEPS + 1))
+    else:
+        assert steps
     assert all(int(step) == STEPS for step in steps)
     assert start.state_dict().keys() == whole.state_dict().keys()
 

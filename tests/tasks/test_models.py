@@ -19,7 +19,7 @@ from simvq_moe.config.registry import kinds
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.models.image_tokenizer import ImageTokenizer
-from simvq_moe.quantizers import BSQ, IBQ, MLPVQ, CosineVQ, GroupVQ, Quantizer
+from simvq_moe.quantizers import BSQ, IBQ, MLPVQ, NSVQ, CosineVQ, GroupVQ, Quantizer, RunningMapVQ
 from simvq_moe.tasks.registry import build_model
 from tests.short_training import train_two_steps
 
@@ -28,6 +28,9 @@ KINDS = {
     "kmeans": ("--quantizer.kind", "vq", "--quantizer.init", "kmeans"),
     "rotation": ("--quantizer.gradient", "rotation"),
     "diveq": ("--quantizer.gradient", "diveq"),
+    "noise": ("--quantizer.gradient", "noise_substitution"),
+    "ns_vq": ("--quantizer.kind", "ns_vq"),
+    "running_map": ("--quantizer.kind", "running_map"),
     "restart": ("--quantizer.kind", "ema", "--quantizer.restart", "0.1"),
     "data": ("--quantizer.init", "data"),
     "narrow": ("--quantizer.base_width", "4", "--quantizer.bias", "True"),
@@ -98,6 +101,8 @@ def test_vq_and_simvq_start_from_the_same_codebook() -> None:
 BY_CLASS = {
     "vq": VQ(16, 4),
     "ema": EMAVQ(16, 4),
+    "running_map": RunningMapVQ(16, 4),
+    "ns_vq": NSVQ(16, 4),
     "simvq": SimVQ(16, 4),
     "cosine_vq": CosineVQ(16, 4),
     "group_vq": GroupVQ(16, 4, groups=2),
@@ -109,7 +114,7 @@ BY_CLASS = {
 }
 EXTRA = {"fsq": {"levels": (2, 2, 2, 2)}, "group_vq": {"groups": 2}}
 WEIGHTS = {
-    "codebook_weight": ("vq", "simvq", "cosine_vq", "group_vq", "mlp_vq", "ibq"),
+    "codebook_weight": ("vq", "ns_vq", "simvq", "cosine_vq", "group_vq", "mlp_vq", "ibq"),
     "commitment_weight": tuple(kind for kind in BY_CLASS if kind != "fsq"),
     "entropy_weight": ("lfq", "bsq", "ibq"),
 }
@@ -131,7 +136,17 @@ def test_a_quantizer_by_config_is_that_of_its_class(kind: str) -> None:
     assert isinstance(made, Quantizer)
     assert type(made) is type(own)
     assert used_weights(made) == used_weights(own)
-    plain = {"training", "gradient", "decay", "epsilon", "restart", "temperature", "codes", "width"}
+    plain = {
+        "training",
+        "gradient",
+        "decay",
+        "epsilon",
+        "restart",
+        "temperature",
+        "halving",
+        "codes",
+        "width",
+    }
     for name in plain & vars(own).keys():
         assert getattr(made, name) == getattr(own, name), name
 
