@@ -52,6 +52,7 @@ def _added_up(quantizer: AnyQuantizer, monkeypatch: pytest.MonkeyPatch) -> int:
     def add(x: Tensor) -> None:
         sizes.append(x.numel())
 
+    quantizer.initialize(torch.randn(32, quantizer.width))  # a start is no step
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
