@@ -36,6 +36,7 @@ from simvq_moe.analysis.evidence import (
     with_power,
 )
 from simvq_moe.analysis.outcomes import early, mean_of_banks, value
+from simvq_moe.analysis.predictions_keys import OF_KEYS
 from simvq_moe.analysis.predictions_second import SECOND
 from simvq_moe.analysis.registered import Registered
 from simvq_moe.analysis.results import Evidence, Prediction
@@ -322,7 +323,7 @@ FIRST = (
 )
 
 
-REGISTERED = (*FIRST, *SECOND)
+REGISTERED = (*FIRST, *SECOND, *OF_KEYS)
 """Of both studies, in the order in which they were written down."""
 
 

@@ -49,7 +49,7 @@ CENTRED = PLAIN | {"moe.router.centre": True}
 LEAST_CODES, MANY_CODES = 512, 8192
 
 
-def _above(one: Evidence, bound: float) -> Evidence:
+def above(one: Evidence, bound: float) -> Evidence:
     """Supported or contradicted by the side of the bound on which the whole interval lies; equal
     values have none but the mean."""
     if one.n < stats.LEAST_PAIRS:
@@ -60,8 +60,8 @@ def _above(one: Evidence, bound: float) -> Evidence:
     return replace(one, verdict=CONTRADICTED) if high < bound else one
 
 
-def _below(one: Evidence, bound: float) -> Evidence:
-    found = _above(one, bound)
+def below(one: Evidence, bound: float) -> Evidence:
+    found = above(one, bound)
     swapped = {SUPPORTED: CONTRADICTED, CONTRADICTED: SUPPORTED}
     return replace(found, verdict=swapped.get(found.verdict, found.verdict))
 
@@ -71,7 +71,7 @@ def _evens_out(group: Group) -> list[Evidence]:
     balance method, against the same router that centres it alone. Measure: held-out entropy, the
     difference. Supported: its interval lies above 0.1. Contradicted: it lies below 0.1."""
     return [
-        _above(difference(group, arm, centred, ENTROPY), GAIN)
+        above(difference(group, arm, centred, ENTROPY), GAIN)
         for arm, centred in _pairs(group, CENTRED)
     ]
 
@@ -86,8 +86,8 @@ def _not_worse(group: Group) -> list[Evidence]:
         balanced = [other for other in group.arms if _is_balanced(other, plain)]
         if balanced:
             best = min(balanced, key=_mean_error)
-            found.append(_below(difference(group, arm, best, ERROR), NOT_WORSE))
-            found.append(_below(difference(group, arm, plain, ERROR), 0.0))
+            found.append(below(difference(group, arm, best, ERROR), NOT_WORSE))
+            found.append(below(difference(group, arm, plain, ERROR), 0.0))
     return found
 
 
@@ -101,7 +101,7 @@ def _rises_with_the_exponent(group: Group) -> list[Evidence]:
     }
     exponents = sorted(p for p in of if p <= 1)
     return [
-        _above(difference(group, of[high], of[low], ENTROPY), 0.0)
+        above(difference(group, of[high], of[low], ENTROPY), 0.0)
         for low, high in pairwise(exponents)
     ]
 
@@ -121,7 +121,7 @@ def _needs_directions(group: Group) -> list[Evidence]:
         numbers = {s: runs[0][s] - runs[2][s] - (runs[1][s] - runs[2][s]) * 2 / 3 for s in shared}
         text = f"entropy gained by {diagonal.label}, less two thirds of what {arm.label} gains"
         arms = [diagonal, arm, centred]
-        found.append(_below(evidence_of(group, text, ENTROPY, arms, numbers), 0.0))
+        found.append(below(evidence_of(group, text, ENTROPY, arms, numbers), 0.0))
     return found
 
 
@@ -144,7 +144,7 @@ def _follows_the_rank(group: Group) -> list[Evidence]:
             rho = float(found.statistic)
             numbers |= {seed: rho} if math.isfinite(rho) else {}
     text = "rank correlation of entropy and the effective rank of the logits, over layers and arms"
-    return [_above(evidence_of(group, text, ENTROPY, arms, numbers), CLOSE)] if numbers else []
+    return [above(evidence_of(group, text, ENTROPY, arms, numbers), CLOSE)] if numbers else []
 
 
 def _restart_uses_as_many(group: Group) -> list[Evidence]:
@@ -154,7 +154,7 @@ def _restart_uses_as_many(group: Group) -> list[Evidence]:
     published: dict[str, Any] = {"quantizer.transform": "linear", "quantizer.train_base": False}
     published |= {"quantizer.bias": False, "quantizer.init": "default"}
     return [
-        _above(difference(group, restarted, simvq, USED), 0.0)
+        above(difference(group, restarted, simvq, USED), 0.0)
         for restarted, simvq in _codes(group, LEAST_CODES, published)
     ]
 
@@ -165,7 +165,7 @@ def _data_start_is_not_beaten(group: Group) -> list[Evidence]:
     above 0. Contradicted: it lies below 0."""
     started: dict[str, Any] = {"quantizer.transform": "linear", "quantizer.init": "data"}
     return [
-        _above(difference(group, restarted, simvq, MSE), 0.0)
+        above(difference(group, restarted, simvq, MSE), 0.0)
         for restarted, simvq in _codes(group, MANY_CODES, started)
     ]
 

@@ -49,6 +49,7 @@ def score(moe: MoE, x: Tensor, noise: Tensor) -> Tensor:
         t = 0.3 * router.log_temperature[0].exp()
         return torch.stack([h @ row / (h.norm() * row.norm()) / t for row in rows])
     if isinstance(router, DistanceRouter):
+        rows = rows.detach() if router.by_codebook_alone else rows
         return torch.stack([-(x - row).square().sum() / len(x) ** 0.5 for row in rows])
     assert isinstance(router, TopKRouter)
     logits = torch.stack([row @ x for row in rows])

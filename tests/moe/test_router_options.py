@@ -49,6 +49,10 @@ ARMS = {
         "--moe.router.kind distance --moe.router.map.kind linear --moe.router.map.train_base False "
         "--moe.router.init data --moe.balance.kind aux"
     ),
+    "distance, codebook alone": (
+        "--moe.router.kind distance --moe.router.learns_from codebook "
+        "--moe.router.commitment_weight 0 --moe.router.map.kind linear"
+    ),
     "selves, data": (
         "--moe.router.kind self_selecting --moe.expert_in_map.kind linear --moe.router.init data "
         "--moe.expert.kind swiglu"
@@ -132,6 +136,12 @@ def test_a_model_with_folded_weights_computes_the_same(arm: str) -> None:
         ("--moe.router.rank 4", "belongs to moe.router.kind 'self_selecting'"),
         ("--moe.router.codebook_weight 2", "belongs to moe.router.kind 'distance'"),
         ("--moe.router.commitment_weight 2", "belongs to moe.router.kind 'distance'"),
+        ("--moe.router.learns_from codebook", "belongs to moe.router.kind 'distance'"),
+        (
+            "--moe.router.kind distance --moe.router.learns_from codebook "
+            "--moe.router.codebook_weight 0",
+            "moe.router.learns_from 'codebook' with moe.router.codebook_weight 0.0: nothing",
+        ),
         ("--moe.router.init data", "belongs to moe.router.kind 'distance' or 'self_selecting'"),
         ("--moe.router.kind hash --moe.router.centre True", "moe.router.centre True belongs to"),
         ("--moe.balance.rate 0.1", "belongs to moe.balance.kind 'loss_free', not 'none': drop it"),

@@ -58,6 +58,9 @@ CASES: dict[str, dict[str, Any]] = {
     "hyper, centred": {"router": HyperOptions(centre=True), "gates": "softmax_topk"},
     "distance": {"router": "distance"},
     "distance, Q W": {"router": DistanceOptions(map=NARROW)},
+    "distance, codebook alone": {
+        "router": DistanceOptions(map=NARROW, learns_from="codebook", commitment_weight=0.0),
+    },
     "distance, Q W + b": {
         "router": DistanceOptions(map=LinearMap(), init="data", centre=True),
     },
@@ -155,7 +158,9 @@ def test_outputs_choices_losses_and_gradients_are_those_of_a_loop(case: str) -> 
         )
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("hash")])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.startswith("hash") and "codebook alone" not in case]
+)
 def test_gradients_of_balance_and_z_loss_are_those_of_finite_differences(case: str) -> None:
     moe, (x, ids) = layer(**CASES[case]), batch()
     inputs = [x, *moe.router.parameters()]
@@ -360,6 +365,46 @@ def test_a_distance_router_starts_with_the_moments_of_its_input(kind: Any) -> No
     # moments of 4,000 random rows
     assert_close(rows.mean(0), x.mean(0), rtol=0, atol=0.5)
     assert_close(rows.std(0), x.std(0), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("map_", [NoMap(), LinearMap(), LinearMap(train_base=False)])
+def test_keys_of_a_codebook_learn_by_its_loss_alone(map_: MapOptions) -> None:
+    keys = {"map": map_, "commitment_weight": 0.0}
+    options = DistanceOptions(**keys, learns_from="codebook", codebook_weight=3.0)
+    torch.manual_seed(0)
+    moe = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router=options).double()
+    same = MoE(WIDTH, HIDDEN, EXPERTS, TOP_K, router=DistanceOptions(**keys)).double()
+    same.load_state_dict(moe.state_dict())
+    x = torch.randn(40, WIDTH, dtype=torch.float64, requires_grad=True)
+    own = list(moe.router.parameters())
+
+    def task(layer: MoE) -> tuple[Tensor, Routing]:
+        """What a language model makes of the outputs, and a balance loss of the logits."""
+        out, routing = layer(x, with_routing=True)
+        return out.sin().sum() + routing.logits.softmax(1).square().sum(), routing
+
+    # the task reaches experts and inputs, and no rows
+    loss, routing = task(moe)
+    reached = [x, *moe.experts.parameters()]
+    found = torch.autograd.grad(loss, [*own, *reached], allow_unused=True)
+    assert own
+    assert all(g is None for g in found[: len(own)])
+
+    # forward values, and what else learns, are those of a router that learns from all
+    theirs, _ = task(same)
+    assert_close(loss, theirs)
+    expected = torch.autograd.grad(theirs, [x, *same.experts.parameters()])
+    assert_close(found[len(own) :], expected)
+
+    # and the codebook loss is that of the chosen rows, without a gradient for the inputs
+    own_loss = routing.losses["router_codebook"]
+    g_x, *of_rows = torch.autograd.grad(own_loss, [x, *own], allow_unused=True)
+    assert g_x is None
+    rows = moe.router.bank.rows()
+    chosen = torch.cdist(x, rows).topk(TOP_K, largest=False).indices
+    by_hand = (rows[chosen] - x.detach()[:, None]).square().mean()
+    assert_close(own_loss, by_hand)
+    assert_close(tuple(of_rows), torch.autograd.grad(by_hand, own))
 
 
 @pytest.mark.parametrize("kind", ["linear", "diagonal"])

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.config.moe import MoEConfig
+from simvq_moe.config.moe import Gates, MoEConfig
 from simvq_moe.config.ranges import Weight
 from simvq_moe.config.registry import register
 from simvq_moe.core.moments import moments
@@ -33,18 +33,36 @@ class DistanceRouter(RowRouter):
     Args:
         width: channels of a token.
         experts, top_k, gates: see `Router`.
-        options: of the bank of rows R = Q W + b, b where data start it.
+        options: of the bank of rows R = Q W + b, b where data start it, and what they learn from.
     """
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        top_k: int,
+        *,
+        gates: Gates = "topk_softmax",
+        options: DistanceOptions | None = None,
+    ) -> None:
+        options = options or DistanceOptions()
+        super().__init__(width, experts, top_k, gates=gates, options=options)
+        self.by_codebook_alone = options.learns_from == "codebook"
 
     def score(
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
     ) -> Float[Tensor, "tokens experts"]:
         del token_ids
         rows = self.bank.rows(x.dtype)
+        if self.by_codebook_alone:
+            rows = rows.detach()
         # distances far from the origin can't be told from products of float32; 0 where it is near
         centre = far_centre(rows.detach())
         x, rows = x - centre, rows - centre
-        products = self.bank.score(x) - x @ centre[:, None]
+        if self.by_codebook_alone:
+            products = x @ rows.T
+        else:
+            products = self.bank.score(x) - x @ centre[:, None]
         distance = x.square().sum(-1, keepdim=True) - 2 * products + rows.square().sum(-1)
         return -distance / x.shape[-1] ** 0.5
 
@@ -63,7 +81,11 @@ class DistanceRouter(RowRouter):
         }
 
     def products(self, batch_tokens: int) -> Iterator[Product]:
-        yield from super().products(batch_tokens)
+        if self.by_codebook_alone:  # scores take the rows, and pass nothing on to them
+            yield from super(RowRouter, self).products(batch_tokens)
+            yield Product(self.num_experts * self.bank.width, learned=False)
+        else:
+            yield from super().products(batch_tokens)
         rows = number_of_rows(self.bank) / batch_tokens + self.top_k  # all lengths, the chosen ones
         yield Product(self.bank.width, learned=False)  # with the place they are measured from
         yield from products_of_map(self.bank, rows, is_learned(self.bank.base))
@@ -91,6 +113,9 @@ class DistanceOptions(RowOptions):
     """Weight of |x - sg r|^2 for the chosen rows r."""
     init: Literal["default", "data"] = "default"
     """data: rows get mean and covariance of the first batch, by their map and a bias."""
+    learns_from: Literal["all", "codebook"] = "all"
+    """codebook: rows learn by the loss |r - sg x|^2 alone, as SimVQ's codes do; no gradient of the
+    task or of a balance loss reaches them. A commitment_weight of 0 leaves the inputs alone too."""
 
     @property
     def learns_by_gates(self) -> bool:
@@ -113,4 +138,9 @@ class DistanceOptions(RowOptions):
             yield (
                 f"{at}.init 'data' sets {at}.map, whose kind is {self.map.kind!r}: use 'linear' "
                 "or 'diagonal'"
+            )
+        if self.learns_from == "codebook" and not self.codebook_weight:
+            yield (
+                f"{at}.learns_from 'codebook' with {at}.codebook_weight 0.0: nothing would move "
+                "the rows: use a weight such as 1.0"
             )
