@@ -400,6 +400,7 @@ def test_keys_of_a_codebook_learn_by_its_loss_alone(map_: MapOptions) -> None:
     own_loss = routing.losses["router_codebook"]
     g_x, *of_rows = torch.autograd.grad(own_loss, [x, *own], allow_unused=True)
     assert g_x is None
+    assert isinstance(moe.router, DistanceRouter)
     rows = moe.router.bank.rows()
     chosen = torch.cdist(x, rows).topk(TOP_K, largest=False).indices
     by_hand = (rows[chosen] - x.detach()[:, None]).square().mean()
