@@ -119,7 +119,25 @@ def test_the_quickstart_starts_with_any_number_of_gpus(launch: Path, gpus: int, 
     script = ["bash", str(launch / "quickstart.sh")]
     done = subprocess.run(script, env=variables(launch.parent), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (launch.parent / "notes").read_text().endswith(f"--ranks {ranks}\n")
+    assert (launch.parent / "notes").read_text().endswith(f"--ranks {ranks} --launcher\n")
+
+
+@pytest.mark.parametrize(("there", "said"), [(False, "sees no GPU"), (True, "check.json exists")])
+def test_a_check_of_the_gpu_is_refused_before_anything_is_measured(
+    launch: Path, there: bool, said: str
+) -> None:
+    out = launch.parent / "out"
+    if there:
+        out.mkdir()
+        (out / "check.json").touch()
+    tool(launch.parent, "python", f"#!/bin/sh\nexit {int(not there)}\n")
+    script = ["bash", str(launch / "gpu_check.sh"), str(out)]
+    done = subprocess.run(
+        script, env=variables(launch.parent), capture_output=True, check=False, text=True
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert out.exists() == there
 
 
 def test_a_slurm_job_is_queued_again_whichever_task_saves_first(launch: Path) -> None:

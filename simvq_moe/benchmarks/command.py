@@ -20,12 +20,20 @@ SUBJECTS = ("quantizer", "moe", "train", "cluster")
 
 @dataclass(frozen=True)
 class BenchArgs:
-    """Time quantizers side by side with their peers in one process; ratios, not records."""
+    """Time ours side by side with peers in one process; ratios, not records."""
 
     json: Path | None = None
     """Also write every number to this file."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
+
+
+@dataclass(frozen=True)
+class BenchQuantizerArgs(BenchArgs):
+    """Time quantizers side by side with their peers in one process; ratios, not records."""
+
+    codes: tuple[int, ...] = ()
+    """Of the sizes measured, those with so many codes; none: all of them."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ def bench(args: Sequence[str]) -> int:
     """Measure speed and memory side by side with peers, or this machine for predictions."""
     if not args or args[0] not in (*SUBJECTS, "-h", "--help"):
         raise ConfigError(f"bench {' '.join(args[:1])}: choose one of {', '.join(SUBJECTS)}")
-    subjects: Any = Annotated[BenchArgs, tyro.conf.subcommand("quantizer")]
+    subjects: Any = Annotated[BenchQuantizerArgs, tyro.conf.subcommand("quantizer")]
     subjects |= Annotated[BenchMoEArgs, tyro.conf.subcommand("moe")]
     subjects |= Annotated[BenchTrainArgs, tyro.conf.subcommand("train")]
     subjects |= Annotated[BenchClusterArgs, tyro.conf.subcommand("cluster")]
@@ -135,13 +143,18 @@ def _bench_peers(options: BenchArgs) -> tuple[list[Any], str]:
         return _bench_moe(options)
     if isinstance(options, BenchTrainArgs):
         return _bench_train(options)
+    assert isinstance(options, BenchQuantizerArgs)
     return _bench_quantizer(options)
 
 
-def _bench_quantizer(options: BenchArgs) -> tuple[list[Any], str]:
+def _bench_quantizer(options: BenchQuantizerArgs) -> tuple[list[Any], str]:
     from simvq_moe.benchmarks import quantizer as benches
 
-    results = benches.bench_quantizer(device=options.device)
+    sizes = [codes for _, codes, _ in benches.CASES]
+    if unknown := [codes for codes in options.codes if codes not in sizes]:
+        raise ConfigError(f"--codes {unknown[0]}: use some of {', '.join(map(str, sizes))}")
+    cases = [case for case in benches.CASES if not options.codes or case[1] in options.codes]
+    results = benches.bench_quantizer(cases, device=options.device)
     return results, benches.table(results)
 
 

@@ -59,7 +59,7 @@ def bench_quantizer(
         steps = {PRODUCT: _product(z, q), **_contestants(z, q)}
         best = best_of_rounds(steps, rounds, device)
         for name, step in steps.items():
-            memory = None if "search" in name or device != "cpu" else megabytes(step)
+            memory = None if "search" in name else megabytes(step, device)
             relative = best[name] / best[PRODUCT]
             results.append(Measured(tokens, codes, width, name, best[name], relative, memory))
     return results

@@ -49,8 +49,15 @@ def wall_seconds(step: Step, device: str, times: int = 1) -> float:
     return (time.perf_counter() - start) / times
 
 
-def megabytes(step: Step) -> float:
-    """Largest sum of live tensor allocations within the step, on the CPU."""
+def megabytes(step: Step, device: str) -> float:
+    """Largest sum of tensor allocations within the step that are alive at once."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     with _quiet_stderr(), torch.profiler.profile(profile_memory=True) as profile:
         step()
     results: Any = profile.profiler
