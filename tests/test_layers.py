@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"errors", "hub", "files", "data", "records", "tasks", "training", *RUNS, *MODELS},
     "sweeps": {"errors", "files", "config", "records", "runs", "analysis"},
     "analysis": {"errors", "files", "records", "runs"},
-    "reports": {"errors", "files", "text_table", "records", "runs", "analysis"},
+    "usage_tab": {"core", "data", "files", "records", "runs", "analysis"},
+    "reports": {"errors", "files", "text_table", "records", "runs", "analysis", "usage_tab"},
     "benchmarks": {
         *("text_table", "data", "records", "tasks", "costs", "training", "sweeps"),
         *(*RUNS, *MODELS),

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import textwrap
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -36,6 +37,9 @@ from simvq_moe.records.usage_metrics import Layer
 logger = logging.getLogger(__name__)
 
 METRICS, USAGE = "metrics.jsonl", "usage.npz"
+SECONDS_BETWEEN_COUNTS, SHARE_OF_COUNTS = 15.0, 0.01
+"""usage.npz is written anew after so many seconds, for those who look on, unless that would take a
+larger share of the time; and with every checkpoint."""
 USAGE_LAYOUT = {
     "steps": Layout("i", 1),
     "counts": Layout("i", 3),
@@ -89,6 +93,7 @@ class RunLog:
         self.dead = DeadSlots(len(layers))
         self.steps: dict[str, list[int]] = {"": [], "val_": []}
         self.counts: dict[str, list[np.ndarray]] = {"": [], "val_": []}
+        self.next_counts = time.monotonic() + SECONDS_BETWEEN_COUNTS
         logged_until = self._go_on_from(step)
         self.metrics = (run_dir / METRICS).open("a")
         self.trackers = Trackers(
@@ -105,7 +110,8 @@ class RunLog:
         counts: Sequence[np.ndarray],
         held_out_counts: Sequence[np.ndarray] | None,
     ) -> None:
-        """One line of metrics.jsonl, then of the trackers; counts are kept for usage.npz."""
+        """One line of metrics.jsonl, then of the trackers; counts are kept for usage.npz, which is
+        written now and then."""
         self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         self.metrics.flush()
         self.step = step
@@ -114,6 +120,8 @@ class RunLog:
         if held_out_counts is not None:
             self._keep("val_", step, held_out_counts)
         self.trackers.write(LoggedLine(step, metrics, counts, held_out_counts, self.dead))
+        if time.monotonic() > self.next_counts:
+            self.write_usage()
 
     def write_samples(self, step: int, pixels: np.ndarray) -> None:
         """samples/val_<step>.png and the same picture in trackers; (height, width, 3) uint8."""
@@ -160,6 +168,7 @@ class RunLog:
 
     def write_usage(self) -> None:
         """usage.npz: int64 counts [log step, layer, slot], and of the held-out set; zero-padded."""
+        began = time.monotonic()
         arrays = {}
         for which in ("", "val_"):
             arrays[f"{which}steps"] = np.array(self.steps[which], dtype=np.int64)
@@ -171,6 +180,8 @@ class RunLog:
         # what a checkpoint's run goes on from is as safe as the checkpoint
         if not self.metrics.closed:
             os.fsync(self.metrics.fileno())
+        ended = time.monotonic()
+        self.next_counts = ended + max(SECONDS_BETWEEN_COUNTS, (ended - began) / SHARE_OF_COUNTS)
 
     def write_spectra(self, spectra: Mapping[str, np.ndarray]) -> None:
         """spectra.npz: the maps' singular values at the last evaluation, by number of the bank."""

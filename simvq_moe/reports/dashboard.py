@@ -18,6 +18,7 @@ from tensorboard import default, program
 from simvq_moe.analysis.run_folders import PARTS
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import is_inside
+from simvq_moe.usage_tab.plugin import NAME, UsageTabLoader
 
 SAMPLES_KEPT = 200
 """Steps of each heat map and histogram that the slider reaches; TensorBoard's own default is 10."""
@@ -38,7 +39,9 @@ def serve(runs_dir: Path, port: int) -> int:
         raise ConfigError(f"{runs_dir} does not exist: give the folder that holds the runs")
     with tempfile.TemporaryDirectory(prefix="simvq_moe_dashboard_") as links:
         link_runs(runs_dir, Path(links))
-        print(start(Path(links), port), file=sys.stderr)
+        address = start(Path(links), port, runs_dir)
+        print(address, file=sys.stderr)
+        print(f"the tab of usage: {address}#{NAME}", file=sys.stderr)
         print("Ctrl-C stops it", file=sys.stderr)
         while True:
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -65,9 +68,17 @@ def link_runs(runs_dir: Path, links: Path) -> None:
                 link.unlink()
 
 
-def start(folder: Path, port: int) -> str:
-    """Start the server in the background; its address."""
-    server = program.TensorBoard(plugins=default.get_plugins())
+def start(folder: Path, port: int, runs_dir: Path) -> str:
+    """Start the server in the background; its address.
+
+    Args:
+        folder: of the events.
+        port: of the server.
+        runs_dir: of the runs, which the tab of usage reads; that tab is the first, and so opens.
+    """
+    # installed or not, there is one such tab: that of this folder
+    others = [plugin for plugin in default.get_plugins() if plugin is not UsageTabLoader]
+    server = program.TensorBoard(plugins=[UsageTabLoader(runs_dir), *others])
     server.configure(
         argv=[
             "tensorboard",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, model_validator
@@ -327,21 +327,57 @@ def read_held_out_counts(run: Path, layers: list[dict[str, Any]]) -> np.ndarray 
         return None
     last = counts["val_counts"][-1]
     _check_counts(last, file)
-    slots = max((layer["slots"] for layer in layers), default=0)
-    if layers and (len(last) != len(layers) or last.shape[1] < slots):
-        raise BrokenFileError(
-            file, f"has counts of shape {last.shape} for {len(layers)} layers of {slots} slots"
-        )
+    _check_layers(last, layers, file)
     return last.astype(np.int64)
+
+
+class Windows(NamedTuple):
+    """Counts of all logged windows of a run."""
+
+    steps: np.ndarray
+    """int64, where each window ends, ascending."""
+    counts: np.ndarray
+    """Draws, int64 [window, layer, slot], zero behind the last slot of a layer."""
+
+
+def read_windows(
+    run: Path, layers: list[dict[str, Any]], *, held_out: bool, limit: int
+) -> Windows | None:
+    """Of usage.npz the counts of every window, or of every evaluation; None: there are none.
+
+    Args:
+        layers: those of meta.json, whose slots must be there; empty: not known.
+        held_out: those of evaluations.
+        limit: bytes that the counts may have, unpacked.
+    """
+    file, prefix = run / "usage.npz", "val_" if held_out else ""
+    names = f"{prefix}steps", f"{prefix}counts"
+    layouts = {names[0]: Layout("iu", 1, optional=True), names[1]: Layout("iu", 3, optional=True)}
+    try:
+        found = read_arrays(file, layouts, limit=limit, inside=run)
+    except MissingFileError:
+        return None
+    steps, counts = (found.get(name, np.zeros(0, np.int64)) for name in names)
+    if not counts.size:
+        return None
+    if len(steps) != len(counts):
+        raise BrokenFileError(file, f"has {len(steps)} {names[0]} for {len(counts)} {names[1]}")
+    _check_range(names[0], steps, 0, 2**53, file)
+    if (np.diff(steps.astype(np.int64)) <= 0).any():
+        raise BrokenFileError(file, f"has {names[0]} that do not ascend")
+    _check_counts(counts, file)
+    _check_layers(counts[-1], layers, file)
+    return Windows(steps.astype(np.int64), counts.astype(np.int64, copy=False))
 
 
 def read_probe(run: Path) -> dict[str, np.ndarray] | None:
     """Of probe.npz how the probe was routed, as `simvq_moe.training.probe` keeps it: ids
-    [evaluation, layer, token, choice], -1 is nobody, and tokens of each expert and domain; None:
-    there is none."""
+    [evaluation, layer, token, choice], -1 is nobody, and tokens of each expert and domain; older
+    ones lack the steps of evaluations and the tokens' ids; None: there is none."""
     file = run / "probe.npz"
     layouts = {"ids": Layout("iu", 4), "domain_counts": Layout("iu", 4)}
     layouts |= {"domain_names": Layout("U", 1), "domains": Layout("iu", 1)}
+    layouts |= dict.fromkeys(("steps", "token_ids"), Layout("iu", 1, optional=True))
     try:
         found = read_arrays(file, layouts, inside=run)
     except MissingFileError:
@@ -355,6 +391,9 @@ def read_probe(run: Path) -> dict[str, np.ndarray] | None:
     _check_range("domains", found["domains"], 0, counts.shape[3], file)
     if len(found["domain_names"]) != counts.shape[3]:
         raise BrokenFileError(file, f"has {len(found['domain_names'])} domain_names for {shape}")
+    for name, of in (("steps", ids.shape[0]), ("token_ids", ids.shape[2])):
+        if len(found.get(name, range(of))) != of:
+            raise BrokenFileError(file, f"has {len(found[name])} {name} for {shape}")
     _check_counts(counts[-1], file)
     return found
 
@@ -375,6 +414,15 @@ def read_spectra(run: Path) -> dict[int, np.ndarray]:
             raise BrokenFileError(file, f"has in {name} values that are no singular values")
         spectra[int(name)] = values.astype(np.float64)
     return spectra
+
+
+def _check_layers(counts: np.ndarray, layers: list[dict[str, Any]], file: Path) -> None:
+    """Counts of one window must be of these layers, if any are known."""
+    slots = max((layer["slots"] for layer in layers), default=0)
+    if layers and (len(counts) != len(layers) or counts.shape[1] < slots):
+        raise BrokenFileError(
+            file, f"has counts of shape {counts.shape} for {len(layers)} layers of {slots} slots"
+        )
 
 
 def _check_counts(counts: np.ndarray, file: Path) -> None:

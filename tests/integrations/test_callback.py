@@ -19,6 +19,8 @@ from simvq_moe import usage
 from simvq_moe.cli import main
 from simvq_moe.integrations.callback import UsageCallback
 from simvq_moe.reports.dashboard import link_runs
+from simvq_moe.usage_tab import answers
+from simvq_moe.usage_tab.folders import Folder
 from tests.integrations.test_meters import counted, plain, said_by_routers
 from tests.integrations.test_transformers import EXPERTS, SHAPE, tokens
 
@@ -73,7 +75,10 @@ def test_a_run_of_the_trainer_logs_the_counts_of_its_routers(
     np.testing.assert_allclose(used, [line["moe/02/used"] for line in lines])
     assert [image.step for image in events.Images("moe/load")] == [2, 4]
     assert "train/moe/02/gini" not in events.Tags()["scalars"]
-    # the commands that show runs of ours
+    # what shows runs of ours
+    question = {"run": ["mine"], "counted": ["training"], "window": ["1"]}
+    shown = answers.window(Folder(tmp_path / "runs"), question)
+    assert [layer["counts"] for layer in shown["layers"]] == by_step[1].tolist()
     assert main(["watch", str(tmp_path / "runs"), "--once"]) == 0
     table = capsys.readouterr().out
     assert "mine" in table

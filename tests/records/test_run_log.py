@@ -28,6 +28,7 @@ from simvq_moe.config.schema import Config, MoEConfig, TrainConfig
 from simvq_moe.core.usage import usage
 from simvq_moe.moe.maps import LinearMap
 from simvq_moe.moe.routers.topk import TopKOptions
+from simvq_moe.records import run_log
 from simvq_moe.records.dead_slots import DeadSlots, ranges
 from simvq_moe.records.run_log import RunLog
 from simvq_moe.records.tensorboard import TOP_LOAD, heat_map, loads, rows_of_table
@@ -83,6 +84,26 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint_and_torn_lines(tmp_p
         assert saved["val_steps"].tolist() == [2, 4, 6]
         assert saved["counts"].dtype == np.int64
         np.testing.assert_array_equal(saved["counts"], np.stack([COUNTS] * 6))
+
+
+def test_counts_are_written_while_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_log, "SECONDS_BETWEEN_COUNTS", -1.0)
+    monkeypatch.setattr(run_log, "SHARE_OF_COUNTS", 1e9)
+    log = RunLog(tmp_path, EXPERTS, 0, steps=2)
+    log.write(1, usage_metrics(EXPERTS, COUNTS), COUNTS, None)
+    with np.load(tmp_path / "usage.npz") as saved:
+        np.testing.assert_array_equal(saved["counts"], np.stack([COUNTS]))
+    # no more often than for a share of the time
+    monkeypatch.setattr(run_log, "SHARE_OF_COUNTS", 1e-9)
+    log.write_usage()
+    log.write(2, usage_metrics(EXPERTS, COUNTS), COUNTS, None)
+    with np.load(tmp_path / "usage.npz") as saved:
+        assert saved["steps"].tolist() == [1]
+    log.close()
+    with np.load(tmp_path / "usage.npz") as saved:
+        assert saved["steps"].tolist() == [1, 2]
 
 
 def test_events_hold_scalars_margins_heat_maps_and_histograms(tmp_path: Path) -> None:
@@ -176,7 +197,9 @@ def server(tmp_path: Path) -> Iterator[str]:
     process = start("dashboard", "--port", "0", cwd=tmp_path)
     assert process.stderr is not None
     lines = iter(process.stderr)
-    yield next(line for line in lines if line.startswith("http")).strip()
+    address = next(line for line in lines if line.startswith("http")).strip()
+    assert next(lines) == f"the tab of usage: {address}#usage\n"
+    yield address
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
@@ -229,6 +252,7 @@ def test_the_dashboard_serves_runs_by_name_on_this_machine_only(
     assert found["a"]["hparams"]["arm"] == "base"
     results = {m["name"]["tag"]: m["value"] for m in found["a"]["metricValues"]}
     assert results["val/moe/mean/used"] == 0.625
+    assert {run["name"] for run in get(server, "usage/runs")["runs"]} == tags.keys()
     # a run that begins while it is served
     write_steps(tmp_path / "runs" / "c", range(1, 3))
     assert "c" in until(server, "scalars/tags", "c")
