@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,22 @@ def get(client: Client, route: str, status: int = 200, **question: Any) -> Any:
     return json.loads(answer.data)
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MoE of two layers with a capacity, and a codebook in a sweep of two seeds."""
     rng = np.random.default_rng(0)
-    folder = tmp_path / "runs"
+    folder = tmp_path_factory.mktemp("written")
     write_counted(folder / "a", EXPERTS, drawn(rng, EXPERTS, 9), arm="base", seed=3, task="t")
     for seed in range(2):
         path = folder / "sweep/codes/vq" / f"seed{seed}"
         write_counted(path, CODES, drawn(rng, CODES, 6), arm="vq", seed=seed)
     return folder
+
+
+@pytest.fixture
+def runs(written: Path, tmp_path: Path) -> Path:
+    """A copy of them that a test may change."""
+    return Path(shutil.copytree(written, tmp_path / "runs"))
 
 
 def test_pyproject_declares_the_plugin() -> None:
@@ -226,7 +233,7 @@ WELL = {"run": "a", "counted": "training", "layer": "0", "slot": "0", "window": 
     ],
 )
 def test_a_wrong_question_is_one_line(runs: Path, status: int, wrong: dict[str, Any]) -> None:
-    write_counted(runs.parent / "private", EXPERTS, drawn(np.random.default_rng(1), EXPERTS, 3))
+    shutil.copytree(runs / "a", runs.parent / "private")
     found = get(served(runs), "slot", status, **(WELL | wrong))
     assert found.keys() == {"error"}
     assert "\n" not in found["error"]

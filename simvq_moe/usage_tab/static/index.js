@@ -138,10 +138,8 @@ class Page {
       this.run = run;
       this.say('');
       this.buildCounts();
-      if (!again) {
-        this.window = null;
-        this.buildKinds();
-      }
+      if (again) this.takeLayers();
+      else this.buildKinds();
       await this.timeline.take(run.steps, { follow: other });
       await this.loadArms();
     } catch (error) {
@@ -184,6 +182,7 @@ class Page {
   }
 
   buildKinds() {
+    this.window = null;
     const onSlot = (layer, slot) => this.openSlot(layer, slot);
     this.views = [...byKind(this.run.layers)].map(([kind, layers]) => {
       const cells = layers.filter((layer) => layer.cells);
@@ -200,6 +199,12 @@ class Page {
         ? element('label', { class: 'sort' }, this.sortBox, ' sort each layer by load') : null,
       view.heat && view.heat.node, view.curve && view.curve.node,
     )));
+  }
+
+  // The same layers with new measures.
+  takeLayers() {
+    const layers = byKind(this.run.layers);
+    for (const view of this.views) view.layers = layers.get(view.kind);
   }
 
   async showWindow(index) {
