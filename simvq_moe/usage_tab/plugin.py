@@ -107,7 +107,9 @@ class UsageTabLoader(base_plugin.TBLoader):
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
-    def load(self, context: base_plugin.TBContext) -> UsageTab | None:
+    def load(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, context: base_plugin.TBContext
+    ) -> UsageTab | None:
         if any(find_spec(name) is None for name in NEEDED):
             return None
         return UsageTab(context, self.folder)

@@ -280,7 +280,8 @@ def test_a_broken_run_is_one_line_and_the_others_are_shown(runs: Path) -> None:
 )
 def test_counts_that_are_none_are_refused(arrays: dict[str, Any], tmp_path: Path) -> None:
     run = write_counted(tmp_path / "a", [Layer("experts", 4, 1)], [[np.arange(4)]])
-    np.savez(run / "usage.npz", **{name: np.array(n).astype("int64") for name, n in arrays.items()})
+    steps, counts = (np.array(arrays[name]).astype(np.int64) for name in ("steps", "counts"))
+    np.savez(run / "usage.npz", steps=steps, counts=counts)
     assert "usage.npz" in get(served(tmp_path), "run", 422, run="a", counted="training")["error"]
 
 
