@@ -8,12 +8,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.gradient import ESTIMATORS
-from simvq_moe.quantizers.base import AnyQuantizer, Quantized, Quantizer
+from simvq_moe.quantizers.base import PADDING, AnyQuantizer, Quantized, Quantizer
 
 ResidualGradient = Literal["straight_through", "rotation"]
 
@@ -50,11 +50,18 @@ class ResidualQuantizer(_Composed):
 
     Every level's losses reach the latents. The gradient of the output reaches them once, from the
     sum of all levels, and the levels' own estimators are not used. Grids (FSQ, LFQ) get finer from
-    level to level, as in vector-quantize-pytorch.
+    level to level, as in vector-quantize-pytorch. `decode` also takes the ids of the first levels
+    alone.
+
+    With `dropout` an item of a training batch, one place on the first axis, goes through its first
+    n levels alone, n uniform from 1 on (SoundStream; as in DAC, arXiv:2306.06546, section 3.2, with
+    a probability). What it skips gives it no loss, takes no latent of it into its statistics and
+    has the id `PADDING`. Shapes then depend on the draw, which a compiler can't follow.
 
     Args:
         levels: quantizers of one width, the coarsest first.
         gradient: how the gradient of the output reaches the latents.
+        dropout: probability that an item goes through a random number of levels in training.
         channels_first: latents are (batch, width, ...) instead of (..., width).
 
     Raises:
@@ -66,6 +73,7 @@ class ResidualQuantizer(_Composed):
         levels: Sequence[AnyQuantizer],
         *,
         gradient: ResidualGradient = "straight_through",
+        dropout: float = 0.0,
         channels_first: bool = False,
     ) -> None:
         widths = [level.width for level in levels]
@@ -76,18 +84,43 @@ class ResidualQuantizer(_Composed):
             level.join(levels, place)
         super().__init__(levels, widths[0], channels_first=channels_first)
         self.estimator = ESTIMATORS[gradient]
+        self.dropout = dropout
+        self._levels_of_rows: Tensor | None = None
+        """int64 (tokens,): levels that each row of this forward pass goes through; None: all."""
+
+    def forward(
+        self, z: Float[Tensor, "*latents"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> Quantized:
+        if not (self.training and self.dropout):
+            return super().forward(z, mask)
+        lead = (z.shape[0], *z.shape[2:]) if self.channels_first else z.shape[:-1]
+        items = lead[0] if lead else 1
+        drawn = torch.randint(1, len(self.parts) + 1, (items,), device=z.device)
+        whole = torch.rand(items, device=z.device) >= self.dropout
+        levels = drawn.masked_fill(whole, len(self.parts))
+        levels = levels.view(-1, *[1] * (len(lead) - 1)).expand(lead or (1,))
+        self._levels_of_rows = levels.reshape(-1) if mask is None else levels[mask]
+        try:
+            return super().forward(z, mask)
+        finally:
+            self._levels_of_rows = None
 
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
         z = self._target(z)
         value = torch.zeros_like(z)
         outs: list[Quantized] = []
-        for level in self:
-            out = level.quantize(z - value)
+        shares: list[float] = []
+        for place, level in enumerate(self):
+            rows = None if self._levels_of_rows is None else self._levels_of_rows > place
+            left = z - value
+            out = level.quantize(left if rows is None else left[rows])
+            shares.append(1.0 if rows is None else len(out.ids) / max(len(z), 1))
+            out = out if rows is None else _of_rows(out, rows)
             # detached: the next level's commitment loss must reach z, not cancel against this one
             value = value + out.z_q.detach()
             outs.append(out)
         ids = torch.stack([out.ids for out in outs], 1)
-        return Quantized(self.estimator(z, value), ids, *_sum_of_losses(outs, [1.0] * len(outs)))
+        return Quantized(self.estimator(z, value), ids, *_sum_of_losses(outs, shares))
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, "tokens ..."]:
         z = self._target(z)
@@ -99,7 +132,10 @@ class ResidualQuantizer(_Composed):
         return torch.stack(ids, 1)
 
     def lookup(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
-        codes = [level.lookup(x, dtype) for level, x in zip(self, self._each_id(ids), strict=True)]
+        each = self._each_id(ids)
+        if len(each) > len(self.parts):
+            raise ValueError(f"ids of {len(each)} levels, but there are {len(self.parts)}")
+        codes = [level.lookup(x, dtype) for level, x in zip(self, each, strict=False)]
         return sum(codes[1:], start=codes[0])
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
@@ -204,6 +240,14 @@ class Projected(AnyQuantizer):
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         self.inner.initialize(_apply(self.project_in, z))
+
+
+def _of_rows(out: Quantized, rows: Bool[Tensor, " tokens"]) -> Quantized:
+    """What some of the rows were quantized to, and nothing for the others."""
+    z_q = out.z_q.new_zeros(len(rows), *out.z_q.shape[1:])
+    ids = out.ids.new_full((len(rows), *out.ids.shape[1:]), PADDING)
+    z_q[rows], ids[rows] = out.z_q.detach(), out.ids
+    return out._replace(z_q=z_q, ids=ids)
 
 
 def _apply(layer: nn.Linear, x: Tensor) -> Tensor:

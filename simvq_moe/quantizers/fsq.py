@@ -130,7 +130,7 @@ class FSQOptions(LevelOptions):
         return FSQ(self.levels)
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
-        del config
+        yield from super().problems(at, config)
         if not self.levels:
             yield (
                 f"{at}.levels () with {at}.kind 'fsq': give values of each channel, such as "

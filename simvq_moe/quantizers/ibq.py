@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from simvq_moe.config.ranges import Weight
+from simvq_moe.config.ranges import FACTOR, Range, Weight
 from simvq_moe.config.registry import register
 from simvq_moe.core.collectives import mean_assignment_entropy
 from simvq_moe.core.search.nearest import numbered
@@ -122,6 +122,10 @@ class IBQOptions(LevelOptions):
     """Weight of |z - sg e|^2."""
     entropy_weight: Weight = 0.05
     """Weight of each token's entropy less that of the mean assignment."""
+    diversity_weight: Weight = 1.0
+    """Weight of the entropy of the mean assignment, relative to that of a token's."""
+    temperature: Annotated[float, Range(1e-6, FACTOR)] = 0.01
+    """Softness of the assignment whose entropies these are."""
 
     def level(self) -> IBQ:
         return IBQ(
@@ -130,4 +134,6 @@ class IBQOptions(LevelOptions):
             codebook_weight=self.codebook_weight,
             commitment_weight=self.commitment_weight,
             entropy_weight=self.entropy_weight,
+            diversity_weight=self.diversity_weight,
+            temperature=self.temperature,
         )

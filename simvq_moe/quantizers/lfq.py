@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from simvq_moe.config.quantizer import Own
-from simvq_moe.config.ranges import Weight
+from simvq_moe.config.ranges import FACTOR, Range, Weight
 from simvq_moe.config.registry import register
 from simvq_moe.core.collectives import mean_assignment_entropy
 from simvq_moe.core.search.nearest import numbered
@@ -125,6 +125,10 @@ class LFQOptions(LevelOptions):
     """Weight of |z - sg e|^2."""
     entropy_weight: Weight = 0.1
     """Weight of each token's entropy less that of the mean assignment."""
+    diversity_weight: Weight = 1.0
+    """Weight of the entropy of the mean assignment, relative to that of a token's."""
+    temperature: Annotated[float, Range(1e-6, FACTOR)] = 0.01
+    """Softness of the assignment whose entropies these are."""
 
     @classmethod
     def example(cls: type[Own]) -> Own:
@@ -138,8 +142,10 @@ class LFQOptions(LevelOptions):
         return {
             "commitment_weight": self.commitment_weight,
             "entropy_weight": self.entropy_weight,
+            "diversity_weight": self.diversity_weight,
+            "temperature": self.temperature,
         }
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
-        del config
+        yield from super().problems(at, config)
         yield from bit_problems(at, self)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simvq_moe.config.quantizer import QuantizerOptions
-from simvq_moe.config.ranges import Weight
+from simvq_moe.config.ranges import Share, Weight
 from simvq_moe.core.gradient import Gradient
 from simvq_moe.quantizers.base import AnyQuantizer
 from simvq_moe.quantizers.composed import ResidualGradient, ResidualQuantizer
@@ -17,6 +17,10 @@ from simvq_moe.quantizers.composed import ResidualGradient, ResidualQuantizer
 @dataclass(frozen=True)
 class LevelOptions(QuantizerOptions):
     """Options of a kind that gives one level, of which several make a residual quantizer."""
+
+    level_dropout: Share = 0.0
+    """Probability that an item of a training batch goes through a random number of the first levels
+    alone, so that fewer levels decode too; 0: none does."""
 
     @abstractmethod
     def level(self) -> AnyQuantizer:
@@ -30,7 +34,16 @@ class LevelOptions(QuantizerOptions):
         if self.residual_levels == 1:
             return self.level()
         levels = [self.level() for _ in range(self.residual_levels)]
-        return ResidualQuantizer(levels, gradient=self.gradient_of_levels())
+        gradient = self.gradient_of_levels()
+        return ResidualQuantizer(levels, gradient=gradient, dropout=self.level_dropout)
+
+    def problems(self, at: str, config: Any) -> Iterator[str]:
+        yield from super().problems(at, config)
+        if self.level_dropout and self.residual_levels == 1:
+            yield (
+                f"{at}.level_dropout {self.level_dropout} with {at}.residual_levels 1: there is no "
+                "level to leave out, use more levels or drop it"
+            )
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class LearnedOptions(LevelOptions):
         return self.gradient
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
-        del config
+        yield from super().problems(at, config)
         if self.residual_levels > 1 and self.gradient in ("diveq", "noise_substitution"):
             yield (
                 f"{at}.gradient {self.gradient!r} knows no {at}.residual_levels "

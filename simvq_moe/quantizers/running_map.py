@@ -142,7 +142,8 @@ class RunningMapOptions(LearnedOptions):
         )
 
     def folded(self) -> QuantizerOptions:
-        shared = ("codes", "width", "residual_levels", "gradient", "commitment_weight")
+        shared = ("codes", "width", "residual_levels", "level_dropout", "gradient")
+        shared += ("commitment_weight",)
         return VQOptions(**{name: getattr(self, name) for name in shared})
 
     def problems(self, at: str, config: Any) -> Iterator[str]:

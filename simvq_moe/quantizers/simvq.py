@@ -134,7 +134,7 @@ class SimVQOptions(CodebookOptions):
         )
 
     def folded(self) -> QuantizerOptions:
-        shared = ("codes", "width", "residual_levels")
+        shared = ("codes", "width", "residual_levels", "level_dropout")
         kept = {name: getattr(self, name) for name in shared}
         return VQOptions(**kept, **self.weights())
 

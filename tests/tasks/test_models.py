@@ -47,6 +47,7 @@ KINDS = {
     "lfq": ("--quantizer.kind", "lfq", "--quantizer.width", "6"),
     "bsq": ("--quantizer.kind", "bsq", "--quantizer.width", "6"),
     "residual": ("--quantizer.residual_levels", "3"),
+    "level_dropout": ("--quantizer.residual_levels", "3", "--quantizer.level_dropout", "0.5"),
 }
 
 
@@ -58,7 +59,7 @@ def config(*flags: str) -> Config:
 def test_every_kind_of_quantizer_trains_two_steps(kind: str, tmp_path: Path, world: World) -> None:
     summary = train_two_steps(config(*KINDS[kind]), tmp_path / "runs", world)
     assert summary["step"] == 2
-    used = "val/codes/02/used" if kind == "residual" else "val/codes/used"
+    used = "val/codes/02/used" if kind in ("residual", "level_dropout") else "val/codes/used"
     assert 0 < summary[used] <= 1
 
 
@@ -149,6 +150,16 @@ def test_a_quantizer_by_config_is_that_of_its_class(kind: str) -> None:
     }
     for name in plain & vars(own).keys():
         assert getattr(made, name) == getattr(own, name), name
+
+
+@pytest.mark.parametrize("kind", ["lfq", "bsq", "ibq"])
+def test_softness_and_diversity_of_entropies_reach_their_kinds(kind: str) -> None:
+    given = {"temperature": 0.5, "diversity_weight": 3.0, "entropy_weight": 0.2}
+    made = of_kind_named(kind, **given).build()
+    assert isinstance(made, LFQ | IBQ)
+    assert made.temperature == 0.5
+    assert made.weights["token_entropy"] == 0.2
+    assert made.weights["codebook_entropy"] == pytest.approx(-0.6)
 
 
 @pytest.mark.parametrize("option", list(WEIGHTS))
