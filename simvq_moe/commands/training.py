@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,9 +51,15 @@ def train(args: Sequence[str]) -> int:
 
         dry_run(config, options.cluster)
         return 0
+    from simvq_moe.records.trackers.guarded import left_alone
     from simvq_moe.training import run
 
-    return run.train(config)
+    code = run.train(config)
+    if left_alone():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 @dataclass(frozen=True)

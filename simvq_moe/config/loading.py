@@ -150,8 +150,10 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     """ " Did you mean ...?" with the closest known words, or nothing."""
     word = word[:SHOWN]
     leaf = word.rsplit(".", 1)[-1]
+    whole = [key for key in known if "." not in key]
     close = (
-        [key for key in known if key.endswith(f".{leaf}")][:2]
+        (difflib.get_close_matches(word, whole, n=1, cutoff=0.8) if leaf == word else [])
+        or [key for key in known if key.endswith(f".{leaf}")][:2]
         or difflib.get_close_matches(word, known, n=2, cutoff=0.6)
         or [
             key

@@ -35,8 +35,9 @@ class DataConfig:
     seed: Seed = 0
     """Seed of the crops: the data set stays the same when the run's seed changes."""
     held_out_source: str | None = None
-    """image_tokenizer: what held-out crops are drawn from, whose images are not trained on even
-    where source holds them too; None: a part of source that training never sees."""
+    """What held-out images, recordings or documents are of, which are not trained on even where
+    source holds them too; None: the held-out split of a source that `datasets` has saved with
+    splits, else a part of source that training never sees."""
     image_size: Annotated[int, Range(1, 2**14)] = 32
     """Pixels a side of a crop."""
     shorter_side: Annotated[int, Range(0, 2**16)] = 0
@@ -52,6 +53,8 @@ class DataConfig:
     """Hz of audio; recordings of another rate are resampled."""
     audio_seconds: Annotated[float, Range(0, 3600)] = 0.2
     """Length of an audio crop; shorter recordings are left out."""
+    text_field: str = "text"
+    """language_model: column of parquet and Arrow files, or field of JSON, that holds the text."""
     vocabulary: Annotated[int, Range(2, 2**24)] = 1_024
     """Tokens of the byte-level BPE vocabulary, trained on the training documents; 257: the bytes
     and the end of text alone."""

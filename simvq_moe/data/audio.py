@@ -91,6 +91,7 @@ def audio_clips(
     clips: int,
     held_out_clips: int,
     seed: int,
+    held_out_source: str | None = None,
     memory: int = 2**32,
 ) -> tuple[AudioClips | LazyClips, AudioClips | LazyClips]:
     """Training and held-out clips of `source`, the same for the same seed.
@@ -103,13 +104,15 @@ def audio_clips(
         clips: number of training clips; every place of every recording is equally likely.
         held_out_clips: number of held-out clips, likewise.
         seed: of the places of the clips.
+        held_out_source: what held-out clips are drawn from, whose recordings are not trained on;
+            None: a part of `source`.
         memory: bytes of clips; a set that needs more is read batch by batch.
 
     Raises:
         ConfigError: the source doesn't exist, holds no recording that is readable and long enough,
             or one that can't be read now.
     """
-    split = _split(source, sample_rate, length)
+    split = _split_of(source, held_out_source, sample_rate, length)
     sets: list[AudioClips | LazyClips] = []
     skipped, cut = list(split.skipped), []
     try:
@@ -139,7 +142,7 @@ def audio_clips(
 
 
 def recording_windows(
-    source: str, *, sample_rate: int, length: int
+    source: str, *, sample_rate: int, length: int, held_out_source: str | None = None
 ) -> tuple[RecordingWindows, RecordingWindows]:
     """Both sides of `source` whole, for what is to see every sample once, such as `encode`.
 
@@ -150,20 +153,21 @@ def recording_windows(
         source: see `audio_clips`.
         sample_rate: Hz.
         length: samples of a window.
+        held_out_source: see `audio_clips`.
 
     Raises:
         ConfigError: the source doesn't exist, holds no readable recording, or one that can't be
             read now.
     """
-    split = _split(source, sample_rate, length, short_ones=True)
+    split = _split_of(source, held_out_source, sample_rate, length, short_ones=True)
     if not split.train:
         raise ConfigError(_no_recording(source))
-    root = _root(source)
+    roots = (_root(source), _root(held_out_source or source))
     _warn(source, "skipped %d unreadable or empty recordings", split.skipped)
     _warn_of_rates(source, split)
     train, held_out = (
         RecordingWindows(parts, [_name(part.path, root) for part in parts], sample_rate, length)
-        for parts in (split.train, split.held_out)
+        for parts, root in zip((split.train, split.held_out), roots, strict=True)
     )
     return train, held_out
 
@@ -274,37 +278,74 @@ def _keyed(path: Path) -> Part | None:
         return None
 
 
-def _split(source: str, rate: int, length: int, *, short_ones: bool = False) -> _Split:
+def _split_of(
+    source: str,
+    held_out_source: str | None,
+    rate: int,
+    length: int,
+    *,
+    short_ones: bool = False,
+) -> _Split:
+    """Both sides, of one source or of a source each; recordings of both are held out."""
+    whole = held_out_source is not None
+    split = _split(source, rate, length, short_ones=short_ones, whole=whole)
+    if held_out_source is None:
+        return split
+    other = _split(held_out_source, rate, length, short_ones=short_ones, whole=True)
+    unseen = {part.key for part in other.train}
+    train = [part for part in split.train if part.key not in unseen]
+    if split.train and not train:
+        raise ConfigError(
+            f"data.held_out_source {held_out_source!r} holds every recording of data.source "
+            f"{source!r}: give another one, or drop it"
+        )
+    if not other.train:
+        raise ConfigError(
+            f"data.held_out_source {held_out_source!r} holds no recording that is readable and "
+            f"long enough for data.audio_seconds {length / rate:g}: give another one, or drop it"
+        )
+    if left_out := len(split.train) - len(train):
+        here, there = printable(source), printable(held_out_source)
+        log.info("%s: %d recordings are in %s as well, and held out", here, left_out, there)
+    return _Split(train, other.train, split.skipped + other.skipped, split.strange + other.strange)
+
+
+def _split(
+    source: str, rate: int, length: int, *, short_ones: bool = False, whole: bool = False
+) -> _Split:
     """Both sides of a source.
 
     Files that neither are recordings nor are named like one (a README) are passed over in silence.
 
     Args:
         short_ones: also use recordings that are too short for a clip.
+        whole: nothing of it is held out.
     """
     paths = _paths(source)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         headers = dict(zip(paths, threads.map(_keyed, paths), strict=True))
-    readable = [whole for whole in headers.values() if whole]
-    strange = [whole.path for whole in readable if whole.rate not in RATES]
-    readable = [whole for whole in readable if whole.rate in RATES]
+    readable = [one for one in headers.values() if one]
+    strange = [one.path for one in readable if one.rate not in RATES]
+    readable = [one for one in readable if one.rate in RATES]
     least = 1 if short_ones else length
-    usable = [whole for whole in readable if whole.places(rate, least) > 0]
-    sides = _sides(source, usable, [whole.places(rate, length) > 0 for whole in usable])
-    if sides is not None:
+    usable = [one for one in readable if one.places(rate, least) > 0]
+    sides = _sides(source, usable, [one.places(rate, length) > 0 for one in usable])
+    if whole:
+        train, held_out = usable, []
+    elif sides is not None:
         train, held_out = (
-            [whole for whole, side in zip(usable, sides, strict=True) if side is late]
+            [one for one, side in zip(usable, sides, strict=True) if side is late]
             for late in (False, True)
         )
     else:
-        usable = [whole for whole in usable if _side(whole, "late").places(rate, least) > 0]
-        train = [_side(whole, "early") for whole in usable]
-        held_out = [_side(whole, "late") for whole in usable]
-    used = {*(whole.path for whole in usable), *strange}
+        usable = [one for one in usable if _side(one, "late").places(rate, least) > 0]
+        train = [_side(one, "early") for one in usable]
+        held_out = [_side(one, "late") for one in usable]
+    used = {*(one.path for one in usable), *strange}
     skipped = [
         path
-        for path, whole in headers.items()
-        if path not in used and (whole or path.suffix.lower() in SUFFIXES)
+        for path, one in headers.items()
+        if path not in used and (one or path.suffix.lower() in SUFFIXES)
     ]
     return _Split(train, held_out, skipped, strange)
 

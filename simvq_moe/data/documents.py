@@ -1,4 +1,4 @@
-"""Documents of local files: texts, and rows of JSON lines, parquet and tar (webdataset) files.
+"""Documents of local files: texts, and rows of JSON lines, parquet, Arrow and tar files.
 
 Every reader goes through a file in order and may start at any row. What can't be read comes out as
 a `Defect` in its place: after a broken row the file goes on, after a broken file it ends. No reader
@@ -21,12 +21,24 @@ import stat
 import sysconfig
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tarfile import EOFHeaderError, HeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from simvq_moe.data.held_out import content_key
+from simvq_moe.data.rows import base
+from simvq_moe.data.rows.base import BUFFER as BUFFER
+from simvq_moe.data.rows.base import TEXT_FIELD as TEXT_FIELD
+from simvq_moe.data.rows.base import CorruptDataError as CorruptDataError
+from simvq_moe.data.rows.base import Defect as Defect
+from simvq_moe.data.rows.base import Row as Row
+from simvq_moe.data.rows.base import Rows as Rows
+from simvq_moe.data.rows.base import UnreachableError as UnreachableError
+from simvq_moe.data.rows.base import decoded, defect_of, missing
+from simvq_moe.data.rows.base import text_of_value as text_of_value
+from simvq_moe.data.rows.columns import read_arrow, read_parquet
+from simvq_moe.data.rows.saved_sets import is_saved_set, shards
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import is_told, printable
 
@@ -36,28 +48,21 @@ CODE = frozenset(
 )
 TEXT_SUFFIXES = PROSE | CODE
 """Files that are one document each."""
-TEXT_FIELD = "text"
-"""Column or field of a row with the document."""
 NO_LIBRARY = frozenset(["site-packages", "dist-packages", "__pycache__"])
 TESTS = frozenset(["test", "tests", "idle_test"])
 GENERATED_TABLES = frozenset(["encodings", "pydoc_data"])
 STDLIB_WITHOUT = NO_LIBRARY | TESTS | GENERATED_TABLES
 """Folders of the standard library that "python-stdlib" leaves out."""
-ROWS_AT_A_TIME = 1024
-"""Of a parquet file."""
-LARGEST_ROW = 2**26
-"""Bytes of a line, a member of an archive, or a value of a parquet file: 64 MiB."""
+ARROW = ".arrow"
 LARGEST_TEXT = 2**30
 """Bytes of a file that is one document: 1 GiB."""
 LARGEST_HEADER = 2**20
 """Bytes of a member's long name or other attributes: 1 MiB."""
-BUFFER = 2**20
-"""Bytes of a parquet file, or of any that is hashed, that are read at a time."""
 EMBEDDED = "python-stdlib"
 """The source that every machine has."""
 WAY_OUT = (
-    "give a folder or file of text (.txt, .md, .py, ...), .jsonl, .parquet or .tar (field 'text'), "
-    "or 'python-stdlib'"
+    "give a folder or file of text (.txt, .md, .py, ...), .jsonl, .parquet or .tar (its field is "
+    "data.text_field), a folder that `datasets` has saved, or 'python-stdlib'"
 )
 
 OnCorrupt = Literal["stop", "skip"]
@@ -75,50 +80,6 @@ class File(NamedTuple):
     @property
     def has_rows(self) -> bool:
         return reader_of(self.path) is not None
-
-
-class Defect(NamedTuple):
-    """What can't be read."""
-
-    where: str
-    """File, and the row in it."""
-    reason: str
-    of_another_kind: bool = False
-    """Whole, but without any text."""
-
-    def __str__(self) -> str:
-        return f"{printable(self.where)}: {printable(' '.join(self.reason.split()))}"
-
-
-class CorruptDataError(ValueError):
-    """The data have a defect, and the config says to stop at one."""
-
-
-class UnreachableError(CorruptDataError):
-    """A file can't be read now, whatever is in it; it is never skipped."""
-
-    def __init__(self, where: Path | str, error: OSError) -> None:
-        reason = printable(error.strerror or str(error))
-        super().__init__(
-            f"{printable(str(where))} can't be read now ({reason}): make it readable, it is not "
-            "left out because that would change the data"
-        )
-
-
-class Rows(NamedTuple):
-    """Which rows of a file are read: from `first` on those of one part of several."""
-
-    first: int = 0
-    part: int = 0
-    parts: int = 1
-
-    def __contains__(self, row: object) -> bool:
-        assert isinstance(row, int)
-        return row >= self.first and row % self.parts == self.part
-
-
-Row = tuple[int, str | Defect]
-"""Its number in the file, and its text."""
 
 
 class Defects:
@@ -150,6 +111,8 @@ def list_files(source: str) -> list[File]:
     """
     embedded = source == EMBEDDED
     root = Path(sysconfig.get_path("stdlib") if embedded else source)
+    if is_saved_set(source):
+        return [File(path, path.name) for path in shards(root)]
     try:
         mode = root.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
@@ -192,10 +155,12 @@ def _unreachable(error: OSError) -> NoReturn:
 def _may_hold_documents(path: Path, embedded: bool) -> bool:
     if embedded:
         return path.suffix == ".py"
-    return path.suffix.lower() in TEXT_SUFFIXES or reader_of(path) is not None
+    suffix = path.suffix.lower()
+    # of Arrow files only a saved data set says which they are
+    return suffix in TEXT_SUFFIXES or (suffix != ARROW and reader_of(path) is not None)
 
 
-def first_defect(path: Path) -> Defect | None:
+def first_defect(path: Path, field: str = TEXT_FIELD) -> Defect | None:
     """What is wrong before the first text of a file: no UTF-8, no row with a text at all, or a
     broken row. Rows of another kind before it don't decide what the file is.
 
@@ -204,12 +169,14 @@ def first_defect(path: Path) -> Defect | None:
     """
     reader = reader_of(path)
     if reader is not None:
-        for _, found in reader(path, Rows()):
+        first = Defect(str(path), f"no row with a {field!r}", of_another_kind=True)
+        for number, (_, found) in enumerate(reader(path, Rows(field=field))):
             if not isinstance(found, Defect):
                 return None
             if not found.of_another_kind:
                 return found
-        return Defect(str(path), f"no row with a {TEXT_FIELD!r}", of_another_kind=True)
+            first = first if number else found
+        return first
     try:
         with path.open(encoding="utf-8") as file:
             file.read(4096)
@@ -218,6 +185,34 @@ def first_defect(path: Path) -> Defect | None:
     except ValueError as error:
         return Defect(str(path), str(error), of_another_kind=True)
     return None
+
+
+def check_readable(source: str, files: Sequence[File], field: str) -> None:
+    """Make sure that one of the files has text; stops at the first.
+
+    Raises:
+        ConfigError: none has, or one before it can't be read now.
+    """
+    without = None
+    for file in files:
+        try:
+            defect = first_defect(file.path, field)
+        except UnreachableError as error:
+            raise ConfigError(f"data.source {source!r}: {error}") from None
+        if defect is None or not defect.of_another_kind:
+            return
+        without = without or (defect if file.has_rows else None)
+    raise nothing_readable(source, without)
+
+
+def nothing_readable(source: str, without: Defect | None = None) -> ConfigError:
+    """What to say of a source of which no file has text.
+
+    Args:
+        without: what a file with rows lacks.
+    """
+    why = f"{without}: name one as data.text_field" if without else WAY_OUT
+    return ConfigError(f"data.source {source!r} holds no readable text: {why}")
 
 
 def content_name(text: str) -> str:
@@ -240,14 +235,6 @@ def reader_of(path: Path) -> Callable[[Path, Rows], Iterator[Row]] | None:
     return next((reader for suffix, reader in READERS.items() if name.endswith(suffix)), None)
 
 
-def _defect(path: Path, where: str, error: Exception) -> Defect:
-    """Of what a library says of a file, unless the system says that it can't be reached: only then
-    an error has a number."""
-    if isinstance(error, OSError) and error.errno is not None:
-        raise UnreachableError(path, error) from None
-    return Defect(f"{path} {where}", str(error) or type(error).__name__)
-
-
 def _read_text(path: Path, rows: Rows) -> Iterator[Row]:
     if 0 not in rows:
         return
@@ -259,82 +246,25 @@ def _read_text(path: Path, rows: Rows) -> Iterator[Row]:
     if len(content) > LARGEST_TEXT:
         yield 0, Defect(str(path), f"more than {LARGEST_TEXT:,} bytes: split it")
         return
-    yield 0, _decoded(content, str(path))
+    yield 0, decoded(content, str(path))
 
 
 def _read_json_lines(path: Path, rows: Rows) -> Iterator[Row]:
     line = -1
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            while content := file.readline(LARGEST_ROW + 1):
+            while content := file.readline(base.LARGEST_ROW + 1):
                 line += 1
                 where = f"{path} line {line + 1}"
-                if len(content) > LARGEST_ROW:
+                if len(content) > base.LARGEST_ROW:
                     if line in rows:
-                        yield line, Defect(where, f"more than {LARGEST_ROW:,} bytes")
+                        yield line, Defect(where, f"more than {base.LARGEST_ROW:,} bytes")
                     while content and not content.endswith(b"\n"):
-                        content = file.readline(LARGEST_ROW)
+                        content = file.readline(base.LARGEST_ROW)
                 elif line in rows and content.strip():
-                    yield from _with_text(line, content, where)
+                    yield from _with_text(line, content, where, rows.field)
     except (OSError, EOFError, zlib.error) as error:
-        yield line + 1, _defect(path, f"from line {line + 2} on", error)
-
-
-def _read_parquet(path: Path, rows: Rows) -> Iterator[Row]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    row = 0
-    try:
-        with ParquetFile(path) as file:
-            metadata, problem = file.metadata, _column_problem(str(path), file.schema_arrow)
-        if problem is not None:
-            yield 0, problem
-            return
-        # as a dictionary a text that a small file repeats a million times is held once
-        options = {"read_dictionary": [TEXT_FIELD], "buffer_size": BUFFER, "metadata": metadata}
-        with ParquetFile(path, **options) as file:
-            for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if row + size <= rows.first:
-                    row += size
-                    continue
-                for batch in file.iter_batches(ROWS_AT_A_TIME, [group], [TEXT_FIELD]):
-                    yield from _texts_of_column(path, batch.column(0), row, rows)
-                    row += len(batch)
-    except (ArrowException, OSError) as error:
-        yield row, _defect(path, f"from row {row} on", error)
-
-
-def _column_problem(path: str, schema: Any) -> Defect | None:
-    from pyarrow import types
-
-    if TEXT_FIELD not in schema.names:
-        return Defect(path, f"no column {TEXT_FIELD!r}", of_another_kind=True)
-    kind = schema.types[schema.names.index(TEXT_FIELD)]
-    values = kind.value_type if types.is_dictionary(kind) else kind
-    texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-    if any(is_kind(values) for is_kind in texts) or types.is_null(values):
-        return None
-    return Defect(path, f"column {TEXT_FIELD!r} holds {kind}, no strings")
-
-
-def _texts_of_column(path: Path, column: Any, first: int, rows: Rows) -> Iterator[Row]:
-    """Of a dictionary of strings or bytes (Spark writes texts as bytes), or of strings."""
-    from pyarrow import DictionaryArray
-
-    coded = isinstance(column, DictionaryArray)
-    values = column.dictionary if coded else column
-    places = column.indices.to_pylist() if coded else range(len(column))
-    for row, place in enumerate(places, first):
-        value = values[place].as_buffer() if row in rows and place is not None else None
-        if value is None or not value.size:
-            continue
-        where = f"{path} row {row}"
-        if value.size > LARGEST_ROW:
-            yield row, Defect(where, f"more than {LARGEST_ROW:,} bytes")
-        else:
-            yield row, _decoded(value.to_pybytes(), where)
+        yield line + 1, defect_of(path, f"from line {line + 2} on", error)
 
 
 def _read_tar(path: Path, rows: Rows) -> Iterator[Row]:
@@ -351,19 +281,19 @@ def _read_tar(path: Path, rows: Rows) -> Iterator[Row]:
                 if number not in rows or not member.isfile() or suffix not in (".txt", ".json"):
                     continue
                 where = f"{path} member {member.name}"
-                if member.size > LARGEST_ROW:
-                    yield number, Defect(where, f"more than {LARGEST_ROW:,} bytes")
+                if member.size > base.LARGEST_ROW:
+                    yield number, Defect(where, f"more than {base.LARGEST_ROW:,} bytes")
                     continue
                 opened = archive.extractfile(member)
                 assert opened is not None
                 content = opened.read()
                 if suffix == ".json":
-                    yield from _with_text(number, content, where)
+                    yield from _with_text(number, content, where, rows.field)
                 elif content:
-                    yield number, _decoded(content, where)
+                    yield number, decoded(content, where)
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         # ValueError: numbers in the attributes of a member that are none
-        yield number, _defect(path, f"from member {number} on", error)
+        yield number, defect_of(path, f"from member {number} on", error)
 
 
 class _Header(tarfile.TarInfo):
@@ -390,7 +320,7 @@ CONTENT_TYPES = (*tarfile.REGULAR_TYPES, b"1", b"2", b"3", b"4", b"5", b"6")
 """Of members that are no attributes of others: files, links, devices, folders and FIFOs."""
 
 
-def _with_text(row: int, content: bytes, where: str) -> Iterator[Row]:
+def _with_text(row: int, content: bytes, where: str, field: str) -> Iterator[Row]:
     """The text of a JSON object; nothing if it is empty or null."""
     try:
         # numbers aren't used, and integers of many digits would be an error
@@ -401,40 +331,22 @@ def _with_text(row: int, content: bytes, where: str) -> Iterator[Row]:
     except ValueError as error:
         yield row, Defect(where, str(error))
         return
-    if not isinstance(found, dict) or TEXT_FIELD not in found:
-        yield row, Defect(where, f"no field {TEXT_FIELD!r}", of_another_kind=True)
+    if not isinstance(found, dict) or field not in found:
+        there = found if isinstance(found, dict) else ()
+        yield row, Defect(where, missing("field", field, there), of_another_kind=True)
         return
-    text = found[TEXT_FIELD]
+    text = found[field]
     if text is None or text == "":
         return
-    yield row, text_of_value(text, where)
-
-
-def text_of_value(value: Any, where: str) -> str | Defect:
-    """A text from a row of others: a string, or bytes of one, of whole characters."""
-    if isinstance(value, bytes):
-        return _decoded(value, where)
-    if not isinstance(value, str):
-        return Defect(where, f"{TEXT_FIELD!r} is a {type(value).__name__}, no string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
-        return Defect(where, str(error))
-    return value
-
-
-def _decoded(content: bytes, where: str) -> str | Defect:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        return Defect(where, str(error))
+    yield row, text_of_value(text, where, field)
 
 
 READERS: dict[str, Callable[[Path, Rows], Iterator[Row]]] = {
     ".jsonl": _read_json_lines,
     ".jsonl.gz": _read_json_lines,
     ".json.gz": _read_json_lines,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
+    ARROW: read_arrow,
     ".tar": _read_tar,
     ".tar.gz": _read_tar,
 }

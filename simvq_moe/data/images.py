@@ -13,6 +13,7 @@ A set that fits into memory is decoded once (`ImageCrops`), a larger one batch b
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from simvq_moe.data.held_out import held_out_by_content
 from simvq_moe.data.media.pictures import PHOTOS, REMEDY, Picture, files, hub_name, pictures
 from simvq_moe.data.media.pixels import MOST_PIXELS, Cut, Header, PixelBudget, header, rgb
 from simvq_moe.data.order import Indices
+from simvq_moe.data.rows.saved_sets import is_saved_set, own_splits
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import is_told, printable
 
@@ -185,9 +187,32 @@ class LazyCrops:
 class _Split(NamedTuple):
     train: list[_Part]
     held_out: list[_Part]
-    skipped: list[Picture]
-    """Unreadable, or too small."""
+    unreadable: list[Picture]
+    small: list[_Part]
+    """Whole images that are smaller than they must be."""
+    least: tuple[int, int]
+    """Width and height that an image must have, after it is resized."""
     too_large: list[Picture]
+
+    def and_held_out(self, other: _Split, train: list[_Part]) -> _Split:
+        """These training parts, and all of the other source as the held-out side."""
+        return self._replace(
+            train=train,
+            held_out=other.train,
+            unreadable=self.unreadable + other.unreadable,
+            small=self.small + other.small,
+            too_large=self.too_large + other.too_large,
+        )
+
+    def too_small(self) -> str:
+        """What the small ones are, and would have to be; there is one."""
+        width, height = max((part.size for part in self.small), key=min)
+        wide, high = self.least
+        halves = ", because few images are each cut into a left and a held-out right part"
+        return (
+            f"images smaller than {wide} x {high} pixels{halves if wide > high else ''} (the "
+            f"largest of them: {width} x {height})"
+        )
 
 
 def image_crops(
@@ -204,13 +229,15 @@ def image_crops(
     """Training and held-out crops of `source`, the same for the same seed.
 
     Args:
-        source: "photos", a folder that is searched for images with all its subfolders, or
-            "hf:NAME[:SPLIT]" or "hf-stream:NAME[:SPLIT]", a data set of the Hub.
+        source: "photos", a folder that is searched for images with all its subfolders, one that
+            `datasets` has saved, or "hf:NAME[:SPLIT]" or "hf-stream:NAME[:SPLIT]", a data set of
+            the Hub.
         size: pixels a side.
         crops: number of training crops, equally many from each image.
         held_out_crops: number of held-out crops, likewise.
         seed: of the places of the crops.
-        held_out_source: what held-out crops are drawn from; None: a part of `source`.
+        held_out_source: what held-out crops are drawn from; None: the held-out split of `source`
+            where it was saved with splits, else a part of it.
         shorter_side: pixels that the shorter side of every image is resized to before it is
             cropped; 0: images are cropped as they are.
         memory: bytes of decoded crops; a set that needs more is decoded batch by batch.
@@ -219,52 +246,55 @@ def image_crops(
         ConfigError: a source doesn't exist, or holds no image that is readable and large enough.
     """
     wanted = crops + held_out_crops
+    source, held_out_source = own_splits(source, held_out_source)
     split = _split(source, size, shorter_side, wanted, whole=held_out_source is not None)
     if held_out_source is not None:
         other = _split(held_out_source, size, shorter_side, held_out_crops, whole=True)
-        split = _Split(
-            _not_among(split.train, other.train, source, held_out_source),
-            other.train,
-            split.skipped + other.skipped,
-            split.too_large + other.too_large,
-        )
+        train = _not_among(split.train, other.train, source, held_out_source)
+        split = split.and_held_out(other, train)
     sides = ((split.train, crops, 0), (split.held_out, held_out_crops, 1))
     room = memory // max(1, 3 * size * size)
     sets: list[ImageCrops | LazyCrops] = []
-    skipped = list(split.skipped)
+    unreadable = list(split.unreadable)
     for parts, count, side in sides:
         rng = np.random.default_rng([seed, side])
         if count > room and parts:
             sets.append(_lazy(parts, count, size, rng, memory))
         else:
             drawn, broken = _draw(parts, count, size, rng)
-            skipped += broken
+            unreadable += broken
             sets.append(ImageCrops(drawn))
-    _warn(source, "unreadable or too small images", skipped)
+    _warn(source, "unreadable images", unreadable)
+    if split.small:
+        _warn(source, split.too_small(), [part.picture for part in split.small])
     _warn(source, f"images of more than {MOST_PIXELS:,} pixels", split.too_large)
     if len(sets[0]) < crops or len(sets[1]) < held_out_crops:
+        why = f"; {len(split.small)} are {split.too_small()}" if split.small else ""
         raise ConfigError(
             f"data.source {source!r} holds no image that is readable and large enough for "
             f"data.image_size {size}: lower it, set data.shorter_side, or give more or larger "
             "images; a few images are each cut in two, and the right part, which is held out, is "
-            "narrow"
+            f"narrow{why}"
         )
     return sets[0], sets[1]
 
 
-def check_source(source: str) -> None:
+def check_source(source: str, held_out_source: str | None = None) -> None:
     """Make sure that there is an image; stops at the first and reads no pixels.
 
     Raises:
-        ConfigError: the source doesn't exist, or holds no image.
+        ConfigError: a source doesn't exist, or holds no image.
     """
-    name = hub_name(source)
-    if name is None:
-        found = any(isinstance(header(picture), Header) for picture in files(source))
-    else:
-        found = bool(name)
-    if not found:
-        raise ConfigError(f"data.source {source!r} holds no readable image: {REMEDY}")
+    source, held_out_source = own_splits(source, held_out_source)
+    for one in (source, *([] if held_out_source is None else [held_out_source])):
+        name = hub_name(one)
+        if name is None:
+            some = pictures(one, 1) if is_saved_set(one) else files(one)
+            found = any(isinstance(header(picture), Header) for picture in some)
+        else:
+            found = bool(name)
+        if not found:
+            raise ConfigError(f"data.source {one!r} holds no readable image: {REMEDY}")
 
 
 def _split(source: str, size: int, shorter_side: int, limit: int, *, whole: bool) -> _Split:
@@ -285,18 +315,27 @@ def _split(source: str, size: int, shorter_side: int, limit: int, *, whole: bool
     usable = [p for p in parts if p.picture not in too_large and min(p.size) >= size]
     wide = [part for part in usable if min(part._replace(columns="right").size) >= size]
     contents = len({part.header.key for part in usable})
+    least = (size, size)
     if whole:
         train, held_out = usable, []
     elif contents >= FILES_TO_SPLIT_BY_FILE or (len(usable) >= FILES_TO_SPLIT_BY_FILE and not wide):
         train, held_out = _by_content(usable, source)
     else:
         usable = wide
+        if len(parts) < FILES_TO_SPLIT_BY_FILE:
+            least = (_least_width(size), size)
         train = [part._replace(columns="left") for part in usable]
         held_out = [part._replace(columns="right") for part in usable]
-    readable, accounted = {part.picture for part in parts}, {p.picture for p in usable}
-    accounted |= too_large
-    skipped = [p for p in found if p not in accounted and (p in readable or p.looks_like_one)]
-    return _Split(train, held_out, skipped, [p for p in found if p in too_large])
+    accounted = {p.picture for p in usable} | too_large
+    small = [p for p in parts if p.picture not in accounted]
+    skipped = accounted | {part.picture for part in small}
+    unreadable = [p for p in found if p not in skipped and p.looks_like_one]
+    return _Split(train, held_out, unreadable, small, least, [p for p in found if p in too_large])
+
+
+def _least_width(size: int) -> int:
+    """Of an image whose right part is to be so wide."""
+    return next(w for w in itertools.count(size) if w - int(LEFT_SHARE * w) >= size)
 
 
 def _quotas(parts: int, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -24,12 +24,15 @@ from simvq_moe.data.documents import (
     File,
     Rows,
     UnreachableError,
+    check_readable,
     content_name,
     list_files,
     read_rows,
     text_of_value,
 )
 from simvq_moe.data.domains import domain_of
+from simvq_moe.data.rows.base import missing
+from simvq_moe.data.rows.saved_sets import own_splits
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import printable
 
@@ -76,20 +79,26 @@ class Source(Protocol):
         ...
 
 
-def open_source(source: str) -> Source:
+def open_source(source: str, field: str = TEXT_FIELD) -> Source:
     """The files of a folder, or a data set of the Hugging Face hub as NAME or NAME:CONFIG.
+
+    Args:
+        field: column or field of rows with the document.
 
     Raises:
         ConfigError: there is neither.
     """
-    check_stream(source)
-    return HubDataset(source) if _is_hub_name(source) else LocalFiles(source)
+    source, _ = own_splits(source, None)
+    check_stream(source, field)
+    return HubDataset(source, field) if _is_hub_name(source) else LocalFiles(source, field)
 
 
-def check_stream(source: str) -> None:
-    """Raise `ConfigError` for what is neither a path nor could be a name on the hub."""
-    if not _is_hub_name(source) and not list_files(source):
-        raise ConfigError(f"data.source {source!r} holds no readable text: {WAY_OUT}")
+def check_stream(source: str, field: str = TEXT_FIELD) -> None:
+    """Raise `ConfigError` for what is neither a path nor could be a name on the hub, and for files
+    none of which has the field."""
+    source, _ = own_splits(source, None)
+    if not _is_hub_name(source):
+        check_readable(source, list_files(source), field)
 
 
 def is_count(value: Any) -> bool:
@@ -126,8 +135,8 @@ def _is_hub_name(source: str) -> bool:
 class LocalFiles:
     """The documents of a file, or of all files of a folder."""
 
-    def __init__(self, source: str) -> None:
-        self.name = Path(source).name
+    def __init__(self, source: str, field: str = TEXT_FIELD) -> None:
+        self.name, self.field = Path(source).name, field
         self.files = list_files(source)
         try:
             sizes = [(file.name, file.path.stat().st_size) for file in self.files]
@@ -141,10 +150,10 @@ class LocalFiles:
     def cursor(self, lane: int, lanes: int, seed: tuple[int, ...], position: Any) -> FileCursor:
         number = len(self.files)
         if number >= lanes:
-            mine, rows = self.files[lane::lanes], Rows()
+            mine, rows = self.files[lane::lanes], Rows(field=self.field)
         else:
             mine = [self.files[lane % number]]
-            rows = Rows(0, lane // number, len(range(lane % number, lanes, number)))
+            rows = Rows(0, lane // number, len(range(lane % number, lanes, number)), self.field)
         order = np.random.default_rng([*seed, lane]).permutation(len(mine))
         return FileCursor([mine[i] for i in order], rows, position)
 
@@ -178,28 +187,29 @@ class FileCursor:
 class HubDataset:
     """The training split of a data set on the Hugging Face hub, streamed by `datasets`."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, field: str = TEXT_FIELD) -> None:
         from datasets import IterableDataset, load_dataset
 
         name, _, config = source.partition(":")
         self.name = self.digest = source
+        self.field = field
         try:
             found = load_dataset(name, config or None, split="train", streaming=True)
             assert isinstance(found, IterableDataset)
             # what the files themselves say, where the hub's card says nothing
             columns = found.column_names or list(next(iter(found), {}))
-            if TEXT_FIELD in columns:
-                self.dataset = found.select_columns([TEXT_FIELD])
+            if field in columns:
+                self.dataset = found.select_columns([field])
         except Exception as error:  # of network, hub, or format: `datasets` has no common class
             reason = printable(" ".join(str(error).split()))
             raise ConfigError(
                 f"data.source {source!r} is no path, and as a data set of the Hugging Face hub it "
                 f"can't be opened ({reason}): {WAY_OUT}"
             ) from None
-        if TEXT_FIELD not in columns:
+        if field not in columns:
             raise ConfigError(
-                f"data.source {source!r} has no column {TEXT_FIELD!r} among "
-                f"{', '.join(map(printable, columns)) or 'none'}: {WAY_OUT}"
+                f"data.source {source!r} has {missing('column', field, columns)}: name one as "
+                "data.text_field"
             )
 
     def cursor(self, lane: int, lanes: int, seed: tuple[int, ...], position: Any) -> HubCursor:
@@ -228,11 +238,12 @@ class HubCursor:
     def __iter__(self) -> Iterator[Document | Defect]:
         try:
             for content in self.shards:
-                row, text = self.row, content[TEXT_FIELD]
+                row, text = self.row, content[self.source.field]
                 self.row += 1
                 if row not in self.rows or text is None or text in ("", b""):
                     continue
-                found = text_of_value(text, f"data.source {self.source.name!r} row {row} of a lane")
+                where = f"data.source {self.source.name!r} row {row} of a lane"
+                found = text_of_value(text, where, self.source.field)
                 if isinstance(found, Defect):
                     yield found
                 else:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from simvq_moe.data.documents import CorruptDataError, Defect, Defects, OnCorrupt
+from simvq_moe.data.documents import TEXT_FIELD, CorruptDataError, Defect, Defects, OnCorrupt
 from simvq_moe.data.order import Share, StepBatches, place_of
 from simvq_moe.data.sources import Cursor, Document, Source, is_count, open_source
 from simvq_moe.data.text import build_once, check_vocabulary, digest_of_tokenizer, write_corpus
@@ -53,6 +53,7 @@ def text_stream(
     cache_dir: str,
     tokenizer: str | None,
     on_corrupt: OnCorrupt,
+    text_field: str = TEXT_FIELD,
 ) -> tuple[TextStream, Corpus]:
     """A stream of training windows, and the corpus of its held-out documents.
 
@@ -67,13 +68,14 @@ def text_stream(
         ConfigError: a source can't be opened, is broken, or has no held-out document.
     """
     check_vocabulary(vocabulary)
-    opened = tuple(open_source(source) for source in sources)
+    opened = tuple(open_source(source, text_field) for source in sources)
     shares = np.array(weights or [1.0] * len(sources), dtype=np.float64)
     shares /= shares.sum()
     given = None if tokenizer is None else load_tokenizer(tokenizer, vocabulary)
     if given is None and vocabulary == BYTES:
         given = train_tokenizer([], BYTES)
     settings = [held_out_share, held_out_documents, vocabulary, digest_of_tokenizer(given)]
+    settings += [] if text_field == TEXT_FIELD else [text_field]
     key = json.dumps([LAYOUT, [s.digest for s in opened], shares.tolist(), *settings])
     folder = Path(cache_dir) / f"stream-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.exists():

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from simvq_moe.data import tokens
 from simvq_moe.data.documents import (
     BUFFER,
     EMBEDDED,
+    TEXT_FIELD,
     WAY_OUT,
     CorruptDataError,
     Defect,
@@ -36,13 +37,16 @@ from simvq_moe.data.documents import (
     OnCorrupt,
     Rows,
     UnreachableError,
+    check_readable,
     content_name,
     first_defect,
     list_files,
+    nothing_readable,
     read_rows,
 )
 from simvq_moe.data.domains import domain_of, number_domains
 from simvq_moe.data.held_out import held_out_by_content
+from simvq_moe.data.rows.saved_sets import own_splits
 from simvq_moe.data.tokenizer import (
     BYTES,
     END_OF_TEXT,
@@ -89,6 +93,8 @@ def token_windows(
     cache_dir: str,
     tokenizer: str | None = None,
     on_corrupt: OnCorrupt = "stop",
+    text_field: str = TEXT_FIELD,
+    held_out_source: str | None = None,
 ) -> Corpus:
     """The windows of `source`, from the cache where an equal corpus was encoded before.
 
@@ -103,27 +109,47 @@ def token_windows(
         cache_dir: folder of the cache folders.
         tokenizer: file or name of a tokenizer; None: one is trained on the training documents.
         on_corrupt: whether a broken file or row is left out.
+        text_field: column or field of rows with the document.
+        held_out_source: what held-out documents are read from; None: the source's own held-out
+            split, or else a part of it.
 
     Raises:
         ConfigError: the source doesn't exist, holds nothing readable, is broken, or is too small
             for the vocabulary or for one window.
     """
+    for one, key in ((source, "data.source"), (held_out_source, "data.held_out_source")):
+        if held_out_source is not None and one is not None and is_token_folder(one):
+            raise ConfigError(
+                f"{key} {one!r} is a folder of token files, which has a held-out part of its own: "
+                "drop data.held_out_source"
+            )
     if is_token_folder(source):
         return load_tokens(Path(source), source=source, vocabulary=vocabulary, context=context)
     check_vocabulary(vocabulary)
     given = None if tokenizer is None else load_tokenizer(tokenizer, vocabulary)
+    source, held_out_source = own_splits(source, held_out_source)
     try:
-        files, digest = _scan(source, Defects(on_corrupt))
+        reading = _Reading(text_field, on_corrupt)
+        files, digest = reading.scan(source)
         key = f"{LAYOUT} {vocabulary} {digest}{digest_of_tokenizer(given)}"
         key += " skip" if on_corrupt == "skip" else ""
         key += "" if all(file.has_rows for file in files) else BY_CONTENT
+        key += "" if text_field == TEXT_FIELD else f" field {text_field}"
+        held_out_files: list[File] | None = None
+        if held_out_source is not None:
+            held_out_files, digest = reading.scan(held_out_source)
+            key += f" held out {digest}"
         folder = Path(cache_dir) / f"text-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if not folder.exists():
             log.info("encoding %s into %s", source, folder)
 
             def fill(built: Path, scratch: Path) -> None:
-                documents = _read(files, scratch, on_corrupt)
-                train, held_out = _split(documents, embedded=source == EMBEDDED)
+                documents = reading.read(files, scratch / "source")
+                if held_out_files is None:
+                    train, held_out = _split(documents, embedded=source == EMBEDDED)
+                else:
+                    held_out = reading.read(held_out_files, scratch / "held_out")
+                    train = _not_among(documents, held_out, source, str(held_out_source))
                 texts = (batch["text"] for batch in tokens.batches(train, 64))
                 write_corpus(
                     *(built, given or train_tokenizer(texts, vocabulary)),
@@ -138,21 +164,17 @@ def token_windows(
     return replace(corpus, digest=folder.name)
 
 
-def check_source(source: str) -> None:
+def check_source(
+    source: str, *, text_field: str = TEXT_FIELD, held_out_source: str | None = None
+) -> None:
     """Make sure that there is text; stops at the first readable file.
 
     Raises:
-        ConfigError: the source doesn't exist, or holds nothing readable.
+        ConfigError: a source doesn't exist, or holds nothing readable.
     """
-    if is_token_folder(source):
-        return
-    try:
-        first = (first_defect(file.path) for file in list_files(source))
-        readable = any(defect is None or not defect.of_another_kind for defect in first)
-    except UnreachableError as error:
-        raise ConfigError(f"data.source {source!r}: {error}") from None
-    if not readable:
-        raise ConfigError(f"data.source {source!r} holds no readable text: {WAY_OUT}")
+    for one in own_splits(source, held_out_source):
+        if one is not None and not is_token_folder(one):
+            check_readable(one, list_files(one), text_field)
 
 
 def check_vocabulary(vocabulary: int) -> None:
@@ -240,26 +262,75 @@ def write_corpus(
     (folder / tokens.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _scan(source: str, defects: Defects) -> tuple[list[File], str]:
-    """The readable files, and a digest of their names and contents."""
-    digest, readable, skipped = hashlib.sha256(), [], []
-    for file in list_files(source):
-        defect = first_defect(file.path)
-        if defect is not None and not defect.of_another_kind:
-            defects.meet(defect)
-        content = _digest(file) if defect is None or not defect.of_another_kind else None
-        if content is None:
-            skipped.append(file)
-            continue
-        readable.append(file)
-        digest.update(os.fsencode(f"{file.name}\0{content}\n"))
-    if not readable:
-        raise ConfigError(f"data.source {source!r} holds no readable text: {WAY_OUT}")
-    if skipped:
-        names = [printable(file.name) for file in skipped[:5]]
-        some = ", ".join(names) + (", ..." if skipped[5:] else "")
-        log.warning("%s: skipped %d files without UTF-8 text: %s", source, len(skipped), some)
-    return readable, digest.hexdigest()
+@dataclass(frozen=True)
+class _Reading:
+    """How the files of a source are read."""
+
+    field: str
+    """Column or field of rows with the document."""
+    on_corrupt: OnCorrupt
+
+    def scan(self, source: str) -> tuple[list[File], str]:
+        """The readable files, and a digest of their names and contents."""
+        defects, without = Defects(self.on_corrupt), None
+        digest, readable, skipped = hashlib.sha256(), [], []
+        for file in list_files(source):
+            defect = first_defect(file.path, self.field)
+            if defect is not None and not defect.of_another_kind:
+                defects.meet(defect)
+            content = _digest(file) if defect is None or not defect.of_another_kind else None
+            if content is None:
+                skipped.append(file)
+                without = without or (defect if file.has_rows else None)
+                continue
+            readable.append(file)
+            digest.update(os.fsencode(f"{file.name}\0{content}\n"))
+        if not readable:
+            raise nothing_readable(source, without)
+        if skipped:
+            names = [printable(file.name) for file in skipped[:5]]
+            some = ", ".join(names) + (", ..." if skipped[5:] else "")
+            log.warning("%s: skipped %d files without UTF-8 text: %s", source, len(skipped), some)
+        return readable, digest.hexdigest()
+
+    def read(self, files: list[File], scratch: Path) -> Dataset:
+        """Every document, with its domain, its content's key and its file's name.
+
+        Through a file, because they may not fit into memory; `Dataset.from_generator` would need a
+        file system with locks.
+        """
+        import pyarrow as pa
+        from datasets import Dataset
+
+        schema = pa.schema([(name, pa.string()) for name in COLUMNS])
+        scratch.mkdir(parents=True)
+        path = scratch / "documents.arrow"
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            rows, length = [], 0
+            for document in self._documents(files):
+                rows.append(document)
+                length += len(document["text"])
+                if length > CHARACTERS_AT_ONCE or len(rows) == ROWS_AT_ONCE:
+                    writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+                    rows, length = [], 0
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+        return Dataset.from_file(str(path))
+
+    def _documents(self, files: list[File]) -> Iterator[dict[str, str]]:
+        defects, any_text = Defects(self.on_corrupt), False
+        for file in files:
+            domain = domain_of(file.name, rows=file.has_rows)
+            for _, found in read_rows(file.path, Rows(field=self.field)):
+                if isinstance(found, Defect):
+                    defects.meet(found)
+                else:
+                    key = content_name(found)
+                    # a name of bytes that are no UTF-8 is no string of a data set
+                    name = printable(file.name)
+                    yield {"key": key, "name": name, "domain": domain, "text": found}
+                    any_text = True
+        if not any_text:  # `datasets` can't hold nothing
+            raise CorruptDataError(f"it holds no readable text: {WAY_OUT}")
 
 
 def _digest(file: File) -> str | None:
@@ -277,47 +348,6 @@ def _digest(file: File) -> str | None:
     except UnicodeDecodeError:
         return None
     return digest.hexdigest()
-
-
-def _read(files: list[File], scratch: Path, on_corrupt: OnCorrupt) -> Dataset:
-    """Every document, with its domain, its content's key and its file's name.
-
-    Through a file, because they may not fit into memory; `Dataset.from_generator` would need a file
-    system with locks.
-    """
-    import pyarrow as pa
-    from datasets import Dataset
-
-    schema = pa.schema([(name, pa.string()) for name in COLUMNS])
-    scratch.mkdir()
-    path = scratch / "documents.arrow"
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        rows, length = [], 0
-        for document in _documents(files, on_corrupt):
-            rows.append(document)
-            length += len(document["text"])
-            if length > CHARACTERS_AT_ONCE or len(rows) == ROWS_AT_ONCE:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-                rows, length = [], 0
-        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-    return Dataset.from_file(str(path))
-
-
-def _documents(files: list[File], on_corrupt: OnCorrupt) -> Iterator[dict[str, str]]:
-    defects, any_text = Defects(on_corrupt), False
-    for file in files:
-        domain = domain_of(file.name, rows=file.has_rows)
-        for _, found in read_rows(file.path, Rows()):
-            if isinstance(found, Defect):
-                defects.meet(found)
-            else:
-                key = content_name(found)
-                # a name of bytes that are no UTF-8 is no string of a data set
-                name = printable(file.name)
-                yield {"key": key, "name": name, "domain": domain, "text": found}
-                any_text = True
-    if not any_text:  # `datasets` can't hold nothing
-        raise CorruptDataError(f"it holds no readable text: {WAY_OUT}")
 
 
 def _split(documents: Dataset, *, embedded: bool) -> tuple[Dataset, Dataset]:
@@ -338,6 +368,21 @@ def _split(documents: Dataset, *, embedded: bool) -> tuple[Dataset, Dataset]:
         Dataset.from_dict({"domain": of, "text": list(train)}),
         Dataset.from_dict({"domain": of, "text": list(held_out)}),
     )
+
+
+def _not_among(documents: Dataset, held_out: Dataset, source: str, held_out_source: str) -> Dataset:
+    """Documents without copies of held-out ones: their source may lie inside the other."""
+    unseen = set(held_out["key"])
+    kept = [i for i, key in enumerate(documents["key"]) if key not in unseen]
+    if not kept:
+        raise CorruptDataError(
+            f"data.held_out_source {held_out_source!r} holds every document of it: give another "
+            "one, or drop it"
+        )
+    if left_out := len(documents) - len(kept):
+        here, there = printable(source), printable(held_out_source)
+        log.info("%s: %d documents are in %s as well, and held out", here, left_out, there)
+    return documents.select(kept)
 
 
 @contextmanager

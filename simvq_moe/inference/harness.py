@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import read_json, write_json
 from simvq_moe.files.yaml import read_yaml
 from simvq_moe.inference.export import export_run
+from simvq_moe.records.catalogue import OF_TASKS
+from simvq_moe.records.trackers.tensorboard import write_evaluations
 from simvq_moe.runs.folder import SUMMARY, has_summary
 
 BATCH = 16
@@ -26,7 +28,8 @@ BATCH = 16
 def evaluate_tasks(
     run_dir: Path, tasks: Sequence[str], *, limit: int | None = None
 ) -> dict[str, float]:
-    """Measures of tasks, as eval/<task>/<measure>; they also join the summary of a finished run.
+    """Measures of tasks, as eval/<task>/<measure>; they also join the summary of a finished run,
+    and its TensorBoard.
 
     Args:
         tasks: names of lm-eval's, or files.
@@ -58,8 +61,22 @@ def evaluate_tasks(
         )
     measures = measures_of(found["results"])
     if limit is None and has_summary(run_dir):
-        write_json(run_dir / SUMMARY, read_json(run_dir / SUMMARY, dict) | measures)
+        join_summary(run_dir, measures)
     return measures
+
+
+def join_summary(run_dir: Path, measures: Mapping[str, float]) -> None:
+    """Put measures of tasks into summary.json in place of what these tasks had before, and all
+    that there are into TensorBoard, where the run is in it."""
+    tasks = tuple({name.rpartition("/")[0] + "/" for name in measures})
+    before = read_json(run_dir / SUMMARY, dict)
+    kept = {name: value for name, value in before.items() if not name.startswith(tasks)}
+    summary = kept | dict(measures)
+    write_json(run_dir / SUMMARY, summary)
+    step = summary.get("step")
+    if isinstance(step, int | float) and 0 <= step < 2**53:
+        found = {name: value for name, value in summary.items() if name.startswith(OF_TASKS)}
+        write_evaluations(run_dir / "tensorboard", int(step), found)
 
 
 def measures_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -71,7 +88,7 @@ def measures_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:
             measure, _, filtered = name.partition(",")
             if isinstance(value, int | float) and filtered and not measure.endswith("_stderr"):
                 kept = measure if filtered == "none" else f"{measure}_{filtered}"
-                measures[f"eval/{_word(task)}/{_word(kept)}"] = float(value)
+                measures[f"{OF_TASKS}{_word(task)}/{_word(kept)}"] = float(value)
     return measures
 
 

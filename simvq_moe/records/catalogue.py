@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from simvq_moe.records.described_models import COSTS, ERRORS, LOSSES
+from simvq_moe.records.described_models import COSTS, ERRORS, LOSSES, TASKS
 from simvq_moe.records.described_slots import BANKS, ROUTERS, USAGE
 from simvq_moe.records.metric import Chart, Metric
 
@@ -20,6 +20,7 @@ SECTIONS = {
     "Routers on the probe": ROUTERS,
     "Banks and shared maps": BANKS,
     "Progress and cost": COSTS,
+    "Tasks of lm-eval": TASKS,
 }
 METRICS: tuple[Metric, ...] = tuple(one for section in SECTIONS.values() for one in section)
 ALL_BANKS = "mean"
@@ -27,6 +28,8 @@ ALL_BANKS = "mean"
 WHOLE = ("codes", "codes/mean", "moe/mean")
 """Where the usage of a whole model is logged: of one codebook, of several, of MoE layers."""
 
+OF_TASKS = "eval/"
+"""How names of measures of tasks begin."""
 HELD_OUT = {"codes": "val/codes/", "experts": "val/moe/mean/"}
 """How the held-out usage measures of a kind of slot begin; of experts, the mean over layers."""
 
@@ -46,6 +49,9 @@ def metric(name: str) -> Metric:
 def label(name: str) -> str:
     """What a metric is called, with the step or the kind of bank that is part of its name."""
     text, leaf = metric(name).label, name.rsplit("/", 1)[-1]
+    if name.startswith(OF_TASKS) and name.count("/") > 1:
+        task, measure = name.removeprefix(OF_TASKS).split("/", 1)
+        return f"{task} {measure.replace('_', ' ') if '{measure}' in metric(name).name else text}"
     if leaf.isdigit():
         return f"{text} at step {leaf}"
     if name.startswith("bank/") and (kind := name.split("/")[1]) != ALL_BANKS:

@@ -317,3 +317,55 @@ COSTS = (
     ),
 )
 """What a run takes."""
+TASKS = (
+    Metric(
+        "eval/{task}/acc",
+        "accuracy",
+        "Share of examples whose right answer has the highest likelihood.",
+        unit="share",
+        decimals=1,
+        better="higher",
+    ),
+    Metric(
+        "eval/{task}/acc_norm",
+        "normalized accuracy",
+        "Share of examples whose right answer has the highest likelihood for its length.",
+        unit="share",
+        decimals=1,
+        better="higher",
+    ),
+    Metric(
+        "eval/{task}/exact_match",
+        "exact match",
+        "Share of examples whose answer is the right one to the letter.",
+        unit="share",
+        decimals=1,
+        better="higher",
+    ),
+    Metric(
+        "eval/{task}/bits_per_byte",
+        "bits per byte",
+        "Bits that a byte of the task's texts takes.",
+        unit="bits",
+        decimals=4,
+        better="lower",
+    ),
+    Metric(
+        "eval/{task}/byte_perplexity",
+        "byte perplexity",
+        "Perplexity of the bytes of the task's texts.",
+        better="lower",
+    ),
+    Metric(
+        "eval/{task}/word_perplexity",
+        "word perplexity",
+        "Perplexity of the words of the task's texts.",
+        better="lower",
+    ),
+    Metric(
+        "eval/{task}/{measure}",
+        "measure of a task",
+        "What lm-eval says of a task under a name that no entry above has.",
+    ),
+)
+"""What tasks of lm-eval measure, `eval --tasks`."""

@@ -29,6 +29,8 @@ PARTS = {
     "{kind}": "(?:codes|moe|moe_kept)",
     "{layer}": r"(?:\d{1,9}|mean)",
     "{bank}": ".+",
+    "{task}": r"[\w.-]+",
+    "{measure}": r"[\w.-]+",
     "/{step}": r"(?:/\d{1,15})?",
 }
 """What stands for a part of a name, and the names that it stands for:
@@ -37,6 +39,8 @@ PARTS = {
     {kind}   codes, experts as they were chosen, experts after a capacity
     {layer}  a number from 00 on in the order of the model, or the mean
     {bank}   a number from 00 on, named in meta.json; in a report the kind of bank
+    {task}   a task of lm-eval, as `eval --tasks` names it
+    {measure}  what lm-eval calls a measure
     /{step}  a step of training; without one, all that there are
 """
 

@@ -14,7 +14,9 @@ What a run logs in metrics.jsonl and summary.json. Written from the catalogue in
 In names, `[val/]` is the whole held-out set, and the window of training since the last logged step
 without it; `{slots}` is one codebook `codes`, a numbered one, a MoE layer `moe/00`, after a
 capacity `moe_kept/00`, or the mean of all `moe/mean`; `{kind}` is `codes`, `moe` or `moe_kept`;
-`{layer}` is a number or `mean`; `{bank}` is a number that meta.json names; `/{step}` is a step.
+`{layer}` is a number or `mean`; `{bank}` is a number that meta.json names; `/{step}` is a step;
+`{task}` is a task of lm-eval, as `eval --tasks` adds it to summary.json, and `{measure}` is a
+measure of it.
 """
 
 

@@ -23,7 +23,15 @@ from simvq_moe.analysis.results import (
     RunResult,
 )
 from simvq_moe.analysis.stats import LEAST_PAIRS_INTERVAL
-from simvq_moe.records.catalogue import directed, label, metric, names, router_leaves, usage_leaves
+from simvq_moe.records.catalogue import (
+    OF_TASKS,
+    directed,
+    label,
+    metric,
+    names,
+    router_leaves,
+    usage_leaves,
+)
 from simvq_moe.records.printing import (
     MISSING,
     difference,
@@ -189,6 +197,13 @@ def window_note(group: GroupResult) -> list[str]:
 def router_table(group: GroupResult) -> Table:
     """What the routers do with the probe's tokens, where anything was recorded."""
     table = _measured_table(group, [group.metric(name) for name in router_leaves("routers")])
+    return table if len(table.header) > 1 else Table(table.header, [])
+
+
+def task_table(group: GroupResult) -> Table:
+    """What tasks of lm-eval say of each arm, where any was run."""
+    measured = {name for arm in group.arms for name in arm.values if name.startswith(OF_TASKS)}
+    table = _measured_table(group, sorted(measured))
     return table if len(table.header) > 1 else Table(table.header, [])
 
 

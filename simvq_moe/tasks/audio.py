@@ -35,6 +35,7 @@ class AudioTokenizerTask(TokenizerTask[AudioTokenizer]):
     embedded = "spoken-characters"
     sections = ("quantizer", "audio_tokenizer")
     depths = ("quantizer.residual_levels",)
+    own_options = ("data.held_out_source",)
     loss_measure = "val/mel_distance"
     suffix = "wav"
 
@@ -45,6 +46,8 @@ class AudioTokenizerTask(TokenizerTask[AudioTokenizer]):
     @classmethod
     def check_files(cls, config: Config) -> None:
         audio.check_source(cls.source(config))
+        if config.data.held_out_source is not None:
+            audio.check_source(config.data.held_out_source)
 
     @classmethod
     def _model(cls, config: Config) -> AudioTokenizer:
@@ -109,6 +112,7 @@ class AudioTokenizerTask(TokenizerTask[AudioTokenizer]):
             clips=data.crops,
             held_out_clips=data.held_out_crops,
             seed=data.seed,
+            held_out_source=data.held_out_source,
             memory=data.decoded_megabytes * 2**20,
         )
         return Parts(train, held_out, digest_of_both(train.digest(), held_out.digest()))
@@ -116,7 +120,10 @@ class AudioTokenizerTask(TokenizerTask[AudioTokenizer]):
     @classmethod
     def windows(cls, config: Config) -> Parts:
         train, held_out = recording_windows(
-            cls.source(config), sample_rate=config.data.sample_rate, length=_length(config)
+            cls.source(config),
+            sample_rate=config.data.sample_rate,
+            length=_length(config),
+            held_out_source=config.data.held_out_source,
         )
         check_not_empty(cls.source(config), train, held_out)
         digest = train.digest() + held_out.digest()

@@ -172,6 +172,16 @@ def language_problems(config: Config) -> Iterator[str]:
             f"data.source {data.source!r} with data.sources {data.sources}: add it to "
             "data.sources, or drop one of them (--data.source None)"
         )
+    if data.held_out_source is not None and data.streaming:
+        yield (
+            f"data.held_out_source {data.held_out_source!r} with data.streaming True: held-out "
+            "documents of streams are a part of them, data.held_out_share: drop one of them"
+        )
+    if data.source is not None and is_codes(data.source) and data.held_out_source is not None:
+        yield (
+            f"data.held_out_source {data.held_out_source!r} with data.source {data.source!r}: "
+            "codes have a held-out part of their own: drop it"
+        )
     weights = data.source_weights
     if weights and (len(weights) != len(data.sources) or not min(weights) > 0):
         yield (

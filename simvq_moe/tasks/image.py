@@ -55,9 +55,7 @@ class ImageTokenizerTask(TokenizerTask[ImageTokenizer]):
 
     @classmethod
     def check_files(cls, config: Config) -> None:
-        images.check_source(cls.source(config))
-        if config.data.held_out_source is not None:
-            images.check_source(config.data.held_out_source)
+        images.check_source(cls.source(config), config.data.held_out_source)
         if cls.lacks_networks(config):
             image = config.image_tokenizer
             raise ConfigError(

@@ -26,6 +26,7 @@ class SequenceTask(Task[LanguageModel]):
     depths = ("language_model.layers",)
     own_options = (
         *("data.tokenizer", "data.document_mask", "data.streaming", "data.on_corrupt"),
+        *("data.text_field", "data.held_out_source"),
         *("train.activation_checkpointing", "train.compile"),
     )
     has_norms = True

@@ -61,11 +61,16 @@ class LanguageModelTask(SequenceTask):
 
     @classmethod
     def check_files(cls, config: Config) -> None:
-        if config.data.streaming:
-            for source in config.data.sources or (cls.source(config),):
-                check_stream(source)
+        data = config.data
+        if data.streaming:
+            for source in data.sources or (cls.source(config),):
+                check_stream(source, data.text_field)
         else:
-            text.check_source(cls.source(config))
+            text.check_source(
+                cls.source(config),
+                text_field=data.text_field,
+                held_out_source=data.held_out_source,
+            )
 
     @classmethod
     def check_same_meaning(cls, config: Config, source: str) -> None:
@@ -130,9 +135,10 @@ def _text(
         "cache_dir": data.cache_dir,
         "tokenizer": data.tokenizer if tokenizer is None else str(tokenizer),
         "on_corrupt": data.on_corrupt,
+        "text_field": data.text_field,
     }
     if not data.streaming:
-        corpus = text.token_windows(source, **common)
+        corpus = text.token_windows(source, held_out_source=data.held_out_source, **common)
         assert corpus.train is not None
         return corpus.train, corpus
     return streaming.text_stream(

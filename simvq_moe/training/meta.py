@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from simvq_moe.config.loading import mapping_to_yaml, to_yaml
+from simvq_moe.config.loading import changed, mapping_to_yaml, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.config.tasks import without_other_tasks
 from simvq_moe.engine.agreement import TrainingFailed, WriteFailed, writing
@@ -48,7 +48,7 @@ class RunMeta:
         """Say and write down what is trained, now that it can be; a run that is given more steps is
         not finished."""
         config, before = self.run.config, self.run.steps_before
-        print(mapping_to_yaml(without_other_tasks(config)), file=sys.stderr)
+        print(differing(config), file=sys.stderr)
         steps = config.train.steps
         if before is not None and before < steps:
             print(
@@ -84,6 +84,13 @@ class RunMeta:
             if before != now:
                 where += f" on {now}, not to the bit: it was on {before}"
         return where
+
+
+def differing(config: Config) -> str:
+    """What of a config is not as it is by default, a key a line; config.yaml has all of it."""
+    mine = without_other_tasks(config)
+    found = {key: value for key, value in changed(config).items() if key.split(".")[0] in mine}
+    return f"{config.run_dir / CONFIG}, where not as by default:\n{mapping_to_yaml(found)}"
 
 
 def _ranks_of(meta: Mapping[str, Any]) -> str:

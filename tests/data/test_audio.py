@@ -546,3 +546,40 @@ def test_a_window_is_the_same_whatever_is_read_beside_it(tmp_path: Path) -> None
         assert np.array_equal(some_lengths, lengths[np.array(indices, dtype=np.int64)])
     found = [window for _, window in windows]
     assert [len(window) for window in found] == lengths.tolist()
+
+
+def test_a_held_out_source_gives_all_held_out_clips_and_nothing_of_it_is_trained_on(
+    tmp_path: Path,
+) -> None:
+    for i in range(30):
+        folder = tmp_path / ("train" if i < 20 else "val")
+        folder.mkdir(exist_ok=True)
+        write_constant(folder / f"{i:02}.wav", i)
+    write_constant(tmp_path / "train" / "copy.wav", 25)
+    held_out = str(tmp_path / "val")
+    train, late = audio_clips(
+        str(tmp_path / "train"),
+        sample_rate=RATE,
+        length=LENGTH,
+        clips=200,
+        held_out_clips=100,
+        seed=0,
+        held_out_source=held_out,
+    )
+    assert values(train) == set(range(20))
+    assert values(late) == set(range(20, 30))
+    whole = {"sample_rate": RATE, "length": LENGTH}
+    windows, held = recording_windows(str(tmp_path / "train"), held_out_source=held_out, **whole)
+    assert windows.names == [f"{i:02}.wav" for i in range(20)]
+    assert held.names == [f"{i:02}.wav" for i in range(20, 30)]
+    with pytest.raises(ConfigError, match=r"data\.held_out_source .* holds every recording of"):
+        recording_windows(held_out, held_out_source=str(tmp_path), **whole)
+
+
+def write_constant(path: Path, value: int) -> None:
+    soundfile.write(path, np.full(60, value, dtype=np.int16), RATE, subtype="PCM_16")
+
+
+def values(clips: AudioClips | LazyClips) -> set[int]:
+    found = clips.batch(np.arange(len(clips)))[:, 0] * 2**15
+    return {round(float(value)) for value in found}

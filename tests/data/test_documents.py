@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.data import documents
 from simvq_moe.data.documents import (
     CorruptDataError,
     Defect,
@@ -31,6 +30,7 @@ from simvq_moe.data.documents import (
     list_files,
     read_rows,
 )
+from simvq_moe.data.rows import base
 from simvq_moe.data.text import check_source, token_windows
 from simvq_moe.data.tokens import TokenWindows
 
@@ -226,7 +226,7 @@ def test_numbers_of_any_size_beside_a_text_are_of_no_matter(number: str, tmp_pat
 def test_a_line_above_the_limit_is_named_and_the_next_one_read(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "LARGEST_ROW", 2_000)
+    monkeypatch.setattr(base, "LARGEST_ROW", 2_000)
     path = tmp_path / f"a{suffix}"
     content = json_lines(["a", "x" * 9_000, "b", "y" * 1_900])
     path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
@@ -251,7 +251,7 @@ def traced(read_all: Callable[[], Any]) -> int:
 def test_memory_is_bounded_whatever_a_file_unpacks_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "LARGEST_ROW", 100_000)
+    monkeypatch.setattr(base, "LARGEST_ROW", 100_000)
     line = tmp_path / "a.jsonl.gz"
     with gzip.open(line, "wb") as file:
         for _ in range(20):
@@ -291,7 +291,7 @@ def test_a_text_that_a_parquet_file_repeats_is_held_once(
     before = pool.max_memory()
     assert sum(len(text) for text in read(path) if isinstance(text, str)) == 300 * 10**6
     assert pool.max_memory() - before < 50e6
-    monkeypatch.setattr(documents, "LARGEST_ROW", 1_000)
+    monkeypatch.setattr(base, "LARGEST_ROW", 1_000)
     assert str(read(path)[-1]) == f"{path} row 299: more than 1,000 bytes"
 
 
@@ -345,7 +345,9 @@ def test_a_file_is_not_judged_by_its_first_rows(on_corrupt: OnCorrupt, tmp_path:
     check_source(str(path))
     settings = {"vocabulary": 257, "context": 8, "cache_dir": str(tmp_path / "cache")}
     if on_corrupt == "stop":
-        with pytest.raises(ConfigError, match=r"a\.jsonl line 1: no field 'text': repair it"):
+        with pytest.raises(
+            ConfigError, match=r"a\.jsonl line 1: no field 'text' among about: repair it"
+        ):
             token_windows(str(path), on_corrupt="stop", **settings)
         return
     corpus = token_windows(str(path), on_corrupt="skip", **settings)

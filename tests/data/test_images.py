@@ -13,7 +13,14 @@ from PIL import Image
 
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.images import PHOTOS, ImageCrops, LazyCrops, check_source, image_crops
-from simvq_moe.data.media.pictures import FilePicture, RowPicture, Spooled, files
+from simvq_moe.data.media.pictures import (
+    Embedded,
+    FilePicture,
+    NoPictureError,
+    RowPicture,
+    Spooled,
+    files,
+)
 
 SIZE = 8
 
@@ -149,13 +156,23 @@ def test_bad_files_are_skipped_with_one_line_that_names_them(few, caplog):
     plain_image(0).resize((36, 99)).save(few / "narrow_right_part.png")
     with caplog.at_level(logging.WARNING):
         train, held_out = crops(few)
-    (record,) = caplog.records
-    assert "skipped 4 unreadable or too small images" in record.getMessage()
-    for name in ("no_image", "truncated", "too_small", "narrow_right_part"):
-        assert name in record.getMessage()
-    assert "README" not in record.getMessage()
+    unreadable, small = (record.getMessage() for record in caplog.records)
+    assert "skipped 2 unreadable images: no_image.png, truncated.png" in unreadable
+    assert small.endswith(
+        "skipped 2 images smaller than 39 x 8 pixels, because few images are each cut into a left "
+        "and a held-out right part (the largest of them: 36 x 99): narrow_right_part.png, "
+        "too_small.png"
+    )
     # what the truncated image would have given comes from the others
     assert (len(train), len(held_out)) == (50, 20)
+
+
+def test_images_that_are_all_too_small_are_refused_with_the_size_that_they_need(many):
+    with pytest.raises(ConfigError, match=r"data\.image_size 24: lower it") as error:
+        crops(many, size=24)
+    assert str(error.value).endswith(
+        "; 40 are images smaller than 24 x 24 pixels (the largest of them: 20 x 20)"
+    )
 
 
 def test_a_good_folder_warns_of_nothing(few, caplog):
@@ -363,7 +380,7 @@ def test_broken_rows_of_a_data_set_are_counted_named_and_skipped(
     with caplog.at_level(logging.WARNING):
         train, held_out = crops(source, 160, 40)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{source}: skipped 2 unreadable or too small images: row 5, row 7"
+        f"{source}: skipped 2 unreadable images: row 5, row 7"
     ]
     values = {*train.images.unique().tolist(), *held_out.images.unique().tolist()}
     assert values == set(range(40)) - {5, 7}
@@ -589,3 +606,58 @@ def test_encoded_images_of_a_stream_are_on_disk_and_not_in_memory(tmp_path, monk
     assert spooled[41]["image"] == {"bytes": bytes([42]) * 10**5}
     assert [spooled[i]["image"] for i in (99, 100)] == [{"path": "y"}, {"path": None}]
     assert not list(tmp_path.iterdir())  # nothing is left for a killed process to leave
+
+
+def saved(folder, values):
+    """Images of these greys, as `datasets` saves a split of them."""
+    import datasets
+
+    folder.mkdir()
+    for value in values:
+        plain_image(value).save(folder / f"{value:03}.png")
+    files = [str(file) for file in sorted(folder.glob("*.png"))]
+    features = datasets.Features({"picture": datasets.Image(), "n": datasets.Value("int64")})
+    rows = {"picture": files, "n": list(range(len(files)))}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def greys(part):
+    brightest = part.batch(np.arange(len(part))).amax((1, 2, 3))
+    return {round(float(value)) for value in (brightest + 1) * 127.5}
+
+
+def test_a_saved_data_set_gives_its_images_and_its_own_splits(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    train, test = saved(tmp_path / "a", range(40)), saved(tmp_path / "b", range(38, 60))
+    datasets.DatasetDict({"test": test, "train": train}).save_to_disk(tmp_path / "set")
+    one, other = crops(tmp_path / "set", 80, 44)
+    assert greys(other) == set(range(38, 60))
+    assert greys(one) == set(range(38)), "copies of held-out images are not trained on"
+    check_source(str(tmp_path / "set"))
+    whole, _ = crops(tmp_path / "set" / "train", 80, 20)
+    assert greys(whole) < set(range(40))
+
+
+def test_a_saved_data_set_of_a_stranger_is_refused_in_a_line(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = saved(tmp_path / "a", range(30))
+    rows.remove_columns("picture").save_to_disk(tmp_path / "none")
+    with pytest.raises(ConfigError, match="no image column among n"):
+        crops(tmp_path / "none")
+    rows.save_to_disk(tmp_path / "set")
+    (shard,) = (tmp_path / "set").glob("data-*.arrow")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"can't be loaded \(\w+: [^\n]*$"):
+        crops(tmp_path / "set")
+
+
+def test_a_path_in_a_saved_data_set_of_a_stranger_is_not_followed(tmp_path):
+    plain_image(1).save(tmp_path / "secret.png")
+    row = {"image": {"bytes": None, "path": str(tmp_path / "secret.png")}}
+    picture = RowPicture(Embedded([row], "image"), "image", 0)
+    with pytest.raises(NoPictureError):
+        picture.stream()

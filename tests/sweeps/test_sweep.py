@@ -69,6 +69,7 @@ def test_a_plan_has_every_arm_with_every_seed_and_only_their_own_changes(folder:
         ("groups: {codes: {baseline: nope}}", ["groups.codes.baseline 'nope'", "vq, simvq"]),
         ("groups: {codes: {arms: {vq: {set: {moe: {exprets: 3}}}}}}", ["moe.exprets", "arms.vq"]),
         ("sedes: [1]", ["unknown key sedes", "Did you mean seeds"]),
+        ("seed: 1", ["unknown key seed.", "Did you mean seeds?"]),
         ("groups: {codes: {config: gone.yaml}}", ["gone.yaml does not exist"]),
         ("groups: {codes: {config: gone.yaml}}", ["groups.codes.config 'gone.yaml'"]),
         ("set: {moe: {experts: x}}", [": set: moe.experts 'x'"]),

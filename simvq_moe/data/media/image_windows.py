@@ -14,8 +14,9 @@ from jaxtyping import Float32, Int64, UInt8
 
 from simvq_moe.data.images import HELD_OUT_SHARE, _Part, _pixels, _split, _warn
 from simvq_moe.data.media.pictures import STREAM
-from simvq_moe.data.media.pixels import Header, PixelBudget, header
+from simvq_moe.data.media.pixels import PixelBudget
 from simvq_moe.data.order import Indices, place_of
+from simvq_moe.data.rows.saved_sets import own_splits
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import is_told, printable
 
@@ -126,6 +127,7 @@ def image_windows(
     Raises:
         ConfigError: a source doesn't exist, or there is no image for one of the sides.
     """
+    source, held_out_source = own_splits(source, held_out_source)
     for name in (source, held_out_source or ""):
         if name.startswith(STREAM):
             raise ConfigError(
@@ -152,16 +154,10 @@ def _sides(
     source: str, size: int, shorter_side: int, *, whole: bool
 ) -> tuple[list[_Part], list[_Part]]:
     split = _split(source, size, shorter_side, 2**62, whole=whole)
-    train, held_out, unreadable = list(split.train), list(split.held_out), []
-    for picture in split.skipped:
-        known = header(picture)
-        if not isinstance(known, Header):
-            unreadable.append(picture)
-            continue
-        scale = shorter_side / min(known.width, known.height) if shorter_side else 1.0
-        small = _Part(picture, known, "all", scale)
-        late = not whole and place_of(known.key) < HELD_OUT_SHARE
+    train, held_out = list(split.train), list(split.held_out)
+    for small in split.small:
+        late = not whole and place_of(small.header.key) < HELD_OUT_SHARE
         (held_out if late else train).append(small)
-    _warn(source, "unreadable images", unreadable)
+    _warn(source, "unreadable images", split.unreadable)
     _warn(source, "too large images", split.too_large)
     return train, held_out

@@ -18,8 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
+from simvq_moe.data.rows.saved_sets import is_saved_set, shards
 from simvq_moe.errors import ConfigError
-from simvq_moe.files.regular import BrokenFileError, open_regular
+from simvq_moe.files.regular import BrokenFileError, open_regular, printable
 
 PHOTOS = (
     "skimage/data/astronaut.png",
@@ -40,7 +41,10 @@ NO_PICTURES = {"EPS", "FITS"}
 unpack to any size."""
 HUB, STREAM = "hf:", "hf-stream:"
 """Beginnings of a source that is a data set of the Hub, downloaded or streamed."""
-REMEDY = "give a folder of images, 'hf:NAME' for a data set of the Hub, or 'photos'"
+REMEDY = (
+    "give a folder of images, or one that `datasets` has saved, 'hf:NAME' for a data set of the "
+    "Hub, or 'photos'"
+)
 
 Encoded = BufferedReader | BytesIO
 
@@ -191,8 +195,9 @@ def pictures(source: str, limit: int) -> list[Picture]:
 
     Args:
         source: "photos", a folder with all its subfolders, an image file, "hf:NAME[:SPLIT]" or
-            "hf-stream:NAME[:SPLIT]"; NAME is one of the Hub, or a local folder in a form that
-            `datasets` reads; SPLIT is train where it is missing.
+            "hf-stream:NAME[:SPLIT]", or a folder that `Dataset.save_to_disk` wrote; NAME is one of
+            the Hub, or a local folder in a form that `datasets` reads; SPLIT is train where it is
+            missing.
         limit: rows that are taken from a stream, whose encoded images are kept in a temporary file.
 
     Raises:
@@ -200,7 +205,7 @@ def pictures(source: str, limit: int) -> list[Picture]:
     """
     if source.startswith((HUB, STREAM)):
         return _rows(source, limit)
-    return list(files(source))
+    return _saved_rows(source) if is_saved_set(source) else list(files(source))
 
 
 def hub_name(source: str) -> str | None:
@@ -266,23 +271,71 @@ def _rows(source: str, limit: int) -> list[Picture]:
 
     name, split = _name_and_split(source)
     streaming = source.startswith(STREAM)
+    rows: Any = []
     try:
         found = datasets.load_dataset(name, split=split, streaming=streaming)
-        columns = found.features or {}
-        images = [column for column, kind in columns.items() if isinstance(kind, datasets.Image)]
-        rows: Any = []
-        if images:
-            # encoded, so that opening a row decodes no pixels
-            encoded: Any = found.select_columns(images[:1]).cast_column(
-                images[0], datasets.Image(decode=False)
-            )
-            rows = Spooled(encoded.take(limit), images[0]) if streaming else encoded
+        columns = list(found.features or {})
+        encoded, column = _encoded(found)
+        if column is not None:
+            rows = Spooled(encoded.take(limit), column) if streaming else encoded
     except Exception as error:  # whatever the Hub, the network or a file format may raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ConfigError(f"data.source {source!r} can't be loaded ({reason}): {REMEDY}") from None
+        raise _not_loaded(source, error) from None
+    if column is None:
+        raise _no_column(source, columns)
+    return [RowPicture(rows, column, i) for i in range(len(rows))]
+
+
+def _encoded(found: Any) -> tuple[Any, str | None]:
+    """A data set with its first column of images alone, these encoded, so that opening a row
+    decodes no pixels; None: it has none."""
+    import datasets
+
+    columns = found.features or {}
+    images = [column for column, kind in columns.items() if isinstance(kind, datasets.Image)]
     if not images:
-        raise ConfigError(
-            f"data.source {source!r} has no image column among {', '.join(columns) or 'none'}: "
-            f"{REMEDY}"
-        )
-    return [RowPicture(rows, images[0], i) for i in range(len(rows))]
+        return found, None
+    alone = found.select_columns(images[:1])
+    return alone.cast_column(images[0], datasets.Image(decode=False)), images[0]
+
+
+def _not_loaded(source: str, error: Exception) -> ConfigError:
+    reason = f"{type(error).__name__}: {printable(' '.join(str(error).split()))}"
+    return ConfigError(f"data.source {source!r} can't be loaded ({reason}): {REMEDY}")
+
+
+def _no_column(source: str, columns: Iterable[str]) -> ConfigError:
+    names = ", ".join(map(printable, columns)) or "none"
+    return ConfigError(f"data.source {source!r} has no image column among {names}: {REMEDY}")
+
+
+class Embedded:
+    """Rows whose images are bytes in them: a path in a stranger's data set is not followed."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self.rows, self.column = rows, column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, dict[str, Any]]:
+        encoded = self.rows[row][self.column] or {}
+        return {self.column: {"bytes": encoded.get("bytes")}}
+
+
+def _saved_rows(source: str) -> list[Picture]:
+    """The images of a split that was saved to disk."""
+    import datasets
+
+    files = shards(Path(source))
+    try:
+        parts = [datasets.Dataset.from_file(str(file)) for file in files]
+        whole = datasets.concatenate_datasets(parts)
+        columns = whole.column_names
+        encoded, column = _encoded(whole)
+        whole.data.validate(full=True)  # offsets of a stranger may point anywhere
+    except Exception as error:  # whatever a broken file makes Arrow raise
+        raise _not_loaded(source, error) from None
+    if column is None:
+        raise _no_column(source, columns)
+    rows = Embedded(encoded, column)
+    return [RowPicture(rows, column, i) for i in range(len(rows))]

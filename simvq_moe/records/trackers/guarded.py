@@ -7,6 +7,7 @@ alone from then on: metrics.jsonl has everything.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,8 @@ SECONDS_TO_BEGIN = 30.0
 """That a run waits at its beginning until its trackers are there, all together; then it goes on."""
 SECONDS_TO_END = 5.0
 """That a run waits at its end for all of its trackers together."""
+THREAD = "simvq_moe tracker "
+"""Beginning of the names of their threads."""
 SHOWN = 200
 """Characters of an error."""
 Call = Callable[[Tracker], None]
@@ -44,6 +47,12 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"train.trackers {name!r} stands there twice: name it once")
         if package and not is_installed(package):
             raise ConfigError(f"train.trackers {name!r}: {not_installed(package)}, or leave it out")
+
+
+def left_alone() -> bool:
+    """Whether this process has had a tracker that was left alone. What its package does when Python
+    ends may take minutes."""
+    return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
 
 
 class Trackers:
@@ -120,7 +129,7 @@ class Guarded:
         self.thread: Thread | None = None
         if not options.at_once:
             # it may hang for ever, and the process ends nevertheless
-            self.thread = Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
+            self.thread = Thread(target=self._work, name=f"{THREAD}{self.name}", daemon=True)
             self.thread.start()
         self._call(self._open, options, run)
 
@@ -166,8 +175,10 @@ class Guarded:
             self._leave(f"it is {WAITING:,} calls behind")
 
     def _work(self) -> None:
-        while not self.failed and (call := self.calls.get()) is not None:
-            call()
+        # of one that is left alone no call comes, so that its thread stays: see `left_alone`
+        while (call := self.calls.get()) is not None:
+            if not self.failed:
+                call()
 
     def _try(self, function: Callable[..., None], *args: Any) -> None:
         try:

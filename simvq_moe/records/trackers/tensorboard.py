@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from simvq_moe.config.registry import register
 from simvq_moe.records.trackers.base import LoggedLine, TrackedRun, Tracker, TrackerOptions
+
+EVALUATIONS = ".eval"
+"""End of the names of events files with evaluations of a finished run."""
 
 
 @register
@@ -52,3 +57,21 @@ class Events(Tracker):
 
     def close(self, *, finished: bool) -> None:
         self.board.close(finished=finished)
+
+
+def write_evaluations(folder: Path, step: int, measures: Mapping[str, float]) -> None:
+    """Scalars of a finished run, in an events file of their own in place of the one before.
+
+    Args:
+        folder: of the run's events; nothing is written where there is none.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    before = [*folder.glob(f"events.out.tfevents.*{EVALUATIONS}")]
+    with SummaryWriter(str(folder), filename_suffix=EVALUATIONS) as writer:
+        for name, value in measures.items():
+            writer.add_scalar(name, value, step)
+    for file in before:
+        file.unlink(missing_ok=True)
