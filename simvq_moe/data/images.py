@@ -204,6 +204,10 @@ class _Split(NamedTuple):
             too_large=self.too_large + other.too_large,
         )
 
+    def why_so_few(self) -> str:
+        """The end of an error's sentence: how many are too small; empty: none is."""
+        return f"; {len(self.small)} are {self.too_small()}" if self.small else ""
+
     def too_small(self) -> str:
         """What the small ones are, and would have to be; there is one."""
         width, height = max((part.size for part in self.small), key=min)
@@ -269,12 +273,11 @@ def image_crops(
         _warn(source, split.too_small(), [part.picture for part in split.small])
     _warn(source, f"images of more than {MOST_PIXELS:,} pixels", split.too_large)
     if len(sets[0]) < crops or len(sets[1]) < held_out_crops:
-        why = f"; {len(split.small)} are {split.too_small()}" if split.small else ""
         raise ConfigError(
             f"data.source {source!r} holds no image that is readable and large enough for "
             f"data.image_size {size}: lower it, set data.shorter_side, or give more or larger "
             "images; a few images are each cut in two, and the right part, which is held out, is "
-            f"narrow{why}"
+            f"narrow{split.why_so_few()}"
         )
     return sets[0], sets[1]
 

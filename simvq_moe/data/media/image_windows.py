@@ -135,16 +135,16 @@ def image_windows(
                 "hf: in place of hf-stream:, or --crops"
             )
     whole = held_out_source is not None
-    train, held_out = _sides(source, size, shorter_side, whole=whole)
+    train, held_out, why = _sides(source, size, shorter_side, whole=whole)
     if held_out_source is not None:
-        held_out, _ = _sides(held_out_source, size, shorter_side, whole=True)
+        held_out, _, _ = _sides(held_out_source, size, shorter_side, whole=True)
         unseen = {part.header.key for part in held_out}
         train = [part for part in train if part.header.key not in unseen]
     for parts, name in ((train, "training"), (held_out, "held out")):
         if not parts:
             raise ConfigError(
                 f"data.source {source!r} has no image that is {name}: give more images, or larger "
-                "ones, which are cut into a left and a narrow held-out right part"
+                f"ones, which are cut into a left and a narrow held-out right part{why}"
             )
     centres = shorter_side == size
     return ImageWindows(train, size, centres=centres), ImageWindows(held_out, size, centres=centres)
@@ -152,7 +152,8 @@ def image_windows(
 
 def _sides(
     source: str, size: int, shorter_side: int, *, whole: bool
-) -> tuple[list[_Part], list[_Part]]:
+) -> tuple[list[_Part], list[_Part], str]:
+    """Both sides, and what to say of images that are smaller than a window."""
     split = _split(source, size, shorter_side, 2**62, whole=whole)
     train, held_out = list(split.train), list(split.held_out)
     for small in split.small:
@@ -160,4 +161,4 @@ def _sides(
         (held_out if late else train).append(small)
     _warn(source, "unreadable images", split.unreadable)
     _warn(source, "too large images", split.too_large)
-    return train, held_out
+    return train, held_out, split.why_so_few()

@@ -117,3 +117,14 @@ def test_a_damaged_image_is_black_and_named(
 def test_sources_that_can_not_be_read_whole_are_refused(source: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.source"):
         image_windows(source, size=8)
+
+
+def test_a_few_images_smaller_than_a_window_are_refused_with_the_size_that_they_need(
+    tmp_path: Path,
+) -> None:
+    for i in range(2):
+        Image.new("RGB", (6, 5), (i, i, i)).save(tmp_path / f"{i}.png")
+    with pytest.raises(ConfigError, match="has no image that is held out") as error:
+        image_windows(str(tmp_path), size=8)
+    assert "; 2 are images smaller than 39 x 8 pixels" in str(error.value)
+    assert str(error.value).endswith("(the largest of them: 6 x 5)")
