@@ -36,7 +36,9 @@ from simvq_moe.core.usage import null_usage
 from simvq_moe.files.regular import printable
 from simvq_moe.records.catalogue import (
     HELD_OUT,
+    OF_TASKS,
     compared_leaves,
+    find,
     metric,
     names,
     router_leaves,
@@ -44,6 +46,8 @@ from simvq_moe.records.catalogue import (
 )
 from simvq_moe.runs.files import MOST_DRAWS
 
+TASK_MEASURES = 100
+"""Measures of tasks that a report has."""
 MOST_NULL_SLOTS = 2**22
 """Of more, even chance takes minutes to draw."""
 
@@ -99,10 +103,16 @@ def _measure(group: Group) -> _Measured:
     leaves += router_leaves("routers") if kind == "experts" else []
     measured = [HELD_OUT[kind or "codes"] + leaf for leaf in leaves]
     outcomes = [*group.outcomes, *group.primary.values()]
-    metrics = list(dict.fromkeys([*outcomes, *measured, *names("costs")]))
+    metrics = list(dict.fromkeys([*outcomes, *measured, *names("costs"), *_of_tasks(group)]))
     arms = [_arm_result(group, arm, seeds, metrics) for arm in group.arms]
     extra = [HELD_OUT[kind] + name for name in compared_leaves()] if kind else []
     return _Measured(kind, seeds, arms, _pair(group, arms, seeds, extra))
+
+
+def _of_tasks(group: Group) -> list[str]:
+    """What tasks of lm-eval have measured on its runs, the first of too many."""
+    found = {name for arm in group.arms for run in arm.runs for name in run.final if find(name)}
+    return sorted(name for name in found if name.startswith(OF_TASKS))[:TASK_MEASURES]
 
 
 def _group_result(group: Group, measured: _Measured) -> GroupResult:

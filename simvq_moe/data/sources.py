@@ -187,6 +187,8 @@ class FileCursor:
 class HubDataset:
     """The training split of a data set on the Hugging Face hub, streamed by `datasets`."""
 
+    field = TEXT_FIELD
+
     def __init__(self, source: str, field: str = TEXT_FIELD) -> None:
         from datasets import IterableDataset, load_dataset
 

@@ -178,6 +178,20 @@ def test_only_outcomes_are_adjusted(content: dict[str, Any]):
         assert (pair["p_holm"] is not None) == (pair["metric"] in ("val/mse", "val/codes/used"))
 
 
+def test_measures_of_tasks_of_lm_eval_are_in_the_numbers_and_have_a_table(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "sweep", seeds=1, codes=KNOWN, experts=())
+    for i, file in enumerate(sorted(sweep.glob("codes/*/seed0/summary.json"))):
+        summary = json.loads(file.read_text()) | {"eval/hamlet/acc": 0.25 + i / 8}
+        file.write_text(json.dumps(summary))
+    found = report([sweep], tmp_path / "out")
+    group = json.loads((tmp_path / "out" / "report.json").read_text())["groups"][0]
+    assert sorted(arm["values"]["eval/hamlet/acc"] for arm in group["arms"]) == [[0.25], [0.375]]
+    page = found.html.read_text()
+    assert page.count("Tasks of lm-eval") == 1
+    assert page.count("hamlet accuracy") == 1
+    assert "37.5 %" in page
+
+
 def test_a_torn_line_and_torn_files_of_a_killed_run_are_left_out(tmp_path: Path):
     run = tmp_path / "killed"
     write_run(run, KNOWN[0], 0)
