@@ -37,8 +37,8 @@ def corpus_of(source: Path, cache: Path, **options: Any) -> Corpus:
     return token_windows(str(source), vocabulary=257, context=8, cache_dir=str(cache), **options)
 
 
-def documents(part: TokenWindows | None, corpus: Corpus) -> list[str]:
-    assert part is not None
+def documents(part: Any, corpus: Corpus) -> list[str]:
+    assert isinstance(part, TokenWindows)
     ends = np.flatnonzero(part.tokens == corpus.end_of_text)
     starts = [0, *(ends[:-1] + 1)]
     return [corpus.decode(part.tokens[a:b]) for a, b in zip(starts, ends, strict=True)]
