@@ -54,8 +54,9 @@ def train(args: Sequence[str]) -> int:
     from simvq_moe.records.trackers.guarded import left_alone
     from simvq_moe.training import run
 
+    before = left_alone()
     code = run.train(config)
-    if left_alone():
+    if left_alone() - before:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

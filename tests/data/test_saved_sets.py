@@ -63,7 +63,7 @@ def test_a_split_is_cut_by_content_and_splits_stay_as_they_are(tmp_path: Path) -
     both = documents(alone.train, alone) + documents(alone.held_out, alone)
     assert sorted(both) == sorted(TEXTS)
     parts = {"test": TEXTS[50:], "train": TEXTS[:45], "validation": TEXTS[40:50]}
-    rows = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in parts.items()}
+    rows: Any = {name: datasets.Dataset.from_dict({"text": t}) for name, t in parts.items()}
     datasets.DatasetDict(rows).save_to_disk(tmp_path / "set")
     check_source(str(tmp_path / "set"))
     corpus = corpus_of(tmp_path / "set", tmp_path / "cache")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from simvq_moe.config.registry import of_kind
+from simvq_moe.config.registry import as_options, of_kind
 from simvq_moe.errors import ConfigError
 from simvq_moe.extras import is_installed, not_installed
 from simvq_moe.files.regular import printable
@@ -49,10 +49,10 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"train.trackers {name!r}: {not_installed(package)}, or leave it out")
 
 
-def left_alone() -> bool:
-    """Whether this process has had a tracker that was left alone. What its package does when Python
+def left_alone() -> set[Thread]:
+    """Threads of trackers that were left alone in this process. What their packages do when Python
     ends may take minutes."""
-    return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
+    return {thread for thread in threading.enumerate() if thread.name.startswith(THREAD)}
 
 
 class Trackers:
@@ -76,7 +76,7 @@ class Trackers:
     ) -> None:
         self.guarded = [
             Guarded(
-                of_kind(TrackerOptions, name, "train.trackers")(),
+                as_options(TrackerOptions, name, "train.trackers"),
                 replace(run, id=ids.get(name, "")),
                 logged_until.get(name, 0),
             )
