@@ -52,7 +52,8 @@ class RunningMapVQ(Quantizer):
         self.register_average("codes_now", start.clone(), torch.float32)
         self.register_average("mean", torch.zeros(width), torch.float64)
         self.register_average("covariance", torch.zeros(width, width), torch.float64)
-        self.register_average("weight", torch.zeros(()), torch.float64)
+        # an axis of one, because torch.compile takes a single number of the CPU for a constant
+        self.register_average("weight", torch.zeros(1), torch.float64)
         self._wait_for_data()
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
@@ -98,12 +99,12 @@ class RunningMapVQ(Quantizer):
         sums = torch.cat([tokens, centred.sum(0), (centred.T @ centred).flatten()])
         tokens, first, seconds = total(sums).split([1, self.width, self.width**2])
         seen = tokens > 0  # a step of padding alone says nothing, and is not waited for
-        self.weight.copy_(torch.where(seen, self.decay * self.weight + 1, self.weight).squeeze())
+        self.weight.copy_(torch.where(seen, self.decay * self.weight + 1, self.weight))
         w = torch.where(seen, 1 / self.weight, 0.0)
         shift = first / tokens.clamp_min(1)
         step = seconds.view_as(self.covariance) / tokens.clamp_min(1) - w * shift.outer(shift)
-        self.covariance.mul_(1 - w).add_(w * step)
-        self.mean += w * shift
+        self.covariance.lerp_(step, w)
+        self.mean.add_(w * shift)
         variances, axes = torch.linalg.eigh(self.covariance)
         root = axes * (self.width * variances.clamp_min(0)).sqrt() @ axes.T
         self.codes_now.copy_(self.base.double() @ root + self.mean)
