@@ -55,7 +55,7 @@ def filling(out: Path, command: str, made_of: Mapping[str, Any]) -> Iterator[Non
         (out / MARK).unlink(missing_ok=True)
 
 
-def filled_alone(out: Path) -> AbstractContextManager[None]:
+def filled_alone(out: Path) -> AbstractContextManager[bool]:
     """Hold a folder, which is there, while this process fills it.
 
     Raises:

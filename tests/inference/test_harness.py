@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from simvq_moe.analysis.results import ArmResult, GroupResult
 from simvq_moe.cli import main
 from simvq_moe.data.tokenizer import encode_text, load_tokenizer
 from simvq_moe.inference.harness import join_summary, measures_of
@@ -131,7 +133,12 @@ def test_measures_of_tasks_are_in_the_catalogue_and_in_the_report() -> None:
     assert number("eval/arc_easy/acc", 0.5) == "50.0 %"
     values = {"eval/hamlet/acc": [0.25, None], "eval/hamlet/my_f1": [None, 2.0], "val/loss": [1.0]}
     mean = {"eval/hamlet/acc": 0.25, "eval/hamlet/my_f1": 2.0}
-    arm: Any = SimpleNamespace(label="plain", values=values, mean=mean, sd=dict.fromkeys(mean))
-    group: Any = SimpleNamespace(arms=[arm])
-    table = task_table(group)
+    spread = dict.fromkeys(mean, math.nan)
+    arm = ArmResult("plain", "plain", False, True, 2, ["finished"], values, mean, spread, {})
+    texts = dict.fromkeys(("name", "sweep", "question", "notes", "config", "command"), "")
+    lists: dict[str, list[Any]] = {
+        field.name: [] for field in fields(GroupResult) if str(field.type).startswith("list")
+    }
+    numbers: dict[str, Any] = {"kind": None, "baseline": "plain", "primary": {}, "pairs_needed": 0}
+    table = task_table(GroupResult(**texts, **lists | {"arms": [arm]}, **numbers))
     assert table.header == ["arm", "hamlet accuracy", "hamlet my f1"]

@@ -97,8 +97,8 @@ def test_sizes_of_data_that_do_not_fit_are_named() -> None:
         with pytest.raises(ConfigError, match=words):
             check(replace(CONFIG, data=replace(CONFIG.data, **changes)))
     other = replace(CONFIG, task="audio_tokenizer", image_tokenizer=ImageTokenizerConfig())
-    with pytest.raises(ConfigError, match=r"held_out_source 'a' with task 'audio_tokenizer'"):
-        check(replace(other, data=replace(other.data, held_out_source="a")))
+    with pytest.raises(ConfigError, match=r"text_field 'a' with task 'audio_tokenizer'"):
+        check(replace(other, data=replace(other.data, text_field="a")))
 
 
 def test_a_loss_without_its_network_is_named(tmp_path: Path) -> None:
