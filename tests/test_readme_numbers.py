@@ -15,6 +15,7 @@ from tests.launching import ROOT
 BYTES, ENTROPY, USED = "val/bits_per_byte", "val/moe/mean/entropy", "val/codes/used"
 MEL, SI_SDR, MSE, PERPLEXITY = "val/mel_distance", "val/si_sdr", "val/mse", "val/codes/perplexity"
 EXPERTS = ("moe", "experts")
+WHITENING = ("whitening", "experts")
 SELVES = ("self_selecting", "self_selecting")
 IN_THE_TABLE = {
     "expert_out": "shared map after the experts",
@@ -25,6 +26,19 @@ IN_THE_TABLE = {
     "centred": "centred router input (control)",
     "aux": "load-balance loss 0.01",
     "loss_free": "loss-free bias",
+}
+WHITENED = {
+    "centred": "centred router input (control)",
+    "slow_router": "router learning rate x 0.1 (control)",
+    "diagonal": "whitened by each channel's variance (control)",
+    "whitened": "**whitened router input**",
+    "whitened_frozen": "whitened router input, rows frozen",
+    "aux_weak": "load-balance loss 0.003",
+    "aux": "load-balance loss 0.01",
+    "aux_strong": "load-balance loss 0.03",
+    "loss_free_slow": "loss-free bias, rate 0.0003",
+    "loss_free": "loss-free bias, rate 0.001",
+    "loss_free_fast": "loss-free bias, rate 0.003",
 }
 CODES = {
     "vq": "VQ",
@@ -37,6 +51,7 @@ CODES = {
     "simvq_diagonal": "SimVQ, diagonal W",
     "bias_only": "bias only, no W (control)",
 }
+TABLES = ((EXPERTS, IN_THE_TABLE), (WHITENING, WHITENED))
 POINTS = "{mean:.1f} {of} ({low:.1f} to {high:.1f}, {agree} of {n} pairs, p {p:.2f})"
 SPREAD = "{mean:+.3f} ({low:+.3f} to {high:+.3f}, {agree} of {n} pairs"
 RANGE = "({low:+.3f} to {high:+.3f}"
@@ -68,6 +83,31 @@ SENTENCES: tuple[tuple[tuple[str, str], str, str, str, str], ...] = (
         ENTROPY,
         "{mean:.3f} above one map for each " + RANGE,
     ),
+    (
+        WHITENING,
+        "whitened",
+        "centred",
+        ENTROPY,
+        "{mean:.3f} over a centred one ({low:.3f} to {high:.3f}, {agree} of {n} pairs)",
+    ),
+    (
+        WHITENING,
+        "whitened",
+        "centred",
+        ENTROPY,
+        "entropy {mean:+.3f} over the centred router "
+        "({low:+.3f} to {high:+.3f}, {agree} of {n} pairs, p {p:.4f}; P8)",
+    ),
+    (
+        WHITENING,
+        "whitened",
+        "loss_free",
+        BYTES,
+        "{mean:+.4f} bits per byte beside that of the best of six balancers, a loss-free bias of "
+        "rate 0.001 ({low:+.4f} to {high:+.4f}, lower in {agree} of {n} pairs)",
+    ),
+    (WHITENING, "base", "whitened", BYTES, "{mean:.3f} beside plain MoE ({low:.3f} to {high:.3f}"),
+    (WHITENING, "centred", "whitened", BYTES, "by {mean:.3f} beside a centred one"),
     (SELVES, "map_learned", "learned", ENTROPY, "entropy {mean:+.3f} with the map " + RANGE),
     (SELVES, "map_learned", "learned", BYTES, "bits per byte " + SPREAD),
     (SELVES, "map_frozen", "frozen", ENTROPY, "{mean:+.3f} " + RANGE),
@@ -121,11 +161,16 @@ def test_differences_in_sentences_are_those_of_the_report(
     assert expected in readme
 
 
-@pytest.mark.parametrize("arm", IN_THE_TABLE)
-def test_the_table_of_differences_is_that_of_the_report(readme: str, arm: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "arm", "label"),
+    [(where, *row) for where, rows in TABLES for row in rows.items()],
+)
+def test_tables_of_differences_are_those_of_the_reports(
+    readme: str, where: tuple[str, str], arm: str, label: str
+) -> None:
     cell = "{mean:+.3f} ({low:+.3f}, {high:+.3f})"
-    cells = [cell.format(**compared(EXPERTS, arm, "base", metric)) for metric in (BYTES, ENTROPY)]
-    assert f"| {IN_THE_TABLE[arm]} | {' | '.join(cells)} |" in readme
+    cells = [cell.format(**compared(where, arm, "base", metric)) for metric in (BYTES, ENTROPY)]
+    assert f"| {label} | {' | '.join(cells)} |" in readme
 
 
 @pytest.mark.parametrize("arm", CODES)
