@@ -13,14 +13,15 @@ from torch import Tensor
 from simvq_moe.config.ranges import Share
 from simvq_moe.config.registry import register
 from simvq_moe.core.choices import check_choice
-from simvq_moe.quantizers.base import Quantizer, mean_squared_error, random_codebook
+from simvq_moe.quantizers.base import random_codebook
 from simvq_moe.quantizers.options import LearnedOptions, restart_problems
+from simvq_moe.quantizers.parts.averaged import AveragedCodebook
 from simvq_moe.quantizers.parts.kmeans import assigned, kmeans
 from simvq_moe.quantizers.parts.restart import check_restart, restart_codes
 from simvq_moe.quantizers.vq import Init
 
 
-class EMAVQ(Quantizer):
+class EMAVQ(AveragedCodebook):
     """A codebook of moving averages of the latents assigned to each code; it has no gradient.
 
     counts <- decay counts + (1 - decay) n, sums <- decay sums + (1 - decay) sum of z, code = sums /
@@ -41,7 +42,6 @@ class EMAVQ(Quantizer):
 
     sums: Tensor
     counts: Tensor
-    codes_now: Tensor
     step: Tensor
 
     def __init__(
@@ -69,19 +69,6 @@ class EMAVQ(Quantizer):
         if init == "kmeans":
             self._wait_for_data()
 
-    def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
-        return self.codes_now.to(dtype or self.codes_now.dtype)
-
-    def lookup(
-        self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
-    ) -> Float[Tensor, "*batch width"]:
-        return self.codes_now[ids].to(dtype or self.codes_now.dtype)
-
-    def losses(
-        self, z: Float[Tensor, "tokens width"], e: Float[Tensor, "tokens width"]
-    ) -> dict[str, Tensor]:
-        return {"commitment": mean_squared_error(z, e.detach())}
-
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         self.codes_now.copy_(kmeans(z, self.codebook(z.dtype)))
         self.sums.copy_(self.codes_now)
@@ -90,10 +77,6 @@ class EMAVQ(Quantizer):
     @property
     def summed_numbers(self) -> int:
         return self.codes * (self.width + 1)  # sums of latents, and their numbers
-
-    @property
-    def changes_by_steps(self) -> bool:
-        return True
 
     @torch.no_grad()
     def update(

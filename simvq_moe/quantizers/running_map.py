@@ -15,12 +15,13 @@ from simvq_moe.config.ranges import Share
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.collectives import total
-from simvq_moe.quantizers.base import Quantizer, mean_squared_error, random_codebook
+from simvq_moe.quantizers.base import random_codebook
 from simvq_moe.quantizers.options import LearnedOptions
-from simvq_moe.quantizers.vq import VQ, VQOptions
+from simvq_moe.quantizers.parts.averaged import AveragedCodebook
+from simvq_moe.quantizers.vq import VQ, VQOptions, plain_vq
 
 
-class RunningMapVQ(Quantizer):
+class RunningMapVQ(AveragedCodebook):
     """Codes q sqrt(width) C^(1/2) + m: frozen rows q ~ N(0, 1/width) with the latents' moments.
 
     m and C are the running mean and covariance of the latents. They start from the first batch as
@@ -39,7 +40,6 @@ class RunningMapVQ(Quantizer):
     """
 
     base: Tensor
-    codes_now: Tensor
     mean: Tensor
     covariance: Tensor
     weight: Tensor
@@ -56,26 +56,9 @@ class RunningMapVQ(Quantizer):
         self.register_average("weight", torch.zeros(1), torch.float64)
         self._wait_for_data()
 
-    def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
-        return self.codes_now.to(dtype or self.codes_now.dtype)
-
-    def lookup(
-        self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
-    ) -> Float[Tensor, "*batch width"]:
-        return self.codes_now[ids].to(dtype or self.codes_now.dtype)
-
-    def losses(
-        self, z: Float[Tensor, "tokens width"], e: Float[Tensor, "tokens width"]
-    ) -> dict[str, Tensor]:
-        return {"commitment": mean_squared_error(z, e.detach())}
-
     @property
     def summed_numbers(self) -> int:
         return 1 + self.width + self.width**2  # tokens, and their first and second moments
-
-    @property
-    def changes_by_steps(self) -> bool:
-        return True
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         self.weight.zero_()
@@ -111,16 +94,7 @@ class RunningMapVQ(Quantizer):
 
     def fold(self) -> VQ:
         """A plain VQ with the codes as they are now."""
-        folded = VQ(
-            self.codes,
-            self.width,
-            gradient=self.gradient,
-            codebook_weight=self.weights["codebook"],
-            commitment_weight=self.weights["commitment"],
-            channels_first=self.channels_first,
-        )
-        folded.bank = Bank(self.codes_now, transform="none")
-        return folded.train(self.training)
+        return plain_vq(self, Bank(self.codes_now, transform="none"))
 
 
 @register

@@ -20,7 +20,7 @@ from simvq_moe.core.moments import moments
 from simvq_moe.core.search.nearest import nearest
 from simvq_moe.quantizers.base import Quantizer, random_codebook
 from simvq_moe.quantizers.options import CodebookOptions
-from simvq_moe.quantizers.vq import VQ, VQOptions
+from simvq_moe.quantizers.vq import VQ, VQOptions, plain_vq
 
 MapInit = Literal["identity", "data"]
 
@@ -92,16 +92,7 @@ class SimVQ(Quantizer):
 
     def fold(self) -> VQ:
         """A plain VQ with the same codes: W and the bias are merged into the rows."""
-        folded = VQ(
-            self.codes,
-            self.width,
-            gradient=self.gradient,
-            codebook_weight=self.weights["codebook"],
-            commitment_weight=self.weights["commitment"],
-            channels_first=self.channels_first,
-        )
-        folded.bank = self.bank.fold()
-        return folded.train(self.training)
+        return plain_vq(self, self.bank.fold())
 
 
 @register

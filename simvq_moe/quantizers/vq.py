@@ -130,6 +130,20 @@ class VQ(Quantizer):
         self._started()
 
 
+def plain_vq(quantizer: Quantizer, bank: Bank) -> VQ:
+    """A VQ with the codes of a bank, which quantizes as `quantizer` does otherwise."""
+    plain = VQ(
+        quantizer.codes,
+        quantizer.width,
+        gradient=quantizer.gradient,
+        codebook_weight=quantizer.weights["codebook"],
+        commitment_weight=quantizer.weights["commitment"],
+        channels_first=quantizer.channels_first,
+    )
+    plain.bank = bank
+    return plain.train(quantizer.training)
+
+
 @register
 @dataclass(frozen=True)
 class VQOptions(CodebookOptions):
