@@ -107,6 +107,16 @@ def show(page: Chromium, address: str, run: str, *, width: int = 1280, dark: boo
     page.until("document.querySelectorAll('.over figure').length >= 3")
 
 
+SLOW_WINDOWS = """(() => {
+  const asked = window.fetch;
+  window.held = [];
+  window.fetch = (address, ...rest) => address.includes('/window?')
+    ? new Promise((free) => window.held.push(free)).then(() => asked(address, ...rest))
+    : asked(address, ...rest);
+})()"""
+"""Counts of a window are answered once the test frees them."""
+
+
 def go(page: Chromium, index: int, step: int) -> None:
     """Move the slider to a window."""
     page.read(
@@ -203,6 +213,34 @@ def test_keys_go_through_the_cells_and_enter_shows_one_over_time(
     page.press("Home")
     (said,) = texts(page, ".heat-readout")
     assert said.startswith(f"moe/01, expert {counts[1].argmax()}: ")
+
+
+def test_nothing_is_told_of_a_run_whose_counts_have_not_come(
+    page: Chromium, address: str, runs: Path
+) -> None:
+    show(page, address, "sweep/codes")
+    page.read(SLOW_WINDOWS)
+    page.read(
+        "(() => { const one = document.querySelector('#run');"
+        " one.value = 'sweep/experts/arm0/seed0'; one.dispatchEvent(new Event('change')); })()"
+    )
+    page.until("document.querySelector('.card h2').textContent === 'Experts'")
+    page.until("window.held.length === 1")
+    page.read("document.querySelector('canvas').focus()")
+    page.press("ArrowRight")
+    page.press("Enter")
+    page.read("document.querySelector('.sort input').click()")
+    page.read("document.querySelector('details').open = true")
+    assert texts(page, ".heat-readout") == [""]
+    assert page.read("document.querySelector('.slot').hidden")
+    # what hung below was the run before
+    assert page.read("document.querySelectorAll('.over figure').length") == 0
+    page.read("window.held.forEach((free) => free())")
+    page.until("document.querySelectorAll('.over figure').length >= 3")
+    (said,) = texts(page, ".heat-readout")
+    counts = np.load(runs / "sweep/experts/arm0/seed0/usage.npz")["counts"][-1]
+    # sorted meanwhile
+    assert said.startswith(f"moe/00, expert {counts[0].argmax()}: load ")
 
 
 def test_a_click_on_a_cell_shows_it_and_white_is_the_fair_share(

@@ -34,6 +34,7 @@ export class HeatMap {
       'div', { class: 'heat' }, colourBar(),
       element('div', { class: 'heat-body' }, this.names, this.scroll), this.readout,
     );
+    this.node.inert = true; // no pointer, key or focus before there are counts to tell
     this.listen();
   }
 
@@ -76,6 +77,7 @@ export class HeatMap {
   show(step, counts) {
     this.step = step;
     this.counts = counts;
+    this.node.inert = false;
     this.order = counts.map((row) => {
       const ids = row.map((_, i) => i);
       return this.sorted ? ids.sort((a, b) => row[b] - row[a] || a - b) : ids;

@@ -183,6 +183,7 @@ class Page {
 
   buildKinds() {
     this.window = null;
+    this.closeSlot();
     const onSlot = (layer, slot) => this.openSlot(layer, slot);
     this.views = [...byKind(this.run.layers)].map(([kind, layers]) => {
       const cells = layers.filter((layer) => layer.cells);
@@ -193,6 +194,7 @@ class Page {
       return view;
     });
     this.sortBox.checked = false;
+    for (const below of [this.sick, this.over]) below.replaceChildren(); // of the run before
     this.kinds.replaceChildren(...this.views.map((view, i) => card(
       titleOf(view.kind), view.tiles,
       view.heat && i === this.views.findIndex((one) => one.heat)
@@ -219,6 +221,7 @@ class Page {
   }
 
   drawWindow() {
+    if (!this.window) return;
     const { step, layers } = this.window;
     for (const view of this.views) {
       view.tiles.replaceChildren(...tiles(view.kind, view.layers, layers));
@@ -235,7 +238,7 @@ class Page {
 
   drawTable() {
     const layers = this.run.layers.map((layer, index) => ({ ...layer, index }));
-    if (this.table.open) this.table.lastChild.replaceChildren(countsTable(layers, this.window.layers));
+    if (this.table.open && this.window) this.table.lastChild.replaceChildren(countsTable(layers, this.window.layers));
   }
 
   sort() {
