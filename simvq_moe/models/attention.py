@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.state import Stateful
+from simvq_moe.models.document_attention import Documents
 
 ROTARY_BASE = 10_000.0
-
-
-class Documents(NamedTuple):
-    """The documents in packed windows; the end of a document belongs to it."""
-
-    mask: Bool[Tensor, "batch tokens tokens"]
-    """Which keys a query sees: those before it in its document, and itself."""
-    positions: Int[Tensor, "batch tokens"]
-    """From the start of the document, or of the window."""
-
-
-def documents_of(tokens: Int[Tensor, "batch tokens"], end_of_text: Int[Tensor, ""]) -> Documents:
-    """Where documents lie in windows of tokens, from the ends of text in them."""
-    ends = tokens == end_of_text
-    starts = ends.roll(1, dims=1)
-    starts[:, 0] = True
-    number = starts.cumsum(1)
-    place = torch.arange(tokens.shape[1], device=tokens.device)
-    first = torch.where(starts, place, 0).cummax(1).values
-    mask = (number[:, :, None] == number[:, None]) & (place[:, None] >= place)
-    return Documents(mask, place - first)
 
 
 class Attention(Stateful):
@@ -44,10 +23,10 @@ class Attention(Stateful):
 
     def __init__(self, width: int, heads: int, context: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.channels = heads, width // heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        half = width // heads // 2
+        half = self.channels // 2
         self.hold("cos", partial(_rotations, context, half, sine=False))
         self.hold("sin", partial(_rotations, context, half, sine=True))
 
@@ -56,15 +35,13 @@ class Attention(Stateful):
     ) -> Float[Tensor, "batch tokens width"]:
         batch, tokens, width = x.shape
         # the size said, for a batch may be empty
-        shape = (batch, tokens, 3 * self.heads, width // self.heads)
+        shape = (batch, tokens, 3 * self.heads, self.channels)
         qk, v = self.qkv(x).view(shape).split([2 * self.heads, self.heads], dim=2)
         qk = self._turn(qk, None if documents is None else documents.positions)
-        q, k, v = (part.transpose(1, 2) for part in (*qk.chunk(2, dim=2), v))
-        if documents is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.mask[:, None])
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+        attend = causal_attention if documents is None else documents.attend
+        q, k = qk.chunk(2, dim=2)
+        y = attend(q, k, v)
+        return self.out(y.reshape(batch, tokens, width))
 
     def _turn(
         self,
@@ -76,6 +53,16 @@ class Attention(Stateful):
         cos, sin = (table[where].to(x.dtype).unsqueeze(-2) for table in (self.cos, self.sin))
         first, second = x.chunk(2, dim=-1)
         return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
+
+
+def causal_attention(
+    q: Float[Tensor, "batch tokens heads channels"],
+    k: Float[Tensor, "batch tokens heads channels"],
+    v: Float[Tensor, "batch tokens heads channels"],
+) -> Float[Tensor, "batch tokens heads channels"]:
+    """What each query has seen of those before it in its window, and of itself."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def _rotations(context: int, half: int, *, sine: bool) -> Float[Tensor, "context channels"]:

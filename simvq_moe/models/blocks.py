@@ -15,7 +15,8 @@ from simvq_moe.config.moe import MoEConfig
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.whitening import Whitening
-from simvq_moe.models.attention import Attention, Documents
+from simvq_moe.models.attention import Attention
+from simvq_moe.models.document_attention import Documents
 from simvq_moe.moe.experts import Experts
 from simvq_moe.moe.layer import MoE, build_dense, build_mixture
 from simvq_moe.moe.routers.base import Routing

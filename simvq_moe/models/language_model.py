@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from simvq_moe.config.moe import MoEConfig
 from simvq_moe.core.streams import own_stream
 from simvq_moe.hub import Pretrained
-from simvq_moe.models.attention import documents_of
+from simvq_moe.models.attention import Attention
 from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock, compiled_in_training, merge_gain
 from simvq_moe.models.cross_entropy import mean_cross_entropy, token_cross_entropy
+from simvq_moe.models.document_attention import Documents, documents_of
 from simvq_moe.moe.losses import mean_losses
 from simvq_moe.moe.routers.base import Routing
 
@@ -197,8 +198,7 @@ class LanguageModel(Pretrained):
         self, tokens: Int[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch tokens width"], list[Routing]]:
         x = self.embedding(tokens)
-        end = self.end_of_text
-        documents = None if end is None else documents_of(tokens, end)
+        documents = self._documents(tokens)
         again = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         routings = []
         for block in self.blocks:
@@ -208,6 +208,13 @@ class LanguageModel(Pretrained):
                 x, routing = compiled_in_training(block, x, tokens, documents)
             routings += [] if routing is None else [routing]
         return x, routings
+
+    def _documents(self, tokens: Int[Tensor, "batch tokens"]) -> Documents | None:
+        if self.end_of_text is None:
+            return None
+        attention = self.blocks[0].attention
+        assert isinstance(attention, Attention)
+        return documents_of(tokens, self.end_of_text, attention.channels)
 
     @property
     def _head_matrix(self) -> Float[Tensor, "vocabulary width"]:

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRotaryEmbedding
 
-from simvq_moe.models.attention import ROTARY_BASE, Attention, Documents
+from simvq_moe.models.attention import ROTARY_BASE, Attention
+from simvq_moe.models.document_attention import documents_of
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -39,7 +40,10 @@ def test_outputs_and_gradients_are_those_of_mixtral(documents: bool) -> None:
     minus_infinity = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, -torch.inf)
     cos, sin = MixtralRotaryEmbedding(config)(x, place)
     expected, _ = theirs(x, (cos, sin), minus_infinity[:, None])
-    got = ours(x, Documents(mask, place) if documents else None)
+    ends = torch.zeros(2, tokens, dtype=torch.long)
+    ends[1, 3] = 1
+    inside = documents_of(ends, torch.tensor(1), width // heads) if documents else None
+    got = ours(x, inside)
     # the angles of both are float32 tables
     assert_close(got, expected, rtol=1e-5, atol=1e-6)
     along = torch.randn_like(got)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from simvq_moe.config.moe import MoEConfig
-from simvq_moe.models.attention import documents_of
 from simvq_moe.models.language_model import LanguageModel
 
 END = 3
@@ -60,14 +59,6 @@ def test_every_token_is_a_target_also_the_first_of_a_document() -> None:
     _, terms = lm(window)
     logits = lm.logits(window[:, :-1])[0]
     assert_close(terms["cross_entropy"], F.cross_entropy(logits[0], window[0, 1:]))
-
-
-def test_masks_and_positions_by_hand() -> None:
-    documents = documents_of(torch.tensor([[7, END, 9, 9, END, END, 1]]), torch.tensor(END))
-    number = [0, 0, 1, 1, 1, 2, 3]
-    expected = [[j <= i and number[i] == number[j] for j in range(7)] for i in range(7)]
-    assert documents.mask[0].tolist() == expected
-    assert documents.positions[0].tolist() == [0, 1, 0, 1, 2, 0, 0]
 
 
 @pytest.mark.parametrize("again", [False, True])
