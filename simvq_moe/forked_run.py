@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from simvq_moe.config.schema import Config
-from simvq_moe.sweeps.machine import Machine, environment, free_port
+from simvq_moe.sweeps.machine import Machine, environment, free_port, train_arguments
 
 IMPORTS = "simvq_moe.prepared"
 """Module that imports all that a run needs; named here, because this process does not."""
@@ -89,8 +89,7 @@ class ForkedRun:
 
 def forked(config: Path, log: Path, machine: Machine, gpus: Sequence[str]) -> ForkedRun:
     """The run of a config, as a sweep starts it."""
-    arguments = ["train", "--config", str(config)]
-    return ForkedRun(arguments, log, machine.ranks, environment(machine, gpus))
+    return ForkedRun(train_arguments(config), log, machine.ranks, environment(machine, gpus))
 
 
 def _leads_a_group(pid: int) -> bool:
@@ -124,17 +123,22 @@ def _begin(
     os.chdir(folder)
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))  # as for `python -m simvq_moe`: plug-ins may lie there
+    os.environ.clear()
+    os.environ.update(variables)
+    become(arguments, results, log)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+    os._exit(command() if ranks == 1 else _ranks(ranks))
+
+
+def become(arguments: Sequence[str], results: Path, log: Path) -> None:
+    """Make this process simvq-moe with these arguments, whose output is added to files."""
     added = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for stream, path, flags in ((0, os.devnull, os.O_RDONLY), (1, results, added), (2, log, added)):
         os.dup2(os.open(path, flags, 0o666), stream)
-    os.environ.clear()
-    os.environ.update(variables)
     sys.argv = ["simvq-moe", *arguments]
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
-    os._exit(_command() if ranks == 1 else _ranks(ranks))
 
 
-def _command() -> int:
+def command() -> int:
     """`simvq-moe` with the arguments of sys.argv; the exit code."""
     from simvq_moe.cli import main
 
@@ -161,7 +165,7 @@ def _ranks(number: int) -> int:
         if pid == 0:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            os._exit(_command())
+            os._exit(command())
         going.add(pid)
 
     def tell(number: int) -> None:

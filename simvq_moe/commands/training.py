@@ -74,8 +74,9 @@ class SweepArgs:
     parallel: int = 1
     """Runs at a time, which share cores and GPUs."""
     launcher: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Start every run anew, one of several processes by the deepspeed launcher, as always on GPUs;
-    else runs on CPUs are forked from one process that has imported everything."""
+    """Start runs of several processes by the deepspeed launcher, as always on GPUs, and on CPUs
+    once for all that follow each other; else runs on CPUs are forked from one process that has
+    imported everything."""
     arms: str = ""
     """Only these arms and their baselines, as in "vq,simvq" or "codes_512/vq"; empty: all."""
     index: int = 0
@@ -87,7 +88,7 @@ class SweepArgs:
 def sweep(args: Sequence[str]) -> int:
     """Run arms x paired seeds, resume broken ones, end with the report."""
     options = parse_flags(SweepArgs, args, "simvq-moe sweep")
-    from simvq_moe import forked_run
+    from simvq_moe import forked_run, launcher_slot
     from simvq_moe.reports import report
     from simvq_moe.sweeps import checks, execute, machine, rate_grid
     from simvq_moe.sweeps import plan as sweeps
@@ -104,9 +105,11 @@ def sweep(args: Sequence[str]) -> int:
     runs = (*rate_grid.grid_runs(plan), *rate_grid.with_rates(plan).runs)
     origin = sweeps.origin_of(options.config)
     checks.check_runs(runs, origin, check_launch, options.ranks)
-    forks = not options.launcher and forked_run.can_fork(here, [run.config for run in runs])
-    starter = forked_run.forked if forks else machine.launched
-    own = execute.execute(plan, here, options.index, options.count, starter=starter)
+    forks = forked_run.can_fork(here, [run.config for run in runs])
+    with launcher_slot.Slots() as slots:
+        by_launcher = slots if forks and options.ranks > 1 else machine.launched
+        starter = forked_run.forked if forks and not options.launcher else by_launcher
+        own = execute.execute(plan, here, options.index, options.count, starter=starter)
     complete = all(run.status == "finished" for run in own)
     if any(run.status in ("pending", "running") for run in plan.runs):
         print(

@@ -74,14 +74,26 @@ def this_machine(ranks: int, parallel: int) -> Machine:
 def command(config: Path, ranks: int, gpus: Sequence[str] = ()) -> list[str]:
     """The command line of one run of a config on this machine.
 
-    One rank needs no launcher, which takes seconds to start. The launcher takes the devices from
-    CUDA_VISIBLE_DEVICES unless it is told their number.
+    One rank needs no launcher, which takes seconds to start.
     """
-    train = ["simvq_moe", "train", "--config", str(config)]
+    module = ["simvq_moe", *train_arguments(config)]
     if ranks == 1:
-        return [sys.executable, "-m", *train]
+        return [sys.executable, "-m", *module]
+    return launch_command(ranks, gpus, module)
+
+
+def train_arguments(config: Path) -> list[str]:
+    """Of simvq-moe, to train what a file says."""
+    return ["train", "--config", str(config)]
+
+
+def launch_command(ranks: int, gpus: Sequence[str], module: Sequence[str]) -> list[str]:
+    """The command line of the deepspeed launcher for some ranks of a module on this machine.
+
+    It takes the devices from CUDA_VISIBLE_DEVICES unless it is told their number.
+    """
     number = () if gpus else ("--num_accelerators", str(ranks))
-    return [launcher(), "-q", *number, "--master_port", str(free_port()), "--module", *train]
+    return [launcher(), "-q", *number, "--master_port", str(free_port()), "--module", *module]
 
 
 def launcher() -> str:
@@ -147,11 +159,8 @@ def environment(machine: Machine, gpus: Sequence[str]) -> dict[str, str]:
 
 def stop(processes: Sequence[Started]) -> None:
     """Ask every process of these runs to save and stop; kill those that do not."""
-    members: list[psutil.Process] = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            # the ranks may outlive the launcher
-            members += [*(p := psutil.Process(process.pid)).children(recursive=True), p]
+    groups = {process.pid for process in processes}
+    members = [p for p in psutil.process_iter() if _group(p) in groups]  # a rank may outlive others
     for number in (signal.SIGINT, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -161,6 +170,12 @@ def stop(processes: Sequence[Started]) -> None:
             time.sleep(0.1)
     for process in processes:
         process.wait()
+
+
+def _group(process: psutil.Process) -> int | None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        return os.getpgid(process.pid)
+    return None
 
 
 def _is_alive(process: psutil.Process) -> bool:
