@@ -88,6 +88,10 @@ COMMANDS = {
         "commands.looking:doctor",
         "Check this machine: versions, devices, DeepSpeed, data, offline state.",
     ),
+    "completion": Command(
+        "commands.completion:completion",
+        "Print what bash, zsh or tcsh completes of these commands.",
+    ),
 }
 """Every command by its name."""
 
