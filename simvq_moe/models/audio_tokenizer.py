@@ -8,15 +8,17 @@ channels. The activation is the Snake of DAC (arXiv:2306.06546, section 3.1).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
+from fractions import Fraction
+from math import ceil, prod
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from simvq_moe.models.audio_discriminators import Discriminators
 from simvq_moe.models.audio_spectra import MelDistance, SpectralDistance
+from simvq_moe.models.chunked import in_chunks, reach
 from simvq_moe.models.tokenizer import Tokenizer
 from simvq_moe.quantizers import AnyQuantizer, Quantized
 
@@ -168,3 +170,27 @@ class AudioTokenizer(Tokenizer):
         channels_first = z.to(self.from_latent.weight.dtype).movedim(-1, 1)
         waveform = self.decoder(self.from_latent(channels_first))[:, 0]
         return waveform.to(torch.promote_types(waveform.dtype, torch.float32))
+
+    @torch.no_grad()
+    def encode(
+        self, x: Float[Tensor, "batch time"], chunk: int | None = None
+    ) -> Int[Tensor, "batch token *levels"]:
+        """The ids of the codes of each recording.
+
+        Args:
+            chunk: tokens at a time, which bound the memory that a long recording takes; the ids are
+                those of the whole. None: all at once.
+        """
+        if chunk is None:
+            return super().encode(x)
+        far = ceil(reach(self.encoder, Fraction(1, self.hop)) + reach(self.to_latent, 1))
+        return in_chunks(super().encode, x, chunk=chunk, reach=far, read=self.hop)
+
+    def decode(
+        self, ids: Integer[Tensor, "batch token *levels"], chunk: int | None = None
+    ) -> Float[Tensor, "batch time"]:
+        """Recordings of ids, of whole tokens; for `chunk` see `encode`."""
+        if chunk is None:
+            return super().decode(ids)
+        far = ceil(reach(nn.Sequential(self.from_latent, self.decoder), 1))
+        return in_chunks(super().decode, ids, chunk=chunk, reach=far, written=self.hop)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from simvq_moe.models.audio_spectra import (
     mel_filters,
 )
 from simvq_moe.models.audio_tokenizer import AudioTokenizer, Snake
+from simvq_moe.models.chunked import reach
 from simvq_moe.quantizers import AnyQuantizer
 
 WEIGHTS = {"waveform": 2.0, "spectral": 0.5, "mel": 3.0, "adversarial": 0.25, "feature": 1.5}
@@ -54,6 +57,36 @@ def test_decoding_the_ids_of_audio_gives_its_reconstruction(
     decoded = model.decode(ids)
     assert decoded.shape == (2, ids.shape[1] * model.hop)
     assert_close(decoded[:, :time], reconstruction, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strides", [(2,), (3,), (2, 3, 4), (5, 2)])
+@pytest.mark.parametrize("chunk", [1, 7, 40, 1_000])
+def test_a_recording_in_chunks_is_that_of_the_whole(strides: tuple[int, ...], chunk: int) -> None:
+    model = tokenizer(strides=strides, dilations=(1, 3, 9)).double().eval()
+    audio = noise(time=100 * model.hop - 1).double()
+    ids = model.encode(audio)
+    assert torch.equal(model.encode(audio, chunk=chunk), ids)
+    whole = model.decode(ids)
+    assert_close(model.decode(ids, chunk=chunk), whole, rtol=0, atol=1e-12)
+
+
+def test_what_a_chunk_is_given_beside_itself_is_what_it_depends_on() -> None:
+    model = tokenizer(strides=(3, 2), dilations=(1, 3)).double().eval()
+    audio = noise(batch=1, time=100 * model.hop).double().requires_grad_()
+    latents = model.latents(audio)
+    latents[0, 50].sum().backward()
+    assert audio.grad is not None
+    (seen,) = audio.grad[0].nonzero(as_tuple=True)
+    far = ceil(reach(model.encoder, Fraction(1, model.hop)) + reach(model.to_latent, 1))
+    furthest = max(50 - int(seen.min()) // model.hop, int(seen.max()) // model.hop - 50)
+    assert furthest <= far <= furthest + 1
+
+
+@pytest.mark.parametrize("chunk", [0, -3])
+def test_a_chunk_of_no_token_is_refused(chunk: int) -> None:
+    model = tokenizer().eval()
+    with pytest.raises(ValueError, match=f"chunk {chunk} must be at least 1 token"):
+        model.encode(noise(), chunk=chunk)
 
 
 def test_residual_levels_give_ids_of_every_level() -> None:
