@@ -125,6 +125,9 @@ class ImageTokenizerConfig:
     """Channels of its first layer."""
     discriminator_layers: Annotated[int, Range(1, 12)] = 3
     """Its layers of stride 2; with 3 it judges patches of 70 pixels a side."""
+    lecam_weight: Weight = 0.0
+    """Weight of the LeCam term in its loss, which holds it back where images are few (0.001 to 0.3:
+    arXiv:2104.03310); 0: there is none."""
 
 
 @dataclass(frozen=True)

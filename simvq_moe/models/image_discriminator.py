@@ -2,7 +2,8 @@
 
 The discriminator is pix2pix's (arXiv:1611.07004, appendix 6.1.2), with GroupNorm in place of
 BatchNorm, so that a rank's verdict does not depend on what the batch of another rank holds. The
-hinge loss and the adaptive weight are VQGAN's (arXiv:2012.09841, eqs. 6 and 7).
+hinge loss and the adaptive weight are VQGAN's (arXiv:2012.09841, eqs. 6 and 7), the LeCam term is
+that of arXiv:2104.03310.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.func import functional_call
 
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.collectives import total
+from simvq_moe.core.running_mean import RunningMean
 from simvq_moe.hub import Pretrained
 from simvq_moe.models.image_vqgan import group_norm
 
@@ -34,7 +36,8 @@ class Game(NamedTuple):
     adversarial: Float[Tensor, ""]
     """What the verdict costs the reconstructions."""
     discriminator: Float[Tensor, ""]
-    """The loss of the discriminator: half the mean of relu(1 - D(x)) + relu(1 + D(x'))."""
+    """The loss of the discriminator: half the mean of relu(1 - D(x)) + relu(1 + D(x')), and its
+    LeCam term."""
 
 
 class PatchDiscriminator(Pretrained):
@@ -45,12 +48,16 @@ class PatchDiscriminator(Pretrained):
         layers: of stride 2; two of stride 1 follow.
         generator_loss: of the reconstructions: hinge is mean -D(x'); non_saturating is
             softplus(-D(x')) of the mean score of each image, as the code of SimVQ's authors has it.
+        lecam: weight of the LeCam term in the discriminator's loss; 0: there is none.
     """
 
-    def __init__(self, hidden: int, layers: int, generator_loss: GeneratorLoss) -> None:
+    def __init__(
+        self, hidden: int, layers: int, generator_loss: GeneratorLoss, lecam: float = 0.0
+    ) -> None:
         super().__init__()
         check_choice("generator_loss", generator_loss, GeneratorLoss)
         self.generator_loss: GeneratorLoss = generator_loss
+        self.lecam = LeCam(lecam) if lecam else None
         stack: list[nn.Module] = [
             nn.Conv2d(3, hidden, 4, stride=2, padding=1),
             nn.LeakyReLU(SLOPE),
@@ -91,7 +98,37 @@ class PatchDiscriminator(Pretrained):
         else:
             adversarial = F.softplus(-judged.mean(dim=(1, 2, 3))).mean()
         discriminator = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        if self.lecam is not None:
+            discriminator = discriminator + self.lecam(real, fake)
         return Game(adversarial, discriminator)
+
+
+class LeCam(nn.Module):
+    """weight x (mean relu(D(x) - a')^2 + mean relu(a - D(x'))^2), a and a' the running means of the
+    scores of images and of reconstructions: it holds a discriminator back that few images teach.
+
+    These are the one-sided terms of the authors' code, where eq. 3 of the paper (arXiv:2104.03310)
+    has squared distances. The means are over the steps before, of all ranks; without one it is 0.
+
+    Args:
+        weight: of the term in the discriminator's loss, 0.3 at most in the paper.
+        decay: of the means, a step.
+    """
+
+    def __init__(self, weight: float, decay: float = 0.99) -> None:
+        super().__init__()
+        self.weight = weight
+        self.means = RunningMean(2, decay)
+
+    def forward(
+        self,
+        real: Float[Tensor, "batch 1 rows columns"],
+        fake: Float[Tensor, "batch 1 rows columns"],
+    ) -> Float[Tensor, ""]:
+        of_real, of_fake = self.means.mean.to(real.dtype)
+        term = F.relu(real - of_fake).square().mean() + F.relu(of_real - fake).square().mean()
+        self.means.collect(torch.stack([real.detach().mean(), fake.detach().mean()])[None])
+        return self.weight * torch.where(self.means.steps > 0, term, 0.0 * term)
 
 
 def adaptive_weight(

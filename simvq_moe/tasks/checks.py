@@ -16,7 +16,7 @@ from simvq_moe.data.codes import is_codes
 OF_VQGAN = ("channel_multipliers", "attention")
 OF_JUDGED_IMAGES = (
     *("adversarial_weighting", "adversarial_start", "generator_loss"),
-    *("discriminator_hidden", "discriminator_layers"),
+    *("discriminator_hidden", "discriminator_layers", "lecam_weight"),
 )
 """Options of the image tokenizer that mean nothing without a discriminator."""
 

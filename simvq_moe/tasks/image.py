@@ -84,7 +84,8 @@ class ImageTokenizerTask(TokenizerTask[ImageTokenizer]):
         if image.adversarial_weight:
             with own_stream():
                 discriminator = PatchDiscriminator(
-                    image.discriminator_hidden, image.discriminator_layers, image.generator_loss
+                    *(image.discriminator_hidden, image.discriminator_layers, image.generator_loss),
+                    lecam=image.lecam_weight,
                 )
         shape = ("architecture", "hidden", "downsamplings", "residual_blocks")
         names = ("mse", "l1", "ssim", "lpips", "adversarial")

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from simvq_moe import VQ, SimVQ
+from simvq_moe.core.step_state import after_step
 from simvq_moe.models.image_discriminator import PatchDiscriminator
 from simvq_moe.models.image_tokenizer import ImageTokenizer
 from simvq_moe.models.image_vqgan import SpatialAttention, Upsample
@@ -155,6 +156,33 @@ def test_the_non_saturating_loss_is_that_of_each_images_mean_score() -> None:
     means = discriminator(others).mean(dim=(1, 2, 3))
     expected = -torch.sigmoid(means).log().mean()
     assert_close(discriminator.play(images, others).adversarial, expected)
+
+
+def test_lecam_is_its_formula_with_the_means_of_the_steps_before() -> None:
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(4, 1, "hinge", lecam=0.5).double()
+    plain = PatchDiscriminator(4, 1, "hinge").double()
+    plain.load_state_dict(discriminator.state_dict(), strict=False)
+    of_real, of_fake = 0.0, 0.0
+    images, others = pictures().double(), pictures().double()
+    for step in range(3):
+        seen: list[tuple[float, float]] = []
+        for _ in range(2):  # micro-batches
+            images, others = 2 * images, others / 2
+            real, fake = plain(images), plain(others)
+            expected = plain.play(images, others).discriminator
+            if step:
+                term = F.relu(real - of_fake).square().mean()
+                expected = expected + 0.5 * (term + F.relu(of_real - fake).square().mean())
+            found = discriminator.play(images, others).discriminator
+            assert_close(found, expected, check_dtype=False)
+            seen.append((real.mean().item(), fake.mean().item()))
+        after_step(discriminator)
+        discriminator.eval().play(images, others)  # what is not trained on does not count
+        discriminator.train()
+        weight = 0.01 / (1 - 0.99 ** (step + 1))
+        of_real += weight * (sum(r for r, _ in seen) / 2 - of_real)
+        of_fake += weight * (sum(f for _, f in seen) / 2 - of_fake)
 
 
 def test_the_discriminator_waits_for_its_start_in_training_steps() -> None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from simvq_moe import MoE
 from simvq_moe.config.moe import ExpertOptions, MapOptions, RouterOptions
 from simvq_moe.config.registry import as_options, kinds
+from simvq_moe.core.running_mean import RunningMean
 from simvq_moe.core.step_state import after_step
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.engine.world import World
@@ -33,7 +34,6 @@ from simvq_moe.moe.routers.hyper import HyperOptions
 from simvq_moe.moe.routers.noisy_topk import NoisyTopKOptions, NoisyTopKRouter
 from simvq_moe.moe.routers.self_selecting import SelfSelectingOptions
 from simvq_moe.moe.routers.topk import TopKOptions, TopKRouter
-from simvq_moe.moe.running_mean import RunningMean
 from simvq_moe.moe.whitening import ChannelVariances, FullCovariance, LargestDirections
 from tests.moe import naive
 from tests.two_ranks import TwoRanks

@@ -18,10 +18,10 @@ from simvq_moe.config.moe import Gates, MoEConfig, RouterOptions
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.ids import as_ids
+from simvq_moe.core.running_mean import RunningMean
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.moe.balances.base import SelectionBias
 from simvq_moe.moe.products import Product
-from simvq_moe.moe.running_mean import RunningMean
 
 NOBODY = -1
 """Expert id of a choice that is left open."""

@@ -14,11 +14,11 @@ import torch
 
 from simvq_moe.config.moe import Gates, MapOptions, MoEConfig, WhiteningOptions
 from simvq_moe.core.bank import Bank
+from simvq_moe.core.running_mean import RunningMean
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.moe.maps import NoMap
 from simvq_moe.moe.products import Product, is_learned, products_of_map
 from simvq_moe.moe.routers.base import Router, ScoringOptions
-from simvq_moe.moe.running_mean import RunningMean
 from simvq_moe.moe.whitening import NoWhitening
 
 

@@ -1,4 +1,4 @@
-"""The running mean of what a router sees, which changes once an optimizer step."""
+"""A running mean that changes once an optimizer step."""
 
 from __future__ import annotations
 
