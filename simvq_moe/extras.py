@@ -21,6 +21,7 @@ EXTRAS = {
     **dict.fromkeys(("pesq", "pystoi", "scipy"), "audio"),
     **dict.fromkeys(("captcha", "skimage", "sklearn"), "demo"),
     "transformers": "hf",
+    "lightning": "lightning",
     "lm_eval": "eval",
     "mlflow": "mlflow",
     "trackio": "trackio",
