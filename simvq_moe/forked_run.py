@@ -135,6 +135,8 @@ def become(arguments: Sequence[str], results: Path, log: Path) -> None:
     added = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for stream, path, flags in ((0, os.devnull, os.O_RDONLY), (1, results, added), (2, log, added)):
         os.dup2(os.open(path, flags, 0o666), stream)
+    # those of the process that it is forked from remember whether theirs could be sought
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
     sys.argv = ["simvq-moe", *arguments]
 
 

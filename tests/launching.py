@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
+from torch.multiprocessing.spawn import start_processes
 
-from simvq_moe.forked_run import ForkedRun
+from simvq_moe.cli import main
+from simvq_moe.forked_run import IMPORTS, ForkedRun
 from simvq_moe.sweeps.machine import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -73,13 +80,85 @@ def run(*args: str, cwd: Path, ranks: int = 1) -> subprocess.CompletedProcess[st
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+class Forked:
+    """`simvq-moe ...` with the interface of `subprocess.Popen`, forked as a sweep does it: by no
+    launcher, and without the seconds that Python takes to start in each process. For tests of what
+    a run does, not of how it is launched.
+
+    Args:
+        args: of simvq-moe.
+        cwd: where it works.
+        ranks: its processes, which one more waits for where there are several.
+        variables: of its environment, beside those of all that tests start.
+    """
+
+    def __init__(
+        self, *args: str, cwd: Path, ranks: int = 1, variables: Mapping[str, str] | None = None
+    ) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            pipes = Path(folder, "out"), Path(folder, "err")  # no limit on files holds for them
+            for pipe in pipes:
+                os.mkfifo(pipe)
+            ends = [os.open(pipe, os.O_RDONLY | os.O_NONBLOCK) for pipe in pipes]
+            out, err = pipes
+            self._run = ForkedRun(args, err, ranks, environment() | dict(variables or {}), out, cwd)
+            self.pid = self._run.pid
+            while self.poll() is None and _standard_error(self.pid) != str(err):
+                time.sleep(0.001)
+        for end in ends:
+            os.set_blocking(end, True)
+        self.stdout, self.stderr = (os.fdopen(end) for end in ends)
+
+    def poll(self) -> int | None:
+        return self._run.poll()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it has written, once it has ended."""
+        with self.stdout, self.stderr, ThreadPoolExecutor(2) as pool:
+            written = [pool.submit(stream.read) for stream in (self.stdout, self.stderr)]
+            out, err = (found.result(timeout) for found in written)
+        self._run.wait()
+        return out, err
+
+
+def _standard_error(pid: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/2")
+    except OSError:  # it has ended
+        return None
+
+
 def run_forked(*args: str, cwd: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """`run` as a sweep does it: by no launcher, and without the seconds that Python takes to start
-    in each process. For tests of what a run does, not of how it is launched."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        code = ForkedRun(args, err, ranks, environment(), out, cwd).wait()
-        return subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
+    """`Forked`, to the end."""
+    process = Forked(*args, cwd=cwd, ranks=ranks)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+
+def on_ranks(work: Callable[..., None], *args: Any, ranks: int = 2) -> None:
+    """`work(rank, *args)` in a process of each rank, which is forked as `Forked` is."""
+    get_context("forkserver").set_forkserver_preload([IMPORTS])
+    start_processes(work, args, nprocs=ranks, start_method="forkserver")
+
+
+def run_here(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`run` in this process: for a command that itself starts those that train."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        for name in PLACE:
+            patch.delenv(name, raising=False)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(args)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -88,14 +167,13 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(TIMINGS)} for line in lines]
 
 
-def start_tasks(*args: str, cwd: Path, ranks: int = 2) -> list[subprocess.Popen[str]]:
+def start_tasks(*args: str, cwd: Path, ranks: int = 2) -> list[Forked]:
     """`srun --ntasks RANKS python -m simvq_moe ...` in cwd: one process a rank, and no launcher."""
     port = free_port()
     step = {"SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_STEP_NODELIST": "localhost"}
     step |= {"MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "simvq_moe", *args]
     return [
-        start_command(command, cwd, **step, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
+        Forked(*args, cwd=cwd, variables=step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
         for i in range(ranks)
     ]
 
@@ -113,7 +191,7 @@ def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
     raise AssertionError(f"the launcher ended with {launcher.returncode}")
 
 
-def wait_until(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
+def wait_until(process: subprocess.Popen[str] | Forked, there: Callable[[], bool]) -> None:
     """Wait for something that a process does before it ends."""
     while not there():
         assert process.poll() is None, "the process ended before: raise train.steps"

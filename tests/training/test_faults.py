@@ -31,6 +31,7 @@ from simvq_moe.training.loop import Trainer
 from simvq_moe.training.watchdog import Place, find_hang, read_places
 from tests.launching import (
     ROOT,
+    Forked,
     metrics,
     rank_of,
     run_forked,
@@ -76,7 +77,7 @@ def write_corpus(folder: Path) -> None:
         (folder / file.name).write_text(file.read_text())
 
 
-def train(folder: Path, name: str, *flags: str) -> tuple[list[int], list[str]]:
+def train(folder: Path, name: str, *flags: str) -> tuple[list[int | None], list[str]]:
     """Exit codes and standard errors of two ranks, to their end."""
     tasks = start_tasks("train", "--name", name, *flags, cwd=folder)
     errors = [task.communicate(timeout=600)[1] for task in tasks]
@@ -177,14 +178,14 @@ def test_a_run_that_is_stopped_killed_and_preempted_goes_on_as_if_nothing_had_ha
     error = launcher.communicate(timeout=600)[1]
     stopped_at = newest(run_dir)
     assert f"runs/often: stopped at step {stopped_at}, which is saved" in error
-    # SIGKILL to one of its ranks
-    launcher = start(*command, cwd=folder, ranks=2)
-    victim = rank_of(launcher, 1)
+    # SIGKILL to one task of two, which no launcher tells the other
+    tasks = start_tasks(*command, cwd=folder)
+    victim = psutil.Process(tasks[1].pid)
     stop_where(victim, in_step(run_dir, 1, stopped_at + 5))
     saved = checkpoint.committed_steps(run_dir / "checkpoints")
     victim.kill()
-    error = launcher.communicate(timeout=600)[1]
-    assert launcher.returncode == 1
+    error, _ = (task.communicate(timeout=600)[1] for task in tasks)
+    assert [task.returncode for task in tasks] == [1, -signal.SIGKILL], error
     assert f"resuming runs/often at step {stopped_at}" in error
     # another rank may have renamed what was whole
     assert stopped_at < saved[-1] <= newest(run_dir) < LAST
@@ -208,7 +209,7 @@ def test_ctrl_c_saves_exits_with_130_and_the_run_goes_on_as_if_nothing_had_happe
 ) -> None:
     flags, run_dir = TASKS["image"], folder / "runs" / "stopped"
     undisturbed = train_flags(world, folder, *flags, "--name", "undisturbed")
-    process = start("train", "--name", "stopped", *flags, cwd=folder)
+    process = Forked("train", "--name", "stopped", *flags, cwd=folder)
     records = run_dir / "metrics.jsonl"
     stop_where(psutil.Process(process.pid), lambda: records.exists() and len(metrics(run_dir)) > 2)
     process.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from simvq_moe.engine.agreement import is_out_of_memory
-from tests.launching import run
+from tests.launching import run_forked
 
 HUNGRY = '''
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def test_a_run_without_memory_says_what_to_lower_and_where_it_was_saved(tmp_path
     flags = ("--data.crops", "16", "--data.held_out_crops", "9", "--train.batch_size", "4")
     steps = ("--train.steps", "12", "--train.save_every", "2", "--image_tokenizer.hidden", "4")
     command = ("train", "--config", "c.yaml", "--name", "hungry", *flags, *steps)
-    done = run(*command, cwd=tmp_path)
+    done = run_forked(*command, cwd=tmp_path)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("runs/hungry: rank 0: cpu is out of memory (newest checkpoint: step ")

@@ -17,7 +17,7 @@ from simvq_moe.engine.agreement import TrainingFailed
 from simvq_moe.engine.world import World
 from simvq_moe.runs import checkpoint
 from simvq_moe.training.run import _without_a_rank
-from tests.launching import ROOT, metrics, run, run_forked
+from tests.launching import ROOT, metrics, run_forked
 from tests.short_training import train_flags
 from tests.two_ranks import TwoRanks
 
@@ -123,7 +123,7 @@ def test_the_saved_config_repeats_the_run_in_a_process_of_its_own(
 ) -> None:
     first = train_flags(world, folder, *IMAGE, "--train.steps", "3", "--train.log_every", "1")
     flags = ("--config", str(first / "config.yaml"), "--name", "again")
-    finished = run("train", *flags, cwd=folder)
+    finished = run_forked("train", *flags, cwd=folder)
     assert finished.returncode == 0, finished.stderr
     assert metrics(folder / "runs" / "again") == metrics(first)
 
