@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
@@ -14,9 +17,18 @@ from simvq_moe.config.quantizer import QuantizerOptions
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.records.catalogue import find
+from simvq_moe.tasks import text
 from simvq_moe.tasks.registry import fit_to_data
 from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT
+
+
+@contextlib.contextmanager
+def short_samples() -> Iterator[None]:
+    """Text is continued by a few tokens; by 64 it would take most of the time of a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "CONTINUATION", 4)
+        yield
 
 
 def train_flags(world: World, folder: Path, *flags: str) -> Path:
@@ -25,7 +37,7 @@ def train_flags(world: World, folder: Path, *flags: str) -> Path:
     config = fit_to_data(with_flags(Config(), (*flags, *kept), "train"))
     check(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Trainer(config, world, lambda: False)) as trainer:
+    with short_samples(), contextlib.closing(Trainer(config, world, lambda: False)) as trainer:
         trainer.run()
     if world.is_main:
         (config.run_dir / "config.yaml").write_text(to_yaml(config))
@@ -40,7 +52,18 @@ def assert_described(run_dir: Path) -> None:
     assert not unknown, f"describe in simvq_moe/records: {sorted(unknown)}"
 
 
-def in_small(config: Config) -> Config:
+def in_two_steps(config: Config) -> Config:
+    """What `train_two_steps` trains."""
+    config = _in_small(config)
+    short = replace(config.train, steps=2, log_every=1, eval_every=2, save_every=2)
+    short = replace(short, probe_tokens=min(512, short.probe_tokens))
+    data = replace(config.data, crops=64, held_out_crops=18)
+    if config.task == "language_model" and data.source in (None, "python-stdlib"):
+        data = replace(data, source=str(ROOT / "tests" / "moe"))  # a hundredth of the text
+    return replace(config, train=short, data=data)
+
+
+def _in_small(config: Config) -> Config:
     """A recipe for clusters on embedded data: fewer pixels, channels and codes, and no VGG16."""
     if config.task == "audio_tokenizer":
         return _audio_in_small(config)
@@ -62,7 +85,8 @@ def _text_in_small(config: Config) -> Config:
     data = replace(config.data, context=64, **small)
     model = replace(config.language_model, width=64, layers=2)
     train = replace(config.train, batch_size=4, accumulation=1)
-    return replace(config, data=data, language_model=model, train=train)
+    moe = replace(config.moe, hidden=16)
+    return replace(config, data=data, language_model=model, moe=moe, train=train)
 
 
 def _audio_in_small(config: Config) -> Config:
@@ -92,19 +116,13 @@ def train_two_steps(
         cache: folder of what is derived from the data, shared with others; None: one of its own.
     """
     check(config)
-    config = in_small(config)
-    short = replace(config.train, steps=2, log_every=1, eval_every=2, save_every=2)
-    short = replace(short, probe_tokens=min(512, short.probe_tokens))
-    kept = str(cache or folder.parent / "cache")
-    data = replace(config.data, crops=64, held_out_crops=18, cache_dir=kept)
-    if config.task == "language_model" and data.source in (None, "python-stdlib"):
-        data = replace(data, source=str(ROOT / "tests" / "moe"))  # a hundredth of the text
-    config = replace(config, runs_dir=str(folder), train=short, data=data)
+    config = in_two_steps(config)
+    data = replace(config.data, cache_dir=str(cache or folder.parent / "cache"))
+    config = replace(config, runs_dir=str(folder), data=data)
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.yaml").write_text(to_yaml(config))
-    trainer = Trainer(config, world, lambda: False)
-    summary = trainer.run()
-    trainer.close()
+    with short_samples(), contextlib.closing(Trainer(config, world, lambda: False)) as trainer:
+        summary = trainer.run()
     if world.is_main:
         assert_described(config.run_dir)
     return summary

@@ -1,4 +1,7 @@
-"""Two ranks in processes of their own, which start once and then do the work of many tests."""
+"""Two ranks in processes of their own, which start once and then do the work of many tests.
+
+They are forked from the process that has imported everything, see `launching.Forked`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from simvq_moe.engine.world import start_distributed
+from simvq_moe.forked_run import IMPORTS
 
 LONGEST_S = 300
 """Seconds after which a rank that has not answered hangs."""
@@ -31,7 +35,7 @@ class TwoRanks:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.starts = folder, 0
-        self.processes: list[SpawnProcess] = []
+        self.processes: list[ForkServerProcess] = []
         self.ends: list[Connection] = []
 
     def __call__(self, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -62,7 +66,8 @@ class TwoRanks:
         self.processes, self.ends = [], []
 
     def _start(self) -> None:
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload([IMPORTS])
         self.starts += 1
         for rank in range(2):
             ours, theirs = context.Pipe()

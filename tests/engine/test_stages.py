@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
 from simvq_moe.cli import main
@@ -25,7 +25,8 @@ from simvq_moe.engine.sharding import is_sharded
 from simvq_moe.engine.world import World, start_distributed
 from simvq_moe.tasks.registry import build_model
 from simvq_moe.training.loop import Trainer
-from tests.launching import ROOT, metrics
+from tests.launching import ROOT, metrics, on_ranks
+from tests.short_training import short_samples
 
 STEPS, SAVED = 4, 2
 TEXT = (
@@ -73,9 +74,8 @@ def configured(folder: Path, run: str, stage: int, name: str, *, sharded: bool =
 
 def train(config: Config, world: World) -> Trainer:
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, world, lambda: False)
-    trainer.run()
-    trainer.close()
+    with short_samples(), contextlib.closing(Trainer(config, world, lambda: False)) as trainer:
+        trainer.run()
     if world.is_main:
         (config.run_dir / "config.yaml").write_text(to_yaml(config))
     return trainer
@@ -141,7 +141,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "corpus" / f"{i}.py").write_text(file.read_text())
     (root / "sharded.json").write_text(json.dumps(SHARDED))
     for ranks in (2, 1):
-        spawn(one_rank, args=(ranks, root), nprocs=ranks)
+        on_ranks(one_rank, ranks, root, ranks=ranks)
     return root
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from simvq_moe.engine.world import World, share_cores
+from tests.launching import on_ranks
 
 
 @pytest.mark.parametrize(
@@ -59,4 +59,4 @@ def prepare_slowly(rank: int, folder: Path) -> None:
 
 
 def test_ranks_wait_for_a_preparation_that_outlasts_collective_calls(tmp_path: Path) -> None:
-    spawn(prepare_slowly, (tmp_path,), nprocs=2)
+    on_ranks(prepare_slowly, tmp_path)

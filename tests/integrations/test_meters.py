@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, GptOssConfig, PreTrainedConfig
 
@@ -25,6 +24,7 @@ from simvq_moe.integrations.meters import (
 )
 from simvq_moe.integrations.transformers import add_shared_maps
 from tests.integrations.test_transformers import CONFIGS, EXPERTS, SHAPE, TOP_K, tokens
+from tests.launching import on_ranks
 
 EVERY: dict[str, PreTrainedConfig] = CONFIGS | {
     "glm4_moe": Glm4MoeConfig(
@@ -145,7 +145,7 @@ def _on_a_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_counts_are_summed_over_ranks(tmp_path: Path) -> None:
-    spawn(_on_a_rank, (str(tmp_path),), nprocs=2)
+    on_ranks(_on_a_rank, str(tmp_path))
     alone = plain("mixtral").train()
     meter(alone)
     for rank in range(2):

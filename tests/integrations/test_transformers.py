@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from transformers import (
@@ -44,6 +43,7 @@ from simvq_moe.integrations.transformers import (
 )
 from simvq_moe.moe.maps import LinearMap
 from simvq_moe.moe.routers.topk import TopKOptions
+from tests.launching import on_ranks
 
 VOCABULARY, WIDTH, EXPERTS, TOP_K = 40, 16, 8, 2
 SHAPE: dict[str, Any] = {
@@ -481,7 +481,7 @@ def train_rank(rank: int, directory: str) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_counts_stay_local_under_data_parallelism(tmp_path: Path) -> None:
-    spawn(train_rank, args=(str(tmp_path),), nprocs=2)
+    on_ranks(train_rank, str(tmp_path))
     model = plain("mixtral")
     for rank in range(2):
         choices = [counts_of(chosen("mixtral", model, tokens(10 * s + rank))) for s in range(2)]

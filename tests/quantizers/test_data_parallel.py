@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
 from simvq_moe import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
@@ -27,6 +26,7 @@ from simvq_moe.quantizers import (
     Projected,
     RunningMapVQ,
 )
+from tests.launching import on_ranks
 
 RANKS, STEPS, TOKENS, WIDTH = 3, 4, 33, 4
 
@@ -139,7 +139,7 @@ def join(rank: int, directory: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What each rank has found."""
     path = tmp_path_factory.mktemp("ranks")
-    spawn(train, args=(str(path),), nprocs=RANKS)
+    on_ranks(train, str(path), ranks=RANKS)
     return path
 
 
@@ -163,4 +163,4 @@ def test_ranks_give_the_codebook_of_one_rank_on_the_joined_batch(
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_collectives_are_part_of_the_compiled_graph(tmp_path: Path) -> None:
-    spawn(compile_, args=(str(tmp_path),), nprocs=RANKS)
+    on_ranks(compile_, str(tmp_path), ranks=RANKS)
