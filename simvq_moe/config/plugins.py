@@ -22,7 +22,7 @@ from simvq_moe.errors import ConfigError
 
 GROUP = "simvq_moe.plugins"
 PREFIX = "simvq_moe_plugin_"
-"""Of the module that a file becomes."""
+"""Beginning of the name of the module that a file becomes."""
 
 
 def load_plugins(names: Sequence[str]) -> None:

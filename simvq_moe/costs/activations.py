@@ -79,7 +79,7 @@ class SampleCost(NamedTuple):
         return (self.flops[0] / samples + self.flops[1]) / self.tokens
 
     def saved_bytes(self, samples: int, size: int) -> int:
-        """Of a batch of so many samples, with so many bytes a number."""
+        """Bytes that a batch of so many samples saves, with so many bytes a number."""
         return round((self.saved[0] + self.saved[1] * samples) * size / FLOAT32)
 
 

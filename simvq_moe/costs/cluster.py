@@ -143,7 +143,7 @@ def predict(rank: RankCosts, plan: Plan, cluster: Cluster) -> Prediction:
 
 
 def fitting_gpus(config: Config, cluster: Cluster) -> list[int]:
-    """Of `gpu_counts`, those over which the global batch and the experts divide.
+    """Those of `gpu_counts` over which the global batch and the experts divide.
 
     Raises:
         ConfigError: there are none.

@@ -22,7 +22,7 @@ from simvq_moe.moe.routers.base import Router
 
 
 class Parts(NamedTuple):
-    """Of a tensor with a part for each expert that this rank holds, as shares of its size."""
+    """Shares of a tensor's size, which has a part for each expert that this rank holds."""
 
     everywhere: Fraction
     """The parts of all experts, on whatever ranks."""

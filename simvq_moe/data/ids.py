@@ -13,7 +13,7 @@ from simvq_moe.files.regular import BrokenFileError
 BLOCK = 2**20
 """Ids that are looked at together."""
 BLOCKS = 256
-"""Of a large file, at even distances: those of a small one are all."""
+"""Blocks of a large file that are looked at, at even distances; a small one has fewer."""
 
 
 def check_ids(path: Path, ids: UInt[np.ndarray, "*axes"], vocabulary: int) -> None:

@@ -35,7 +35,7 @@ figures with sparsity are halved."""
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of glibc's malloc.h."""
+"""Parameters of mallopt, as glibc's malloc.h numbers them."""
 
 
 def this_device() -> torch.device:

@@ -48,7 +48,7 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
 
 
 def tasks_of_node(tasks: str, node: int) -> int:
-    """Of SLURM's compressed list of tasks by node: node 2 of "4(x2),3" has 3."""
+    """Tasks of a node in SLURM's compressed list of them: node 2 of "4(x2),3" has 3."""
     numbers: list[int] = []
     for part in tasks.split(","):
         number, _, times = part.rstrip(")").partition("(x")

@@ -138,7 +138,7 @@ def misfits(config: Config) -> Iterator[str]:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Of the architecture's configuration, all but the ids of special tokens."""
+    """Settings of the architecture's configuration, all but the ids of special tokens."""
     moe, lm = config.moe, config.language_model
     of = architecture_of(config)
     common = {

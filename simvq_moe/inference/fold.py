@@ -35,7 +35,7 @@ class Folded:
     """A run's model without maps."""
 
     config: Config
-    """Of the model without maps."""
+    """The config of the model without maps."""
     model: nn.Module
     """In float64, in evaluation mode."""
     difference: float

@@ -22,7 +22,7 @@ from simvq_moe.hub import Pretrained
 from simvq_moe.models.audio_spectra import Spectrogram
 
 SLOPE = 0.1
-"""Of the leaky ReLU."""
+"""Slope of the leaky ReLU below 0."""
 
 
 class Game(NamedTuple):

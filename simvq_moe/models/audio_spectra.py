@@ -146,7 +146,7 @@ class Corners(NamedTuple):
 
 
 def _corners(sample_rate: int, bands: int, scale: Scale) -> Corners:
-    """Of triangles that overlap by half, from 0 Hz to half the sample rate."""
+    """Corners of triangles that overlap by half, from 0 Hz to half the sample rate."""
     top = torch.tensor(sample_rate / 2, dtype=torch.float64)
     places = torch.linspace(0, 1, bands + 2, dtype=torch.float64)
     if scale == "htk":

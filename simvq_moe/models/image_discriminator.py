@@ -23,7 +23,7 @@ from simvq_moe.hub import Pretrained
 from simvq_moe.models.image_vqgan import group_norm
 
 SLOPE = 0.2
-"""Of the leaky ReLU."""
+"""Slope of the leaky ReLU below 0."""
 DELTA, LARGEST_WEIGHT = 1e-4, 1e4
 """Added to the denominator of the adaptive weight, and its upper bound."""
 

@@ -24,7 +24,7 @@ from simvq_moe.quantizers import AnyQuantizer
 Architecture = Literal["small", "vqgan"]
 
 TERMS = ("mse", "l1", "ssim", "lpips", "adversarial")
-"""Of the loss, beside the quantizer's."""
+"""Terms of the loss, beside the quantizer's."""
 
 
 class ResidualBlock(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DEVIATION = 1.5
-"""Of the window, in pixels."""
+"""Standard deviation of the window in pixels."""
 REACH = 5
 """Pixels from the window's centre to its edge."""
 

@@ -31,7 +31,7 @@ TOP_LOAD = 4.0
 CELL = 8
 """Pixels a side of a slot in a heat map."""
 FIRST_COLUMNS = ("arm", "optimizer.lr", "seed", "task", "train.steps")
-"""Of the HParams table."""
+"""Columns with which the HParams table begins."""
 
 
 class TensorBoard:

@@ -16,7 +16,7 @@ from simvq_moe.data.audio import resample
 from simvq_moe.models.audio_spectra import MelDistance
 
 MEL_WINDOWS = (512, 2048)
-"""Of the held-out mel distance, whatever the windows of the loss."""
+"""Samples of the held-out mel distance's windows, whatever those of the loss are."""
 AUDIBLE = 1e-3
 """Root mean square from which a clip counts as sound, -60 dB of full scale."""
 STOI_SECONDS = 0.4

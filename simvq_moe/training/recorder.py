@@ -57,7 +57,7 @@ class Recorder:
         self.cost = cost_of(task.model, config, world.size, run_samples=bool(self.peak))
         self.phases = Phases(world.device)
         self.averages = StepAverages()
-        """Of the steps since the last logged one."""
+        """Averages of the steps since the last logged one."""
         self.train_seconds = 0.0
         self.unwritten: WriteFailed | None = None
         """What kept records from being written: it ends the run where ranks agree the next time."""

@@ -26,7 +26,7 @@ USAGE = "usage.npz"
 MOST_RUNS = 2_000
 """Runs that are listed."""
 KEPT_BYTES = 2**29
-"""Of arrays that are kept in memory: 512 MiB."""
+"""Bytes of arrays that are kept in memory: 512 MiB."""
 LARGEST_COUNTS = 2**30
 """Bytes of the counts of a run, unpacked."""
 SEED_FOLDER = re.compile(r"seed[-_]?\d{1,9}")

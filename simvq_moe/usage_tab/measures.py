@@ -86,7 +86,7 @@ def _grouped(steps: np.ndarray, well: np.ndarray, ill: np.ndarray) -> list[dict[
 
 
 def last_true(mask: np.ndarray) -> np.ndarray:
-    """Of each column the last row that is true; -1: none is."""
+    """The last row of each column that is true; -1: none is."""
     last = len(mask) - 1 - mask[::-1].argmax(0)
     return np.where(mask.any(0), last, -1)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from simvq_moe.usage_tab.folders import Folder
 
 NAME = "usage"
-"""Of the plug-in: the tab's address is #usage."""
+"""Name of the plug-in: the tab's address is #usage."""
 STATIC = Path(__file__).parent / "static"
 TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
 QUESTIONS = ("runs", "run", "window", "slot", "series")

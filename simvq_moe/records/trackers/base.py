@@ -59,7 +59,7 @@ class TrackedRun:
     """None: the run is another library's."""
     command: str = ""
     id: str = ""
-    """Of the run in this tracker; the same after a resume."""
+    """Name that the tracker gives the run; the same after a resume."""
 
     @property
     def name(self) -> str:
