@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,16 @@ def test_links_to_files_of_the_repository_are_their_paths(site: Path):
     page = (site / "plugins" / "index.html").read_text()
     assert "<code>tests/moe/my_router.py</code>" in page
     assert "../tests" not in page
+
+
+def test_what_peers_have_is_shown_by_tests_that_exist():
+    page = (ROOT / "docs" / "features.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    assert rows
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", row)
+        assert named, row
+        for file, test in named:
+            text = (ROOT / file).read_text()
+            assert "def test_" in text
+            assert not test or f"def {test}(" in text, test
