@@ -23,6 +23,7 @@ from simvq_moe.analysis.evidence import (
     arms_with,
     by_seed,
     config_of,
+    decided_within,
     difference,
     evidence_of,
 )
@@ -47,6 +48,15 @@ WHITENED: dict[str, Any] = {
 PLAIN: dict[str, Any] = {"moe.router.whiten.kind": "none"}
 CENTRED = PLAIN | {"moe.router.centre": True}
 LEAST_CODES, MANY_CODES = 512, 8192
+NULL = 0.02
+"""Entropy."""
+EQUAL_TERMS: dict[str, Any] = {
+    "language_model.depth_scaled": False,
+    "moe.expert_out_map.kind": "linear",
+    "moe.balance.kind": "none",
+    "optimizer.map_lr_multiplier": 1.0,
+}
+"""Of a shared map, as far as the codes of a quantizer have them."""
 
 
 def above(one: Evidence, bound: float) -> Evidence:
@@ -147,6 +157,28 @@ def _follows_the_rank(group: Group) -> list[Evidence]:
     return [above(evidence_of(group, text, ENTROPY, arms, numbers), CLOSE)] if numbers else []
 
 
+def _stays_null_at_equal_terms(group: Group) -> list[Evidence]:
+    """Arms: one linear map after the experts, whose last projections start like other matrices, at
+    the learning rate of the rest, against the same without the map. Measure: held-out entropy, the
+    difference. Supported: the mean and its interval lie within 0.02 of 0. Contradicted: the
+    interval lies wholly outside."""
+    return [
+        decided_within(difference(group, arm, plain, ENTROPY, NULL))
+        for arm in arms_with(group, EQUAL_TERMS)
+        if (plain := arm_like(group, arm, {"moe.expert_out_map.kind": "none"})) is not None
+    ]
+
+
+def _sharing_evens_out(group: Group) -> list[Evidence]:
+    """Arms: one linear map after the experts against one map for each, as above. Measure: held-out
+    entropy, the difference. Supported: its interval lies above 0. Contradicted: it lies below 0."""
+    return [
+        above(difference(group, arm, separate, ENTROPY), 0.0)
+        for arm in arms_with(group, EQUAL_TERMS)
+        if (separate := arm_like(group, arm, {"moe.expert_out_map.kind": "separate"})) is not None
+    ]
+
+
 def _restart_uses_as_many(group: Group) -> list[Evidence]:
     """Arms: of 512 codes, EMA with restarts and without a k-means start, and SimVQ as published
     (linear W, frozen rows, no bias, no start from data). Measure: share of the codes in use, the
@@ -201,6 +233,18 @@ SECOND = (
         "Entropy follows the effective rank of the logits across layers and runs.",
         "a whitened router beside others that score by products",
         _follows_the_rank,
+    ),
+    Registered(
+        "P14, null",
+        "With unscaled starts and equal rates a map after all experts leaves entropy within 0.02.",
+        "a shared map after the experts and none, with language_model.depth_scaled false",
+        _stays_null_at_equal_terms,
+    ),
+    Registered(
+        "P14, sharing",
+        "One map for all leaves the experts more even than one map for each.",
+        "a shared map after the experts and separate ones, with language_model.depth_scaled false",
+        _sharing_evens_out,
     ),
     Registered(
         "P15, use",

@@ -189,6 +189,9 @@ class LanguageModelConfig:
     that a token meets, so that they cost as much; 0: all blocks are dense, the baseline."""
     tied_head: bool = True
     """The embedding is also the matrix of the head; otherwise it has its own."""
+    depth_scaled: bool = True
+    """Matrices that end a branch start smaller than others, by the root of twice the layers, as in
+    GPT-2; False: they start like the others."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class LanguageModel(Pretrained):
         moe_every: the last of every so many blocks has a mixture, the others a dense network that
             costs a token as much; 0: all are dense.
         tied_head: the embedding is also the matrix of the head.
+        depth_scaled: matrices that end a branch start smaller, by the root of twice the layers.
         activation_checkpointing: keep only the inputs of blocks for the backward pass, which runs
             them again (arXiv:1604.06174).
         document_mask: keep attention inside a document and count positions from its start; the
@@ -59,6 +60,7 @@ class LanguageModel(Pretrained):
         moe: MoEConfig,
         moe_every: int = 1,
         tied_head: bool = True,
+        depth_scaled: bool = True,
         activation_checkpointing: bool = False,
         document_mask: bool = False,
     ) -> None:
@@ -79,7 +81,7 @@ class LanguageModel(Pretrained):
         # a part of the model, for it is known with the tokenizer alone
         end = torch.tensor(0) if document_mask else None
         self.register_buffer("end_of_text", end)
-        self._initialize()
+        self._initialize((2 * layers) ** 0.5 if depth_scaled else 1.0)
 
     def forward(
         self, tokens: Int[Tensor, "batch window"]
@@ -225,9 +227,9 @@ class LanguageModel(Pretrained):
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     @torch.no_grad()
-    def _initialize(self) -> None:
-        """N(0, 0.02) matrices (GPT-2), those that end a branch smaller, so that depth adds up."""
-        ending = INITIAL_STD / (2 * len(self.blocks)) ** 0.5
+    def _initialize(self, smaller: float) -> None:
+        """N(0, 0.02) matrices (GPT-2), those that end a branch smaller by a factor."""
+        ending = INITIAL_STD / smaller
         self.embedding.weight.normal_(std=INITIAL_STD)
         for block in self.blocks:
             assert isinstance(block, Block)

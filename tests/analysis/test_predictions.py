@@ -31,6 +31,8 @@ PLAIN: dict[str, Any] = {
     "quantizer.bias": False,
     "quantizer.init": "default",
     "optimizer.lr": 1e-3,
+    "optimizer.map_lr_multiplier": 1.0,
+    "language_model.depth_scaled": True,
 }
 AUX = {"moe.balance.kind": "aux", "moe.balance.weight": 0.01}
 OUT, SEPARATE = {"moe.expert_out_map.kind": "linear"}, {"moe.expert_out_map.kind": "separate"}
@@ -60,6 +62,8 @@ KEYS = {
     "moe.router.init": "default",
 }
 QW = KEYS | ROUTER
+UNSCALED = {"language_model.depth_scaled": False}
+EQUAL = UNSCALED | OUT
 MANY = {"quantizer.codes": 8192}
 SELF = {"moe.router.kind": "self_selecting", "moe.router.init": "default"}
 SELF_MAP = SELF | {"moe.expert_in_map.kind": "linear"}
@@ -182,6 +186,27 @@ CASES = [
     ("P13, map", "supported", [("a", KEYS, of(ENTROPY, 0.95)), ("b", QW, of(ENTROPY, 0.9))]),
     ("P13, map", "contradicted", [("a", KEYS, of(ENTROPY, 0.9)), ("b", QW, of(ENTROPY, 0.95))]),
     ("P13, map", "undecided", [("a", KEYS, of(ENTROPY, 0.9)), ("b", QW, of(ENTROPY, 0.92))]),
+    (
+        "P14, null",
+        "supported",
+        [("a", UNSCALED, of(ENTROPY, 0.7)), ("b", EQUAL, of(ENTROPY, 0.71))],
+    ),
+    (
+        *("P14, null", "contradicted"),
+        [("a", UNSCALED, of(ENTROPY, 0.7)), ("b", EQUAL, of(ENTROPY, 0.8))],
+    ),
+    (
+        *("P14, null", "undecided"),
+        [("a", UNSCALED, of(ENTROPY, 0.7)), ("b", EQUAL, of(ENTROPY, 0.72))],
+    ),
+    (
+        *("P14, sharing", "supported"),
+        [("a", UNSCALED | SEPARATE, of(ENTROPY, 0.7)), ("b", EQUAL, of(ENTROPY, 0.75))],
+    ),
+    (
+        *("P14, sharing", "contradicted"),
+        [("a", UNSCALED | SEPARATE, of(ENTROPY, 0.8)), ("b", EQUAL, of(ENTROPY, 0.75))],
+    ),
     ("P15, use", "supported", [("a", SIMVQ, of(USED, 0.6)), ("b", RESTARTED, of(USED, 0.9))]),
     ("P15, use", "contradicted", [("a", SIMVQ, of(USED, 0.6)), ("b", RESTARTED, of(USED, 0.5))]),
     (

@@ -32,7 +32,7 @@ from simvq_moe.moe.routers.hyper import HyperOptions
 from simvq_moe.moe.routers.noisy_topk import NoisyTopKOptions
 from simvq_moe.moe.routers.topk import TopKOptions
 
-OF_THE_MODEL = ("layers", "moe_every", "tied_head", "activation_checkpointing")
+OF_THE_MODEL = ("layers", "moe_every", "tied_head", "depth_scaled", "activation_checkpointing")
 
 
 def model(**options: Any) -> LanguageModel:
@@ -110,6 +110,18 @@ def test_a_model_without_mixtures_has_no_loss_but_cross_entropy() -> None:
     loss, terms = model(moe_every=0)(torch.randint(50, (3, 13)))
     assert list(terms) == ["cross_entropy"]
     assert_close(loss, terms["cross_entropy"])
+
+
+def test_matrices_that_end_a_branch_start_smaller_where_depth_scales_them() -> None:
+    scaled, plain = (
+        dict(model(layers=8, depth_scaled=scales).named_parameters()) for scales in (True, False)
+    )
+    ending = [
+        name for name in plain if name.endswith(("experts.down.base", "attention.out.weight"))
+    ]
+    assert len(ending) == 16
+    for name, value in plain.items():
+        assert_close(value, scaled[name] * (4 if name in ending else 1))
 
 
 def test_an_untied_head_has_a_matrix_of_its_own() -> None:
