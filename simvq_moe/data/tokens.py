@@ -267,6 +267,8 @@ def write_tokens(documents: Dataset, tokenizer: Tokenizer, end: int, path: Path)
         remove_columns=documents.column_names,
         features=Features({"ids": List(Value(dtype)), "length": Value("int64")}),
         load_from_cache_file=False,
+        # nobody asks for it, and otherwise the function would be hashed, with all that it refers to
+        new_fingerprint=path.name,
         # for data sets in memory it would be a folder in that for temporary files
         cache_file_name=str(aside),
     ).with_format("numpy")
