@@ -119,6 +119,9 @@ class Forked:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def wait(self) -> int:
+        return self._run.wait()
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it has written, once it has ended."""
         with self.stdout, self.stderr, ThreadPoolExecutor(2) as pool:

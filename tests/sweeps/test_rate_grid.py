@@ -10,7 +10,7 @@ import pytest
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.sweeps.plan import plan
 from simvq_moe.sweeps.rate_grid import best, grid_runs, with_rates
-from tests.launching import run
+from tests.launching import run_here
 
 SWEEP = """
 name: rates
@@ -61,7 +61,7 @@ def test_paired_runs_have_the_rate_that_the_grid_chose_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    ran = run("sweep", "--config", "sweep.yaml", "--parallel", "2", cwd=folder)
+    ran = run_here("sweep", "--config", "sweep.yaml", "--parallel", "2", cwd=folder)
     assert ran.returncode == 0, ran.stderr
     root = folder / "runs" / "rates"
     rates = json.loads((root / "lr_grid.json").read_text())

@@ -22,7 +22,7 @@ from simvq_moe.sweeps.checks import check_runs
 from simvq_moe.sweeps.followed import Clock
 from simvq_moe.sweeps.machine import Machine, command
 from simvq_moe.sweeps.plan import PlannedRun, origin_of, plan, share
-from tests.launching import ROOT, environment, metrics, run, start
+from tests.launching import ROOT, Forked, environment, metrics, run, run_here
 
 SWEEP = """
 name: small
@@ -221,10 +221,9 @@ def test_records_that_a_power_cut_has_torn_are_those_of_a_run_that_is_not_done(
         assert run.status == "pending"
 
 
-def in_background(*args: str, cwd: Path) -> subprocess.Popen[str]:
+def in_background(*args: str, cwd: Path) -> Forked:
     """A sweep once every run that it does at a time has logged a step."""
-    process = start(*args, cwd=cwd)
-    assert process.stderr is not None
+    process = Forked(*args, cwd=cwd)
     begun: set[str] = set()
     for line in process.stderr:
         if "step " in line:
@@ -250,7 +249,7 @@ def assert_equals_a_run_started_alone(run_dir: Path, config: Path, folder: Path)
 @pytest.mark.distributed
 def test_a_sweep_runs_reports_failures_and_skips_what_is_finished(folder: Path) -> None:
     command = ("sweep", "--config", "sweep.yaml", "--ranks", "2", "--arms", "broken")
-    first = run(*command, cwd=folder)
+    first = run_here(*command, cwd=folder)
     assert first.returncode == 1, first.stderr
     root = folder / "runs" / "small"
     statuses = {
@@ -269,7 +268,7 @@ def test_a_sweep_runs_reports_failures_and_skips_what_is_finished(folder: Path) 
     final = metrics(run_dir)[-1]
     assert arms["vq"]["values"]["val/mse"] == [pytest.approx(final["val/mse"])]
     assert arms["broken"]["status"] == ["failed"]
-    again = run(*command, cwd=folder)
+    again = run_here(*command, cwd=folder)
     assert again.returncode == 1
     assert "1 of 2 runs are finished and skipped" in again.stderr
     assert "[1/2]" not in again.stderr
@@ -285,7 +284,7 @@ def test_an_interrupted_sweep_saves_every_run_under_way(
     parallel = "1" if ranks == "2" else "2"
     process = in_background("sweep", *files, "--ranks", ranks, "--parallel", parallel, cwd=folder)
     os.kill(process.pid, number)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode == 130
     for arm in ("vq", "simvq")[: int(parallel)]:
         run_dir = folder / "runs" / "long" / "codes" / arm / "seed0"
@@ -307,7 +306,7 @@ def test_a_killed_run_is_failed_and_the_others_go_on(folder: Path) -> None:
         if any(file.path == log for file in child.open_files())
     )
     training.kill()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
     statuses = [
         json.loads((root / arm / "seed0" / "meta.json").read_text())["status"]
@@ -336,7 +335,7 @@ def test_a_job_array_does_its_runs_in_tasks_and_the_last_one_reports(folder: Pat
     for task, done in ((3, ["vq"]), (4, ["vq", "simvq"])):
         environ = ours | {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": str(70 + task)}
         found = subprocess.run(
-            command, env=environ, capture_output=True, text=True, check=False, timeout=120
+            command, env=environ, capture_output=True, text=True, check=False, timeout=300
         )
         assert found.returncode == 0, found.stderr
         finished = [
