@@ -14,10 +14,8 @@ from simvq_moe.config.checks import check
 from simvq_moe.engine.world import World
 from simvq_moe.sweeps.plan import plan
 from tests.launching import ROOT, run_forked
-from tests.test_readme import shortened
+from tests.test_readme import TEXT, shortened
 
-TEXT = ("--data.source", str(ROOT / "tests" / "moe"))
-"""A hundredth of the text that the pages train on."""
 PAGES = ("export.md", "transformers.md")
 
 
