@@ -62,7 +62,8 @@ class Observed(NamedTuple):
     described: dict[str, Tensor]
     """Fields of `BankStep` that every rank has, float64 scalars."""
     shared_map: Tensor | None
-    """Of which the spectrum is measured: the matrix, or the factors of a diagonal one."""
+    """Of which the spectrum is measured: the matrix, or the factors of a diagonal one. None: it has
+    none, or is not to be."""
 
 
 class BankDynamics:
@@ -99,12 +100,15 @@ class BankDynamics:
         self.maps_before, self.bias_before = self._maps(), self._bias()
 
     @torch.no_grad()
-    def observe(self, counts: Int[Tensor, " slots"], *, steps: int = 1) -> Observed:
+    def observe(
+        self, counts: Int[Tensor, " slots"], *, steps: int = 1, spectrum: bool = True
+    ) -> Observed:
         """Measure after an optimizer step; `bank_steps` makes numbers of it.
 
         Args:
             counts: draws of every slot since the last measurement, summed over ranks.
             steps: optimizer steps since then.
+            spectrum: measure the singular values of a shared map, too.
         """
         counts = counts.to(self.bank.base.device)
         stale = torch.zeros_like(counts) if self.stale_for is None else self.stale_for
@@ -117,7 +121,7 @@ class BankDynamics:
             described["start_distance"] = (W - self.start).norm() / self.start.norm()
             if self.bank.base.shape[-1] == self.bank.width:
                 described["identity_distance"] = self.bank.identity_distance()
-            if self.bank.shared:
+            if self.bank.shared and spectrum:
                 diagonal = self.bank.transform == "diagonal"
                 shared_map = self.bank.maps[0].detach().double() if diagonal else W
         return Observed(self._moved(counts[self.slots] > 0), described, shared_map)
@@ -180,16 +184,21 @@ class BankDynamics:
 
 @torch.no_grad()
 def bank_steps(
-    observed: Sequence[Observed], total: Callable[[Tensor], Tensor] = lambda x: x
+    observed: Sequence[Observed],
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+    spectra: Sequence[Tensor | None] | None = None,
 ) -> list[BankStep]:
     """What banks have observed, as numbers: one collective and one wait for all.
 
     Args:
         total: adds a tensor over ranks; every rank must call this together.
+        spectra: the `singular_values` of the banks' maps; None: computed here.
     """
     sums = total(torch.stack([one.sums for one in observed]))
-    spectra = _spectra([one.shared_map for one in observed])
-    described = [one.described | of_map for one, of_map in zip(observed, spectra, strict=True)]
+    if spectra is None:
+        spectra = singular_values(observed)
+    of_maps = [{} if values is None else _of_spectrum(values) for values in spectra]
+    described = [one.described | of_map for one, of_map in zip(observed, of_maps, strict=True)]
     scalars = torch.stack([value for one in described for value in one.values()])
     numbers = iter(torch.cat([sums.flatten(), scalars]).tolist())
     moved = [list(islice(numbers, sums.shape[1])) for _ in observed]
@@ -207,26 +216,47 @@ def bank_steps(
     return steps
 
 
-def _spectra(maps: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
-    """Measures of the singular values of each map, by name; maps of one shape in one call."""
-    measured: list[dict[str, Tensor]] = [{} for _ in maps]
+@torch.no_grad()
+def singular_values(
+    observed: Sequence[Observed],
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+    mine: Callable[[int], bool] = lambda _: True,
+) -> list[Tensor | None]:
+    """Of every observed map, from the largest on, float64; None without one.
+
+    Args:
+        total: adds a tensor over ranks; every rank must call this together.
+        mine: whether this rank decomposes the map of the bank of this number. One rank does each.
+    """
+    maps = [one.shared_map for one in observed]
+    found = [None if W is None else W.new_zeros(min(W.shape)) for W in maps]
     by_shape: dict[torch.Size, list[int]] = {}
     for i, W in enumerate(maps):
-        if W is not None:
+        if W is not None and mine(i):
             by_shape.setdefault(W.shape, []).append(i)
-    for members in by_shape.values():
+    for members in by_shape.values():  # maps of one shape in one call
         stacked = torch.stack([W for i in members if (W := maps[i]) is not None])
         if stacked.ndim == 3:
             values = torch.linalg.svdvals(stacked)
         else:
             values = stacked.abs().sort(descending=True).values
-        for i, spectrum in zip(members, values, strict=True):
-            measured[i] = {
-                "condition": spectrum[0] / spectrum[-1],
-                "stable_rank": stable_rank(spectrum),
-                "effective_rank": effective_rank(spectrum),
-            }
-    return measured
+        for i, one in zip(members, values, strict=True):
+            found[i] = one
+    there = [i for i, values in enumerate(found) if values is not None]
+    if there:
+        sizes = [len(values) for values in found if values is not None]
+        whole = total(torch.cat([values for values in found if values is not None]))
+        for i, values in zip(there, whole.split(sizes), strict=True):
+            found[i] = values
+    return found
+
+
+def _of_spectrum(values: Float[Tensor, " rank"]) -> dict[str, Tensor]:
+    return {
+        "condition": values[0] / values[-1],
+        "stable_rank": stable_rank(values),
+        "effective_rank": effective_rank(values),
+    }
 
 
 def _chosen(x: Tensor, indices: Int[Tensor, " chosen"], axis: int = 0) -> Tensor:

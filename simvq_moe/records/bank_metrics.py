@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simvq_moe.core.bank import Bank
-from simvq_moe.core.dynamics import BankDynamics, bank_steps
+from simvq_moe.core.dynamics import BankDynamics, bank_steps, singular_values
 from simvq_moe.core.usage import UsageCounter
 from simvq_moe.engine.sharding import gathered
 from simvq_moe.engine.world import World
@@ -38,6 +38,9 @@ class Banks:
     def __init__(self, model: nn.Module, counters: Sequence[UsageCounter]) -> None:
         self.followed = list(_follow(model, counters))
         self.names = [one.name for one in self.followed]
+        self.spectra: dict[str, np.ndarray] = {}
+        """Singular values of every shared map when they were last measured, from the largest on, by
+        number of the bank, as in the names of measures."""
 
     def mark(self) -> None:
         """Call on every rank before the last step of a window, the one that is measured."""
@@ -45,37 +48,36 @@ class Banks:
             with gathered(one.dynamics.bank):
                 one.dynamics.mark()
 
-    def measure(self, counts: Sequence[np.ndarray], steps: int, world: World) -> dict[str, float]:
+    def measure(
+        self, counts: Sequence[np.ndarray], steps: int, world: World, *, spectra: bool
+    ) -> dict[str, float]:
         """Measures after that step, by name; every rank must call it.
 
         Args:
             counts: draws of every layer in the window, over all ranks.
             steps: optimizer steps of the window.
+            spectra: decompose the maps, too, for which ranks take turns: a wide one takes seconds.
         """
+        if not self.followed:
+            return {}
         drawn = [torch.from_numpy(n).to(world.device) for n in counts]
         observed = []
         for one in self.followed:
             with gathered(one.dynamics.bank):
-                observed.append(one.dynamics.observe(drawn[one.layer], steps=steps))
-        found = bank_steps(observed, world.sum) if observed else []
+                observed.append(
+                    one.dynamics.observe(drawn[one.layer], steps=steps, spectrum=spectra)
+                )
+        values = singular_values(
+            observed, world.sum, mine=lambda bank: bank % world.size == world.rank
+        )
+        if spectra:
+            pairs = enumerate(values)
+            self.spectra = {f"{i:02d}": v.cpu().numpy() for i, v in pairs if v is not None}
         return {
             f"bank/{i:02d}/{name}": value
-            for i, step in enumerate(found)
+            for i, step in enumerate(bank_steps(observed, world.sum, values))
             for name, value in step.as_dict().items()
         }
-
-    def spectra(self) -> dict[str, np.ndarray]:
-        """Singular values of every shared map, from the largest on; every rank must call it.
-
-        By number of the bank, as in the names of measures.
-        """
-        found = {}
-        for i, one in enumerate(self.followed):
-            bank = one.dynamics.bank
-            if bank.maps and bank.shared:
-                with gathered(bank):
-                    found[f"{i:02d}"] = torch.linalg.svdvals(bank.matrix().detach()).cpu().numpy()
-        return found
 
     def state(self) -> list[Tensor | None]:
         """Steps since each slot was drawn, the same on every rank; part of a checkpoint."""

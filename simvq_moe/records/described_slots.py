@@ -253,7 +253,7 @@ BANKS = (
     Metric(
         "bank/{bank}/effective_rank",
         "effective rank of W",
-        "Exponential of the entropy of the shared map's singular values.",
+        "Exponential of the entropy of the shared map's singular values, at evaluations.",
         unit="directions",
         decimals=1,
         charts=("maps",),
@@ -261,7 +261,7 @@ BANKS = (
     Metric(
         "bank/{bank}/stable_rank",
         "stable rank of W",
-        "Squared Frobenius norm of the shared map over its squared spectral norm.",
+        "Squared Frobenius norm of the shared map over its squared spectral norm, at evaluations.",
         unit="directions",
         decimals=1,
         charts=("maps",),
@@ -269,7 +269,7 @@ BANKS = (
     Metric(
         "bank/{bank}/condition",
         "condition number of W",
-        "Largest over smallest singular value of the shared map.",
+        "Largest over smallest singular value of the shared map, at evaluations.",
         decimals=1,
         log=True,
         charts=("maps",),

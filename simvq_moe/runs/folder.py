@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ from simvq_moe.files.regular import BrokenFileError, read_bytes, read_json, read
 from simvq_moe.runs import checkpoint
 
 CONFIG, META, SUMMARY, NOISE = "config.yaml", "meta.json", "summary.json", "log.txt"
+LOGS = "logs"
+"""Folder of what the libraries of all ranks but the first say; that one's is NOISE."""
 LOCK = ".lock"
 """Locked by the process that has the folder, whose mark it holds."""
 ATTEMPTS = 100
@@ -65,7 +68,14 @@ class RunFolder:
         for name in {LOCK, NOISE} - self.there:
             with suppress(OSError):
                 (self.path / name).unlink()
+        if LOGS not in self.there:
+            shutil.rmtree(self.path / LOGS, ignore_errors=True)
         _remove_empty(self.made)
+
+
+def log_file(run_dir: Path, rank: int) -> Path:
+    """Where what the libraries of a rank say is written."""
+    return run_dir / NOISE if rank == 0 else run_dir / LOGS / f"rank_{rank}.txt"
 
 
 @contextmanager

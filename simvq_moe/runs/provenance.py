@@ -28,7 +28,7 @@ def provenance(config: Config, world: World) -> dict[str, Any]:
         "arm": config.arm or config.name,
         "seed": config.seed,
         "command": shlex.join(["simvq-moe", *arguments]),
-        "commit": commit(),
+        "commit": commit() if world.is_main else None,  # rank 0's is written down
         "versions": {"python": platform.python_version(), **versions},
         "device": torch.cuda.get_device_name(world.device) if cuda else processor(),
         "world_size": world.size,

@@ -1,7 +1,8 @@
 """The probe: the same held-out tokens at every evaluation, and what the routers do with them.
 
-Every rank runs the whole probe, for experts of other ranks wait for it; rank 0 measures and keeps
-probe.npz, from which saturation against any later routing can be computed again.
+Rank 0 measures, and keeps probe.npz, from which saturation against any later routing can be
+computed again. With it run the ranks that hold a part of what it runs: those that share its
+experts, and at ZeRO stage 3 all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from simvq_moe.config.schema import TrainConfig
 from simvq_moe.data.codes import CodeSequences
 from simvq_moe.data.tokens import TokenWindows
-from simvq_moe.engine.sharding import gathered
+from simvq_moe.engine.sharding import gathered, is_sharded
 from simvq_moe.engine.world import World
 from simvq_moe.files.arrays import Layout, read_arrays
 from simvq_moe.files.regular import BrokenFileError, written_whole
@@ -93,7 +94,8 @@ class Probe:
         self.evaluations: list[Evaluation] = []
         if train.probe_tokens:
             self.layers = [m for m in task.model.modules() if isinstance(m, Mixture)]
-        if not self.layers:
+        if not self.layers or not self._takes_part():
+            self.layers = []
             return
         assert isinstance(task.held_out, TokenWindows | CodeSequences)
         self.tokens = choose_tokens(task.held_out, train.probe_tokens)
@@ -105,7 +107,7 @@ class Probe:
 
     @torch.no_grad()
     def measure(self, step: int) -> dict[str, float]:
-        """Route the probe and keep it; every rank must call it, rank 0 gets the measures."""
+        """Route the probe and keep it; every rank calls it, rank 0 gets the measures."""
         if not self.layers:
             return {}
         self.model.eval()
@@ -135,6 +137,15 @@ class Probe:
         for m in (m for m in layers[0] if all(m in one for one in layers)):
             metrics[f"val/moe/mean/{m}"] = float(np.mean([one[m] for one in layers]))
         return metrics | self.chance
+
+    def _takes_part(self) -> bool:
+        """Whether rank 0 can't run the probe without this one."""
+        if any(is_sharded(p) for p in self.model.parameters()):
+            return True
+        ours = [layer for layer in self.layers if isinstance(layer, MoE)]
+        if len(ours) < len(self.layers):  # DeepSpeed's own agrees on sizes with all
+            return True
+        return any(self.world.rank < _ranks_of(layer) for layer in ours)
 
     def saturations(self) -> dict[str, float]:
         """Mean saturation over layers at each evaluation but the last, against the last."""
@@ -312,6 +323,12 @@ def _joined(routings: Sequence[Routing]) -> Routing:
     ids = [F.pad(r.ids, (0, n), value=NOBODY) for r, n in zip(routings, spare, strict=True)]
     gates = [F.pad(r.gates, (0, n)) for r, n in zip(routings, spare, strict=True)]
     return Routing(torch.cat(ids), torch.cat(gates), torch.cat([r.logits for r in routings]), {})
+
+
+def _ranks_of(layer: MoE) -> int:
+    """Those that hold a copy of all experts between them, from rank 0 on."""
+    mine = layer.experts.mine
+    return layer.num_experts // (mine.stop - mine.start)
 
 
 def _widen(ids: np.ndarray, choices: int) -> np.ndarray:

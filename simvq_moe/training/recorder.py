@@ -131,17 +131,19 @@ class Recorder:
         counts = take_counts(self.counters, self.world)
         metrics |= engine_metrics
         metrics |= usage_metrics(self.layers, counts)
-        metrics |= self.banks.measure(counts, self.averages.steps, self.world)
+        metrics |= self.banks.measure(
+            counts, self.averages.steps, self.world, spectra=held_out is not None
+        )
         metrics |= self.drift.measure()
         metrics |= self._speed()
         self.averages = StepAverages()
         measures, held_out_counts = held_out or ({}, None)
         samples = self.task.samples(step, self.world.device) if held_out else None
-        spectra = self.banks.spectra() if held_out else {}
         if self.log is not None:
             with self._noting_failure():
                 self.log.write(step, metrics | measures, counts, held_out_counts)
-                self.log.write_spectra(spectra)
+                if held_out is not None:
+                    self.log.write_spectra(self.banks.spectra)
                 if samples is not None:
                     self.log.write_pictures(step, self.probe.pictures(), self.probe.rows)
                     samples.write(self.log, step)

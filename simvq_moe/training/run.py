@@ -24,7 +24,7 @@ from simvq_moe.engine.slurm import adopt_slurm
 from simvq_moe.engine.world import World, launched_rank, launched_ranks, start_distributed
 from simvq_moe.errors import ConfigError
 from simvq_moe.runs import checkpoint
-from simvq_moe.runs.folder import NOISE, check_shared
+from simvq_moe.runs.folder import check_shared, log_file
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.meta import RunMeta, describe_result, write_summary
 from simvq_moe.training.preflight import Preflight, check_settings, prepare, resolved
@@ -57,8 +57,10 @@ def train(config: Config) -> int:
                 return FINISHED
             world.agree(lambda: check_shared(config.run_dir, mark or ""))
             try:
-                with writing(config.run_dir / NOISE):
-                    noise.begin(config.run_dir / NOISE)
+                log = log_file(config.run_dir, world.rank)
+                with writing(log):
+                    log.parent.mkdir(exist_ok=True)
+                    noise.begin(log)
                 return _run(run, world, stop_asked)
             except WriteFailed as failure:
                 print(f"{config.run_dir}: {failure}", file=sys.stderr)

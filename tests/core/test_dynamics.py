@@ -9,7 +9,7 @@ import torch
 
 from simvq_moe import VQ, SimVQ
 from simvq_moe.core.bank import Bank
-from simvq_moe.core.dynamics import BankDynamics, BankStep, bank_steps
+from simvq_moe.core.dynamics import BankDynamics, BankStep, bank_steps, singular_values
 from simvq_moe.quantizers import GroupVQ
 
 
@@ -85,6 +85,42 @@ def test_banks_are_measured_together_as_each_alone() -> None:
         expected = one.step(counts).as_dict()
         assert step.as_dict() == pytest.approx(expected, rel=1e-12)
         assert step.as_dict().keys() == expected.keys()
+
+
+@torch.no_grad()
+def test_ranks_take_turns_at_maps_and_each_has_all_their_singular_values() -> None:
+    torch.manual_seed(0)
+    kinds: list[Any] = ["none", "linear", "diagonal", "linear", "separate", "low_rank"]
+    dynamics = [BankDynamics(Bank(torch.randn(4, 5), transform=kind, rank=2)) for kind in kinds]
+    for one in dynamics:
+        for p in one.bank.parameters():
+            p += torch.randn_like(p)
+    observed = [one.observe(torch.ones(4, dtype=torch.long)) for one in dynamics]
+    whole = singular_values(observed)
+    assert [i for i, values in enumerate(whole) if values is not None] == [1, 2, 3, 5]
+    for values, one in zip(whole, dynamics, strict=True):
+        if values is not None:
+            torch.testing.assert_close(values, torch.linalg.svdvals(one.bank.matrix()))
+    sent: list[torch.Tensor] = []
+    for rank in range(2):
+        singular_values(
+            observed, lambda x: (sent.append(x), x)[1], lambda bank, rank=rank: bank % 2 == rank
+        )
+    there = torch.cat([values for values in whole if values is not None])
+    assert torch.equal(sent[0] + sent[1], there)
+    assert (sent[0] == 0).any()
+    assert (sent[1] == 0).any()
+
+
+def test_without_its_spectrum_a_map_is_measured_as_before_and_nothing_is_decomposed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dynamics = BankDynamics(Bank(torch.randn(4, 5)))
+    counts = torch.ones(4, dtype=torch.long)
+    monkeypatch.setattr(torch.linalg, "svdvals", None)
+    (step,) = bank_steps([dynamics.observe(counts, spectrum=False)])
+    assert step.start_distance == 0
+    assert step.condition is step.stable_rank is step.effective_rank is None
 
 
 def test_staleness_counts_steps_since_the_last_draw() -> None:

@@ -26,7 +26,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.runs import folder as folders
-from simvq_moe.runs.folder import LOCK, NOISE, check_same_run, check_shared, claimed
+from simvq_moe.runs.folder import LOCK, NOISE, check_same_run, check_shared, claimed, log_file
 from simvq_moe.runs.history import commit
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.preflight import is_finished
@@ -66,6 +66,7 @@ def test_a_folder_is_one_process_at_a_time(run_dir: Path) -> None:
 
 def start_and_be_refused(run_dir: Path, file: str = NOISE, begun: bool = False) -> None:
     with claimed(run_dir) as folder:
+        (run_dir / file).parent.mkdir(exist_ok=True)
         (run_dir / file).write_text("noise")
         folder.begun = begun
         raise ConfigError("no such data")
@@ -95,6 +96,17 @@ def test_a_refused_start_leaves_what_others_put_there(run_dir: Path) -> None:
 def test_a_refused_start_leaves_a_folder_that_others_have_filled_since(run_dir: Path) -> None:
     refuse(run_dir, "notes.txt")
     assert [p.name for p in run_dir.iterdir()] == ["notes.txt"]
+
+
+def test_every_rank_has_a_file_for_noise_which_a_refused_start_takes_away(run_dir: Path) -> None:
+    assert log_file(run_dir, 0) == run_dir / NOISE
+    log_file(run_dir, 1).parent.mkdir(parents=True)
+    log_file(run_dir, 1).write_text("of a run before")
+    refuse(run_dir)
+    assert log_file(run_dir, 1).read_text() == "of a run before"
+    shutil.rmtree(run_dir)
+    refuse(run_dir, str(log_file(run_dir, 2).relative_to(run_dir)))
+    assert not run_dir.exists()
 
 
 def test_of_a_run_that_has_begun_nothing_is_removed(run_dir: Path) -> None:

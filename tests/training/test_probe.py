@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config, DataConfig, LanguageModelConfig, MoEConfig, TrainConfig
 from simvq_moe.core.usage import counters
 from simvq_moe.data.domains import Domains
@@ -34,6 +36,7 @@ from simvq_moe.moe.routing_measures import (
     saturation,
 )
 from simvq_moe.tasks.registry import AnyTask, build_task
+from simvq_moe.training.loop import Trainer
 from simvq_moe.training.probe import OTHERS, Probe, choose_tokens, read
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
@@ -349,6 +352,37 @@ def test_a_run_logs_measures_pictures_and_the_probe(
     assert {f"val/moe/01/{name}" for name in ("co_activation", "domains")} <= images
     (rows,) = events.Tensors("val/moe/rows_of_pictures/text_summary")
     assert b"blue" in rows.tensor_proto.string_val[0]
+
+
+def layers_run(world: World, folder: Path, flags: tuple[str, ...]) -> int:
+    """By this rank's probe, in one evaluation."""
+    kept = ("--runs_dir", str(folder / "runs"), "--data.cache_dir", str(folder / "cache"))
+    settings = with_flags(Config(), (*flags, *kept), "train")
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Trainer(settings, world, lambda: False)) as trainer:
+        calls: list[int] = []
+        for module in trainer.task.model.modules():
+            if isinstance(module, MoE):
+                module.register_forward_hook(lambda *_: calls.append(1))
+        trainer.recorder.probe.measure(0)
+    return len(calls)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_probe_runs_on_the_ranks_that_hold_a_part_of_what_it_runs(
+    shared: bool, folder: Path, two_ranks: TwoRanks
+) -> None:
+    flags = (
+        *("--task", "language_model", "--data.vocabulary", "300", "--name", f"share_{shared}"),
+        *("--data.source", str(folder / "corpus"), "--data.context", "8"),
+        *("--moe.experts", "6", "--moe.top_k", "2", "--moe.hidden", "8"),
+        *("--train.batch_size", "4", "--train.probe_tokens", "80"),
+        *("--moe.expert_parallel", "2" if shared else "1"),
+    )
+    first, second = two_ranks(layers_run, folder, flags)
+    assert first > 0
+    assert second == (first if shared else 0)
 
 
 @pytest.mark.distributed

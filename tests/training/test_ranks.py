@@ -67,7 +67,11 @@ def test_two_ranks_see_the_same_counts_and_losses_as_one(
         np.testing.assert_array_equal(a["counts"][0], b["counts"][0])
         assert a["counts"].sum() == b["counts"].sum() > 0
         assert a["val_counts"].sum() == b["val_counts"].sum() > 0
-    for key in ("train/loss", "val/loss"):
+    for line in metrics(two):
+        # of maps that are learned, or of none
+        spectra = {key.rsplit("/", 1)[-1] for key in line if "/condition" in key}
+        assert not spectra or "val/loss" in line
+    for key in ("train/loss", "val/loss", *(k for k in metrics(one)[-1] if k.endswith("_rank"))):
         losses = [[line[key] for line in metrics(r) if key in line] for r in (one, two)]
         # sums over ranks round differently, and Adam's first steps magnify it
         assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
