@@ -37,15 +37,36 @@ def activation_bytes(model: LanguageModel, tokens: int, size: int) -> int:
         tokens: of the micro-batch.
         size: bytes of a number in the precision of forward and backward.
     """
-    blocks = [_of_block(block, size) for block in model.blocks if isinstance(block, Block)]
+    blocks = block_bytes(model, size)
     width = model.embedding.embedding_dim
     # indices; the last norm; targets
     rest = INT64 + _of_norm(width, size) + INT64
-    head = _of_head(tokens, width, model.embedding.num_embeddings)
+    head = head_bytes(model, tokens)
     if model.activation_checkpointing:
         # the input of every block, and all of the one that runs again
         return tokens * (len(blocks) * width * size + max(blocks) + rest) + head
     return tokens * (sum(blocks) + rest) + head
+
+
+def block_bytes(model: LanguageModel, size: int) -> list[int]:
+    """Bytes of a token that each block keeps."""
+    return [_of_block(block, size) for block in model.blocks if isinstance(block, Block)]
+
+
+def head_bytes(model: LanguageModel, tokens: int) -> int:
+    """Bytes that the head keeps: log-probabilities in float32, or where they would be too many,
+    both gradients of a head that makes them in pieces."""
+    vocabulary, width = model.embedding.num_embeddings, model.embedding.embedding_dim
+    whole = FLOAT32 * tokens * vocabulary
+    if whole <= LARGEST[this_device().type]:
+        return whole
+    return FLOAT32 * (tokens + vocabulary) * width
+
+
+def score_bytes(model: LanguageModel, tokens: int) -> int:
+    """Bytes of scores, and of their gradients, beside what the head keeps of them."""
+    whole = FLOAT32 * tokens * model.embedding.num_embeddings
+    return 2 * min(whole, LARGEST[this_device().type])
 
 
 def saved_bytes(model: nn.Module, batch: Tensor) -> tuple[int, Tensor]:
@@ -126,15 +147,6 @@ def _of_block(block: Block, size: int) -> int:
     if not isinstance(block.moe, MoE):  # DeepSpeed's own: about the rows that it pads
         return branches + block.moe.top_k * 2 * width * size
     return branches + _of_mixture(block.moe, size)
-
-
-def _of_head(tokens: int, width: int, vocabulary: int) -> int:
-    """Log-probabilities in float32, or where they would be too many, both gradients of a head that
-    makes them in pieces."""
-    whole = FLOAT32 * tokens * vocabulary
-    if whole <= LARGEST[this_device().type]:
-        return whole
-    return FLOAT32 * (tokens + vocabulary) * width
 
 
 def _of_norm(width: int, size: int) -> int:

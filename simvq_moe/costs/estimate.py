@@ -102,7 +102,8 @@ def _describe(parameters: dict[str, int], rank: RankCosts, micro_batch: int) -> 
             f"{parameters['total']:,} parameters, {parameters['active']:,} of them for a token; "
             f"{rank.flops_per_token:,.0f} FLOPs a token in micro-batches of {micro_batch}, "
             f"{rank.tokens * rank.ranks:,} tokens a step",
-            f"each of {rank.ranks} rank{'' if rank.ranks == 1 else 's'} holds {_sizes(sizes)}",
+            f"each of {rank.ranks} rank{'' if rank.ranks == 1 else 's'} holds {_sizes(sizes)}, "
+            f"at most {_size(rank.memory_bytes)} at once",
             f"each sends {_sizes(sent)} a step",
         ]
     )

@@ -16,8 +16,16 @@ from typing import Any
 from torch import nn
 
 from simvq_moe.config.schema import Config
-from simvq_moe.costs.activations import SampleCost, activation_bytes, sample_cost
+from simvq_moe.costs.activations import (
+    SampleCost,
+    activation_bytes,
+    block_bytes,
+    head_bytes,
+    sample_cost,
+    score_bytes,
+)
 from simvq_moe.costs.flops import expert_parameters, flops_per_token
+from simvq_moe.costs.memory import Shares, Work, gradients, peak, record_bytes
 from simvq_moe.engine.optimizer import parameter_groups
 from simvq_moe.engine.settings import BUCKET, zero_stage
 from simvq_moe.models.language_model import LanguageModel
@@ -27,6 +35,9 @@ ADAM_BYTES = 28
 """Memory traffic of an update in float32: weight, gradient and two moments read, three written."""
 MOMENT_BYTES, MASTER_BYTES = 8, 4
 """Bytes of a parameter that a rank owns: Adam's moments, and the weights that ZeRO updates."""
+EVALUATED = 0.6
+"""Share of what a block keeps for the backward pass that it has at once in an evaluation, as was
+counted on dense blocks and on mixtures."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class RankCosts:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    memory_bytes: int
+    """The most bytes at once, in a step or in an evaluation."""
     update_bytes: int
     """Bytes that the optimizer and the engine's copies of gradients and weights read and write."""
     dense_bytes: int
@@ -56,13 +69,8 @@ class RankCosts:
     exchanges: int
     """Number of all-to-alls."""
 
-    @property
-    def memory_bytes(self) -> int:
-        states = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
-        return states + self.activation_bytes
-
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"memory_bytes": self.memory_bytes}
+        return asdict(self)
 
 
 class Plan:
@@ -79,6 +87,8 @@ class Plan:
         self.experts = expert_parameters(model)
         self.dense = learned - self.experts
         self.frozen_bytes = sum(b.numel() * b.element_size() for b in model.buffers())
+        self.record_bytes = record_bytes(model)
+        self.largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
         self.groups = len(parameter_groups(model, config.optimizer))
         self.size = 4 if config.train.dtype == "fp32" else 2
         self.gradient_size = 2 if config.train.dtype == "fp16" else 4
@@ -99,7 +109,8 @@ class Plan:
         owned = self.dense // ranks + self.experts // ranks
         held = owned if stage else local
         weights = (owned if stage == 3 else local) * size
-        gradients = local if stage < 2 else owned + min(local, BUCKET)
+        whole = local if stage < 2 else owned + min(local, BUCKET)
+        optimizer = held * (MOMENT_BYTES + MASTER_BYTES * (stage > 0))
         sent, calls = self._passes(stage)
         per_sample, flops, saved = self._work(samples // train.accumulation)
         return RankCosts(
@@ -107,9 +118,21 @@ class Plan:
             tokens=samples * per_sample,
             flops_per_token=flops,
             parameter_bytes=weights + self.frozen_bytes,
-            gradient_bytes=gradients * self.gradient_size,
-            optimizer_bytes=held * (MOMENT_BYTES + MASTER_BYTES * (stage > 0)),
+            gradient_bytes=whole * self.gradient_size,
+            optimizer_bytes=optimizer,
             activation_bytes=saved,
+            memory_bytes=peak(
+                weights + self.frozen_bytes + optimizer + self.record_bytes,
+                gradients(
+                    stage,
+                    Shares(local, owned, self.largest),
+                    ranks,
+                    size=size,
+                    grain=self.gradient_size,
+                    accumulates=train.accumulation > 1,
+                ),
+                self._passes_of(samples // train.accumulation, saved),
+            ),
             update_bytes=self._updated(stage, ranks, local, held),
             dense_bytes=round(sent * self.dense * (ranks - 1) / ranks),
             expert_bytes=round(sent * self.experts / parallel * (1 - parallel / ranks)),
@@ -160,6 +183,28 @@ class Plan:
             return self.config.data.context, flops, saved
         flops, saved = self.sample.flops_per_token(samples), self.sample.saved_bytes
         return self.sample.tokens, flops, saved(samples, self.size)
+
+    def _passes_of(self, samples: int, kept: int) -> Work:
+        """What a micro-batch of so many samples makes, and an evaluation. Of tokenizers it is what
+        they keep, for the space that convolutions need depends on the machine.
+
+        Args:
+            kept: bytes that the forward pass keeps, with a block that runs again.
+        """
+        if self.sample is not None:
+            return Work(kept, kept, 0, 0)
+        model, context, size = self.model, self.config.data.context, self.size
+        assert isinstance(model, LanguageModel)
+        tokens = samples * context
+        block = max(block_bytes(model, size))
+        forward, backward = kept + score_bytes(model, tokens), kept
+        if model.activation_checkpointing:
+            # the block that runs again comes when the scores are gone
+            forward -= tokens * block
+            backward -= head_bytes(model, tokens)
+        evaluated = self.config.train.eval_batch_size * context
+        most = max(round(EVALUATED * block * evaluated), score_bytes(model, evaluated))
+        return Work(forward, backward, tokens * block, most)
 
     def _mixtures(self) -> int:
         return sum(isinstance(module, MoE) for module in self.model.modules())

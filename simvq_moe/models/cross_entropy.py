@@ -73,15 +73,10 @@ class _MeanInPieces(torch.autograd.Function):
         # added up over pieces in more than bfloat16's 8 bits
         of_matrix = torch.zeros_like(matrix, dtype=dtype)
         for piece in _pieces(len(x), rows):
-            own, ignored = targets[piece], (targets[piece] == IGNORED)[:, None]
-            log_shares = F.log_softmax(_scores(x[piece], matrix), 1)
-            nats[piece] = F.nll_loss(log_shares, own, reduction="none")
-            shares = log_shares.exp_()
-            target = own.clamp(min=0)[:, None]
-            shares.scatter_add_(1, target, shares.new_full((), -1.0).expand(target.shape))
-            of_scores = shares.masked_fill_(ignored, 0.0).to(x.dtype)
+            nats[piece], of_scores = _of_piece(x[piece], matrix, targets[piece])
             of_x[piece] = of_scores @ matrix
             of_matrix += of_scores.T @ x[piece]
+            del of_scores  # before the next ones are made
         counted = (targets != IGNORED).sum()
         ctx.save_for_backward(of_x, of_matrix, counted)
         ctx.dtypes = x.dtype, matrix.dtype
@@ -97,6 +92,16 @@ class _MeanInPieces(torch.autograd.Function):
         scale = grads[0] / counted
         x_dtype, matrix_dtype = ctx.dtypes
         return (of_x * scale).to(x_dtype), (of_matrix * scale).to(matrix_dtype), None, None
+
+
+def _of_piece(x: Tensor, matrix: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of tokens, and the gradient of their scores."""
+    log_shares = F.log_softmax(_scores(x, matrix), 1)
+    nats = F.nll_loss(log_shares, targets, reduction="none")
+    shares = log_shares.exp_()
+    target = targets.clamp(min=0)[:, None]
+    shares.scatter_add_(1, target, shares.new_full((), -1.0).expand(target.shape))
+    return nats, shares.masked_fill_((targets == IGNORED)[:, None], 0.0).to(x.dtype)
 
 
 def _scores(x: Tensor, matrix: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""The most bytes that a rank has at once, in a step or in an evaluation.
+
+A step is at its highest where the forward pass ends, with all that it keeps, or where the backward
+pass ends, with all gradients. What DeepSpeed 0.19 holds of them at each stage was counted on one
+rank and on two, in float32 and bfloat16: it copies gradients into a bucket, reduces that whole, and
+in bfloat16 and over micro-batches adds them up elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from simvq_moe.core.bank import Bank
+from simvq_moe.core.dynamics import LARGEST_COPY
+from simvq_moe.engine.settings import BUCKET
+
+FLOAT32, FLOAT64 = 4, 8
+LARGEST_LIVE = 10**9
+"""Parameters that stage 3 leaves whole after they were used (stage3_max_live_parameters)."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Numbers of parameters of one rank."""
+
+    local: int
+    """That it computes with."""
+    owned: int
+    """That it updates."""
+    largest: int
+    """Of the largest tensor."""
+
+    @property
+    def bucket(self) -> int:
+        """That are reduced at once."""
+        return min(BUCKET, self.local)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Bytes of gradients and of what is gathered and reduced, at moments of a step."""
+
+    always: int = 0
+    """Also between steps."""
+    forward: int = 0
+    """Beside that, in the forward pass of the last micro-batch."""
+    first: int = 0
+    """When the backward pass begins."""
+    last: int = 0
+    """When it ends."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes that passes make of a batch."""
+
+    forward: int
+    """Where the forward pass ends: what it keeps, and scores of the head."""
+    backward: int
+    """Where the backward pass has begun."""
+    block: int
+    """Of the largest block, while it runs backward."""
+    evaluation: int
+    """At once in an evaluation."""
+
+
+def gradients(
+    stage: int, shares: Shares, ranks: int, *, size: int, grain: int, accumulates: bool
+) -> Gradients:
+    """What a stage of ZeRO holds.
+
+    Args:
+        size: bytes of a number in forward and backward.
+        grain: bytes of a number of a gradient that is added up.
+        accumulates: a step has several micro-batches.
+    """
+    local, owned, bucket = (grain * n for n in (shares.local, shares.owned, shares.bucket))
+    apart = size < grain  # gradients are added up in another precision than they are made in
+    fresh = grain * shares.largest if accumulates else 0
+    if stage == 0:
+        before = local if accumulates else 0
+        return Gradients(0, before, before, local + fresh + (bucket if ranks > 1 else 0))
+    if stage == 1:
+        before = local + bucket if accumulates else 0
+        end = local + bucket + max(owned if apart else 0, fresh)
+        return Gradients(0, before, max(before, bucket), end)
+    if stage == 2:
+        before = owned if accumulates else 0
+        reduced = owned * (shares.local - shares.bucket) // shares.local
+        end = 2 * bucket + reduced + (owned if apart or accumulates else 0)
+        return Gradients(0, before, before + bucket, end)
+    whole = size * min(shares.local, LARGEST_LIVE) if ranks > 1 else 0
+    return Gradients(owned + bucket, 2 * whole, whole, 2 * bucket)
+
+
+def peak(states: int, held: Gradients, work: Work) -> int:
+    """The most bytes at once.
+
+    Args:
+        states: of weights, of the optimizer, and of what records remember.
+    """
+    moments = (
+        held.forward + work.forward,
+        held.first + work.backward,
+        held.last + work.block,
+        work.evaluation,
+    )
+    return states + held.always + max(moments)
+
+
+def record_bytes(model: nn.Module) -> int:
+    """What measures of moving banks remember of them: rows, and maps in float64 as they started and
+    as they were before a step."""
+    found = 0
+    for bank in model.modules():
+        if not isinstance(bank, Bank):
+            continue
+        found += FLOAT32 * min(bank.base.numel(), LARGEST_COPY)
+        if bank.maps:
+            slots = 1 if bank.shared else len(bank.base)
+            found += 2 * FLOAT64 * slots * bank.base.shape[-1] * bank.width
+    return found
