@@ -57,11 +57,9 @@ class StepAverages:
         }
 
 
-def of_this_rank(ranks: Sequence[Mapping[str, Any]], world: World) -> Mapping[str, Any]:
-    """What this rank has kept; of another number of ranks, what leaves means of the window and
-    sums of the counts over ranks as they were."""
-    if len(ranks) == world.size:
-        return ranks[world.rank]
+def of_other_ranks(ranks: Sequence[Mapping[str, Any]], world: World) -> Mapping[str, Any]:
+    """What a rank goes on with where another number of ranks has kept these: means of the window
+    and sums of the counts over ranks stay as they were."""
     windows, by_counter = [rank["window"] for rank in ranks], [rank["counts"] for rank in ranks]
     sums = {
         name: torch.stack([window["sums"][name] for window in windows]).mean()

@@ -1,47 +1,51 @@
 """Checkpoints that exist whole or not at all, and fit any number of ranks.
 
-A checkpoint is a folder of whole tensors by name, in safetensors: `model_<r>` the state dict,
-`optimizer_<r>` Adam's moments, with tensors dealt out to ranks in turn, so that nobody holds all;
-`trainer.pt` and `rank_<r>.pt` are what the training loop keeps. Every rank writes into a temporary
-folder; once all have, rank 0 adds a manifest, renames the folder and moves `latest`, a note for
-people. A folder without a manifest, or with a file of other content, is passed over. If one rank
-can't write, all learn of it, and what is half written is removed.
+A checkpoint is a folder: chunks of the state dict's tensors and of Adam's moments, as ranks held
+them (`runs.chunks`, `runs.resharding`), and what the training loop keeps, `trainer.pt` and
+`rank_<r>.pt`. Every rank writes into a temporary folder; once all have, rank 0 adds a manifest,
+renames the folder and moves `latest`, a note for people. A folder without a manifest, or with a
+file of another size, is passed over, and so is one in which a rank reads what was not written. If
+one rank can't write, all learn of it, and what is half written is removed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import TrainConfig
-from simvq_moe.data.hashing import file_sha256
 from simvq_moe.engine.agreement import WriteFailed, together, writing
 from simvq_moe.engine.world import World
-from simvq_moe.files.regular import sync_folder, write_atomically, written_whole
+from simvq_moe.files.regular import (
+    BrokenFileError,
+    parse_json,
+    read_bytes,
+    sync_folder,
+    validate_json,
+    write_atomically,
+)
+from simvq_moe.runs.chunks import INDEX, Index, read_whole
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, CONFIG = "manifest.json", "run.yaml"
-FORMAT = "whole tensors 1"
+MANIFEST, CONFIG, SHARED = "manifest.json", "run.yaml", "trainer.pt"
+FORMAT = "chunks 1"
 """Form of a checkpoint's files; another one is not read."""
 
-
-Buffer = bytes | memoryview
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ class Restored:
     shared: dict[str, Any]
     """What all ranks of the loop had in common."""
     own: list[dict[str, Any]]
-    """What each rank had beside that, of as many ranks as there were."""
+    """What a rank had beside that: this one's alone, or of other numbers of ranks everyone's."""
+    same_ranks: bool
+    """Whether as many ranks wrote it."""
 
 
 def save(
@@ -90,27 +96,32 @@ def save(
         WriteFailed: on all ranks, if one can't write, say for a full disk; what was saved before is
             as it was.
     """
-    from simvq_moe.engine import (
-        state as engine_state,  # imports deepspeed, which only training needs
-    )
+    # these import deepspeed, which only training needs
+    from simvq_moe.engine.pieces import held_pieces, own_share
+    from simvq_moe.engine.state import counters
+    from simvq_moe.runs.resharding import write_pieces
 
     temporary = folder / f"{step}.tmp"
-    tensors = _own_part(engine_state.whole_tensors(engine), world)
-    others: dict[str, Buffer] = {
+    share = own_share(held_pieces(engine))
+    others: dict[str, bytes] = {
         f"rank_{world.rank}.pt": _serialized(state.own | {"rng": _rng_state(world.device)})
     }
     if world.is_main:
-        others |= {"trainer.pt": _serialized(state.shared), CONFIG: config_yaml.encode()}
+        others |= {SHARED: _serialized(state.shared), CONFIG: config_yaml.encode()}
     manifest = {
         "format": FORMAT,
         "step": step,
         "world_size": world.size,
         "zero_stage": engine.zero_optimization_stage(),
-        "counters": engine_state.counters(engine),
+        "counters": counters(engine),
     }
     try:
         together(world, lambda: _make_room(temporary) if world.is_main else None)
-        seals = together(world, lambda: _write_part(temporary, tensors, others))
+        sizes: dict[str, Any] = {
+            name: {"size": size}
+            for name, size in write_pieces(temporary, share, world.rank).items()
+        }
+        seals = together(world, lambda: sizes | _write_others(temporary, others, world))
         manifest["files"] = {name: seal for of_rank in seals for name, seal in of_rank.items()}
         together(world, lambda: _finish(temporary, manifest, config) if world.is_main else None)
     except WriteFailed:
@@ -122,76 +133,80 @@ def save(
 def restore(engine: Any, folder: Path, world: World, seed: int) -> Restored | None:
     """Load the latest whole checkpoint into the engine; None: there is none.
 
-    The state of random numbers is taken up by as many ranks as wrote it. Other ranks start again
-    from seed, step and rank.
+    Each rank reads what it holds. The state of random numbers is taken up by as many ranks as wrote
+    it. Other ranks start again from seed, step and rank.
 
     Raises:
-        ConfigError: it lacks a tensor of the model, or is of another form.
+        ConfigError: it lacks a tensor of the model, or is of another form; or no checkpoint is as
+            it was written, which shows only when it is read.
     """
-    from simvq_moe.engine import (
-        state as engine_state,  # imports deepspeed, which only training needs
-    )
-
-    found = [latest_step(folder) if world.is_main else None]
-    if world.size > 1:
-        dist.broadcast_object_list(found, src=0)
-    step = found[0]
-    if step is None:
-        return None
-    checkpoint = folder / str(step)
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    with _reader(checkpoint, manifest) as read:
-        engine_state.load_tensors(engine, read)
-    engine_state.load_counters(engine, manifest["counters"])
-    # of our own writing: tensors, numbers, strings
-    shared = torch.load(checkpoint / "trainer.pt", map_location=world.device, weights_only=True)
-    own = [
-        torch.load(checkpoint / f"rank_{rank}.pt", map_location=world.device, weights_only=True)
-        for rank in range(manifest["world_size"])
-    ]
-    rng = [state.pop("rng") for state in own]
-    if len(own) == world.size and world.device.type in rng[world.rank]:
-        _set_rng_state(rng[world.rank], world.device)
-    else:
-        torch.manual_seed(_derived_seed(seed, step, world.rank))
-        if world.is_main:
-            logger.warning(
-                "checkpoint %s was written by %s and goes on with %s: random numbers start again "
-                "from seed, step and rank",
-                *(checkpoint, _ranks(len(own)), _ranks(world.size)),
-            )
-    return Restored(step, shared, own)
+    steps = _whole_steps(folder) if world.is_main else None
+    broken = None
+    while (step := _from_main(next(steps, None) if steps else None, world)) is not None:
+        try:
+            return _restore(engine, folder / str(step), world, seed)
+        except BrokenFileError as error:
+            broken = error
+            if world.is_main:
+                _say_skipped(folder / str(step), error)
+    if broken is not None:
+        raise ConfigError(
+            f"no checkpoint in {folder} is as it was written ({broken}): put one back, or remove "
+            "them to train again from the start"
+        )
+    return None
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's state dict from a whole checkpoint, on the CPU."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    weights: dict[str, Tensor] = {}
-    for file in _parts(checkpoint, manifest, "model"):
-        weights |= load_file(file)
-    return weights
+    """The model's state dict from a whole checkpoint, on the CPU.
+
+    Raises:
+        BrokenFileError: it is not as it was written.
+    """
+    return dict(read_whole(checkpoint, read_index(checkpoint).weights()))
 
 
-def latest_step(folder: Path) -> int | None:
-    """Step of the newest checkpoint whose files are as written; broken ones are named in the log.
+def read_index(checkpoint: Path) -> Index:
+    """Which tensors a whole checkpoint has, and where their chunks lie.
+
+    Raises:
+        BrokenFileError: the index is not as it was written.
+    """
+    return _read_index(checkpoint, _read_manifest(checkpoint))
+
+
+def newest_weights(folder: Path) -> dict[str, Tensor] | None:
+    """The state dict from the newest checkpoint that is as it was written; None: there is none.
 
     Raises:
         ConfigError: see `check_form`.
     """
-    check_form(folder)
-    for step in reversed(committed_steps(folder)):
-        defect = _defect(folder / str(step))
-        if defect is None:
-            return step
-        logger.warning("checkpoint %s is skipped: %s", folder / str(step), defect)
+    for step in _whole_steps(folder):
+        try:
+            return load_weights(folder / str(step))
+        except BrokenFileError as error:
+            _say_skipped(folder / str(step), error)
     return None
+
+
+def latest_step(folder: Path) -> int | None:
+    """Step of the newest checkpoint whose files are all there; no content is read. Broken ones are
+    named in the log.
+
+    Raises:
+        ConfigError: see `check_form`.
+    """
+    return next(iter(_whole_steps(folder)), None)
 
 
 def check_form(folder: Path) -> None:
     """Raise `ConfigError` if a checkpoint has a form that this version doesn't know."""
     for step in committed_steps(folder):
-        manifest = _manifest(folder / str(step))
-        if manifest is not None and manifest.get("format") != FORMAT:
+        try:
+            form = _read_manifest(folder / str(step)).get("format")
+        except BrokenFileError:
+            continue  # passed over, and told, where checkpoints are read
+        if form != FORMAT:
             raise ConfigError(
                 f"checkpoint {folder / str(step)} has another form than this version reads: use "
                 "the version that wrote it, or train again with another --name"
@@ -209,17 +224,72 @@ def committed_steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
 
 
-def _own_part(wholes: Iterator[Any], world: World) -> dict[str, dict[str, Tensor]]:
-    """Every world.size-th tensor and its moments, by the file that they go to."""
-    model: dict[str, Tensor] = {}
-    optimizer: dict[str, Tensor] = {}
-    for i, whole in enumerate(wholes):
-        if i % world.size == world.rank:
-            model[whole.name] = whole.weight.cpu()
-            for moment, tensor in whole.moments.items():
-                optimizer[_key(whole.name, moment)] = tensor.cpu()
-    parts = {"model": model, "optimizer": optimizer}
-    return {f"{kind}_{world.rank}.safetensors": part for kind, part in parts.items()}
+def _restore(engine: Any, checkpoint: Path, world: World, seed: int) -> Restored:
+    # these import deepspeed, which only training needs
+    from simvq_moe.engine.pieces import held_pieces, took_up
+    from simvq_moe.engine.state import load_counters
+    from simvq_moe.runs.resharding import read_pieces
+
+    manifest, index, contents = _read_small(checkpoint, world)
+    read_pieces(checkpoint, index, held_pieces(engine))
+    took_up(engine)
+    load_counters(engine, manifest["counters"])
+    same_ranks = manifest["world_size"] == world.size
+    if not same_ranks:
+        contents = {
+            name: one for of_rank in world.gather(contents) for name, one in of_rank.items()
+        }
+    # of our own writing: tensors, numbers, strings
+    states = {
+        name: torch.load(io.BytesIO(content), map_location=world.device, weights_only=True)
+        for name, content in contents.items()
+    }
+    shared = states.pop(SHARED)
+    own = [states[name] for name in sorted(states, key=_rank_of)]
+    rngs = [state.pop("rng") for state in own]
+    if same_ranks and world.device.type in rngs[0]:
+        _set_rng_state(rngs[0], world.device)
+    else:
+        step = manifest["step"]
+        torch.manual_seed(_derived_seed(seed, step, world.rank))
+        if world.is_main:
+            logger.warning(
+                "checkpoint %s was written by %s and goes on with %s: random numbers start again "
+                "from seed, step and rank",
+                *(checkpoint, _ranks(manifest["world_size"]), _ranks(world.size)),
+            )
+    return Restored(manifest["step"], shared, own, same_ranks)
+
+
+def _read_small(checkpoint: Path, world: World) -> tuple[dict[str, Any], Index, dict[str, bytes]]:
+    """Manifest, index and what the loop has kept: of as many ranks each its own, of others an even
+    part of it.
+
+    Raises:
+        BrokenFileError: on every rank, if it is not as it was written where one has looked.
+    """
+    found = error = None
+    try:
+        manifest = _read_manifest(checkpoint)
+        ranks = range(world.rank, manifest["world_size"], world.size)
+        names = (SHARED, *(f"rank_{rank}.pt" for rank in ranks))
+        contents = {name: _read_sealed(checkpoint, name, manifest) for name in names}
+        found = manifest, _read_index(checkpoint, manifest), contents
+    except BrokenFileError as broken:
+        error = broken
+    for broken in world.gather(error):
+        if broken is not None:
+            raise broken
+    assert found is not None
+    return found
+
+
+def _from_main(value: T, world: World) -> T:
+    """What rank 0 gives, on every rank."""
+    found = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _make_room(temporary: Path) -> None:
@@ -230,64 +300,26 @@ def _make_room(temporary: Path) -> None:
         sync_folder(temporary.parent.parent)
 
 
-def _serialized(state: dict[str, Any]) -> Buffer:
+def _serialized(state: dict[str, Any]) -> bytes:
     # in memory, for of a full disk torch says no more than that writing failed
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getbuffer()
+    return buffer.getvalue()
 
 
-def _write_part(
-    target: Path, tensors: dict[str, dict[str, Tensor]], others: Mapping[str, Buffer]
-) -> dict[str, Any]:
-    """Write files of tensors and other files; their names and seals."""
-    seals: dict[str, Any] = {}
-    for name in (*tensors, *others):
+def _write_others(target: Path, others: Mapping[str, bytes], world: World) -> dict[str, Any]:
+    """Write files other than those of tensors; seals of these, and of the index."""
+    for name, content in others.items():
         with writing(target / name):
-            with written_whole(target / name) as file:
-                if name in tensors:
-                    save_file(tensors[name], file)
-                else:
-                    file.write_bytes(others[name])
-            seals[name] = _seal(target / name)
+            write_atomically(target / name, content)
+    seals = {name: _seal(content) for name, content in others.items()}
+    if world.is_main:
+        seals[INDEX] = _seal((target / INDEX).read_bytes())
     return seals
 
 
-@contextmanager
-def _reader(
-    checkpoint: Path, manifest: dict[str, Any]
-) -> Iterator[Callable[[str, str | None], Tensor]]:
-    """Reads one tensor at a time by name, or a moment of it."""
-    with ExitStack() as stack:
-        file_of: dict[str, Any] = {}
-        for kind in ("model", "optimizer"):
-            for path in _parts(checkpoint, manifest, kind):
-                file = stack.enter_context(safe_open(path, "pt"))
-                file_of |= dict.fromkeys(file.keys(), file)
-
-        def read(name: str, moment: str | None) -> Tensor:
-            key = _key(name, moment)
-            if key not in file_of:
-                raise ConfigError(
-                    f"checkpoint {checkpoint} lacks {key}: use the version that wrote it, or train "
-                    "again with another --name"
-                )
-            return file_of[key].get_tensor(key)
-
-        yield read
-
-
-def _key(name: str, moment: str | None) -> str:
-    return name if moment is None else f"{moment}/{name}"
-
-
-def _parts(checkpoint: Path, manifest: dict[str, Any], kind: str) -> list[Path]:
-    return [checkpoint / name for name in manifest["files"] if name.startswith(f"{kind}_")]
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    """Size and hash of a file that is safe on disk."""
-    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
+def _seal(content: bytes) -> dict[str, Any]:
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _finish(temporary: Path, manifest: dict[str, Any], config: TrainConfig) -> None:
@@ -319,26 +351,56 @@ def _clean_up(folder: Path, step: int, config: TrainConfig) -> None:
         shutil.rmtree(doomed)
 
 
-def _manifest(checkpoint: Path) -> dict[str, Any] | None:
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / MANIFEST
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+        manifest = parse_json(read_bytes(path), path)
+    except BrokenFileError:
+        manifest = None
+    if not isinstance(manifest, dict) or "files" not in manifest:
+        raise BrokenFileError(path, "is missing or not readable")
+    return manifest
 
 
-def _defect(checkpoint: Path) -> str | None:
-    """What keeps it from being read, if anything."""
-    manifest = _manifest(checkpoint)
-    if manifest is None:
-        return f"its {MANIFEST} is missing or not readable"
-    for name, seal in manifest["files"].items():
+def _read_index(checkpoint: Path, manifest: dict[str, Any]) -> Index:
+    return validate_json(_read_sealed(checkpoint, INDEX, manifest), Index, checkpoint / INDEX)
+
+
+def _read_sealed(checkpoint: Path, name: str, manifest: dict[str, Any]) -> bytes:
+    """The content of a file that is as it was written."""
+    seal = manifest["files"].get(name)
+    content = read_bytes(checkpoint / name)
+    if seal is None or hashlib.sha256(content).hexdigest() != seal["sha256"]:
+        raise BrokenFileError(checkpoint / name, "has another content than when it was written")
+    return content
+
+
+def _whole_steps(folder: Path) -> Iterator[int]:
+    """Steps of the checkpoints whose files are all there, newest first; others are told."""
+    check_form(folder)
+    for step in reversed(committed_steps(folder)):
+        try:
+            _check_sizes(folder / str(step))
+            yield step
+        except BrokenFileError as error:
+            _say_skipped(folder / str(step), error)
+
+
+def _check_sizes(checkpoint: Path) -> None:
+    for name, seal in _read_manifest(checkpoint)["files"].items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != seal["size"]:
-            return f"{name} is missing or has another size than when it was written"
-        if file_sha256(path) != seal["sha256"]:
-            return f"{name} has another content than when it was written"
-    return None
+            raise BrokenFileError(path, "is missing or has another size than when it was written")
+
+
+def _say_skipped(checkpoint: Path, error: BrokenFileError) -> None:
+    name = Path(error.path).name
+    its = f"its {name}" if name == MANIFEST else name
+    logger.warning("checkpoint %s is skipped: %s %s", checkpoint, its, error.reason)
+
+
+def _rank_of(name: str) -> int:
+    return int(name.removeprefix("rank_").removesuffix(".pt"))
 
 
 def _ranks(count: int) -> str:

@@ -34,10 +34,9 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
     if (run_dir / FOLDED).is_file():
         weights = read_safetensors(run_dir / FOLDED)
     else:
-        step = checkpoint.latest_step(run_dir / "checkpoints")
-        if step is None:
+        weights = checkpoint.newest_weights(run_dir / "checkpoints")
+        if weights is None:
             raise ConfigError(f"{run_dir} has no checkpoint: train it first")
-        weights = checkpoint.load_weights(run_dir / "checkpoints" / str(step))
     return config, weights
 
 

@@ -19,7 +19,7 @@ from simvq_moe.engine.world import World
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.records.bank_metrics import Banks
 from simvq_moe.records.run_log import RunLog
-from simvq_moe.records.step_averages import StepAverages, of_this_rank
+from simvq_moe.records.step_averages import StepAverages, of_other_ranks
 from simvq_moe.records.trackers.ids import ids_of_run, known_ids
 from simvq_moe.records.usage_metrics import layers_of, usage_metrics
 from simvq_moe.runs.checkpoint import LoopState, Restored
@@ -188,7 +188,8 @@ class Recorder:
     def take_up(self, restored: Restored) -> None:
         self.train_seconds = restored.shared["train_seconds"]
         self.banks.take_up(restored.shared["stale"])
-        kept = of_this_rank(restored.own, self.world)
+        own = restored.own
+        kept = own[0] if restored.same_ranks else of_other_ranks(own, self.world)
         self.averages = StepAverages(**kept["window"])
         for counter, counts in zip(self.counters, kept["counts"], strict=True):
             counter.counts.copy_(counts)

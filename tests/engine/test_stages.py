@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from simvq_moe.cli import main
@@ -23,6 +22,8 @@ from simvq_moe.config.schema import Config
 from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.sharding import is_sharded
 from simvq_moe.engine.world import World, start_distributed
+from simvq_moe.runs.checkpoint import read_index
+from simvq_moe.runs.chunks import read_whole
 from simvq_moe.tasks.registry import build_model
 from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT, metrics, on_ranks
@@ -147,10 +148,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     """Weights and Adam's moments at the end."""
-    found: dict[str, torch.Tensor] = {}
-    for file in (run_dir / "checkpoints" / str(STEPS)).glob("*.safetensors"):
-        found |= load_file(file)
-    return found
+    saved = run_dir / "checkpoints" / str(STEPS)
+    return dict(read_whole(saved, read_index(saved).tensors))
 
 
 def assert_same(run_dir: Path, reference: Path) -> None:

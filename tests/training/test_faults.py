@@ -354,13 +354,10 @@ class Spoilt:
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
     """All that training changes: weights and moments as they are saved, and every buffer."""
-    from simvq_moe.engine import state as engine_state
+    from simvq_moe.engine.pieces import held_pieces
 
     found = {f"buffer/{name}": b.clone() for name, b in trainer.task.model.named_buffers()}
-    for whole in engine_state.whole_tensors(trainer.engine):
-        found[whole.name] = whole.weight.clone()
-        found |= {f"{m}/{whole.name}": moment.clone() for m, moment in whole.moments.items()}
-    return found
+    return found | {piece.key: piece.data.clone() for piece in held_pieces(trainer.engine)}
 
 
 def skips_one_step(config: Config, world: World, spoil: Callable[[Trainer], Any]) -> None:

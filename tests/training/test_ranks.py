@@ -15,7 +15,7 @@ from simvq_moe.cli import main
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.agreement import TrainingFailed
 from simvq_moe.engine.world import World
-from simvq_moe.runs import checkpoint
+from simvq_moe.runs import checkpoint, chunks
 from simvq_moe.training.run import _without_a_rank
 from tests.launching import ROOT, metrics, run_forked
 from tests.short_training import train_flags
@@ -168,7 +168,8 @@ def test_ranks_that_have_lost_one_name_the_newest_checkpoint_without_reading_it(
     assert "(no checkpoint yet)" in _without_a_rank(config, others)
     (config.run_dir / "checkpoints" / "10").mkdir(parents=True)
     read: list[Path] = []
-    monkeypatch.setattr(checkpoint, "file_sha256", read.append)
+    monkeypatch.setattr(checkpoint, "read_bytes", read.append)
+    monkeypatch.setattr(chunks, "open_regular", read.append)
     said = _without_a_rank(config, others)
     assert said.startswith("rank 5: another rank has ended (newest checkpoint: step 10)")
     assert not read

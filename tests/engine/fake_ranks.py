@@ -1,0 +1,64 @@
+"""Engines of ranks of many, each in a process of its own whose collective calls do nothing."""
+
+from __future__ import annotations
+
+import os
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from simvq_moe.config.flags import with_flags
+from simvq_moe.config.schema import Config
+from simvq_moe.engine.build import make_engine
+from simvq_moe.engine.pieces import held_pieces, own_share
+from simvq_moe.engine.settings import import_deepspeed
+from simvq_moe.engine.world import World
+from simvq_moe.moe.expert_parallel import make_groups
+from simvq_moe.tasks.registry import build_model
+
+
+class Rank(NamedTuple):
+    """One of many ranks, and what it trains."""
+
+    rank: int
+    ranks: int
+    flags: tuple[str, ...]
+
+
+class Part(NamedTuple):
+    """Elements of one tensor that a rank writes."""
+
+    key: str
+    start: int
+    length: int
+    bytes: int
+    whole: int
+    """Elements of the whole tensor."""
+
+
+def parts_of(rank: Rank) -> list[Part]:
+    """What this rank writes into a checkpoint."""
+    os.environ |= {"RANK": str(rank.rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(rank.ranks)}
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", rank=rank.rank, world_size=rank.ranks, store=FakeStore())
+    import_deepspeed().init_distributed("fake", auto_mpi_discovery=False)
+    config = with_flags(Config(), rank.flags, "train")
+    if config.moe.expert_parallel > 1:
+        make_groups(config.moe.expert_parallel)
+    world = World(rank.rank, rank.ranks, torch.device("cpu"))
+    engine = make_engine(build_model(config), config, world)
+    return [
+        Part(p.key, p.start, len(p.data), p.data.nbytes, torch.Size(p.shape).numel())
+        for p in own_share(held_pieces(engine))
+    ]
+
+
+def parts_of_all(ranks: list[Rank]) -> list[list[Part]]:
+    """What each of these ranks writes."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        return pool.map(parts_of, ranks, chunksize=1)
