@@ -219,8 +219,10 @@ class IndexedReader(StorageReader):
             planner_data={key: stored.shape for key, stored in tensors.items()},
         )
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
-        del metadata, is_coordinator
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        del metadata, is_coordinator, args, kwargs
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
