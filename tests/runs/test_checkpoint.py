@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from dataclasses import replace
@@ -274,11 +275,13 @@ def test_random_numbers_go_on_with_as_many_ranks_and_start_again_with_others(
     expected = torch.rand(4)
     Trainer(tiny, world, lambda: False).close()
     assert_close(torch.rand(4), expected, rtol=0, atol=0)
-    assert not caplog.records
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
     # as if two ranks had written it
     target = trainer.checkpoints / "3"
     manifest = json.loads((target / "manifest.json").read_text())
-    (target / "manifest.json").write_text(json.dumps(manifest | {"world_size": 2}))
+    files = manifest["files"] | {"rank_1.pt": manifest["files"]["rank_0.pt"]}
+    manifest |= {"world_size": 2, "files": files}
+    (target / "manifest.json").write_text(json.dumps(manifest))
     shutil.copyfile(target / "rank_0.pt", target / "rank_1.pt")
     drawn = []
     for _ in range(2):
