@@ -21,7 +21,7 @@ from simvq_moe.engine.sharding import is_sharded
 from simvq_moe.engine.state import MOMENTS, adam, link_moments, make_moments
 from simvq_moe.moe.expert_parallel import ParallelExperts
 
-LEAST_SHARE = 2**16
+LEAST_SHARE = 2**13
 """Bytes of what several ranks hold that one of them writes at least, if there are so many."""
 
 

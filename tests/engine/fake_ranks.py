@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config
-from simvq_moe.engine.build import make_engine
+from simvq_moe.engine.build import import_compiler, make_engine
 from simvq_moe.engine.pieces import held_pieces, own_share
 from simvq_moe.engine.settings import import_deepspeed
 from simvq_moe.engine.world import World
@@ -58,7 +59,14 @@ def parts_of(rank: Rank) -> list[Part]:
 
 def parts_of_all(ranks: list[Rank]) -> list[list[Part]]:
     """What each of these ranks writes."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with context.Pool(1, maxtasksperchild=1) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_in_forks, ranks).result()
+
+
+def _in_forks(ranks: list[Rank]) -> list[list[Part]]:
+    # forks share the imports, which take longer than all else
+    torch.set_num_threads(1)
+    import_deepspeed()
+    import_compiler(compiles=False)
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         return pool.map(parts_of, ranks, chunksize=1)
