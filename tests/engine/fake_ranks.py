@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.build import import_compiler, make_engine
-from simvq_moe.engine.pieces import held_pieces, own_share
+from simvq_moe.engine.pieces import Piece, held_pieces, own_share
 from simvq_moe.engine.settings import import_deepspeed
 from simvq_moe.engine.world import World
 from simvq_moe.moe.expert_parallel import make_groups
@@ -30,18 +30,29 @@ class Rank(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Elements of one tensor that a rank writes."""
+    """Elements of one tensor."""
 
     key: str
     start: int
     length: int
-    bytes: int
-    whole: int
-    """Elements of the whole tensor."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+    @property
+    def bytes(self) -> int:
+        return self.length * self.dtype.itemsize
 
 
-def parts_of(rank: Rank) -> list[Part]:
-    """What this rank writes into a checkpoint."""
+class Parts(NamedTuple):
+    """What one rank has to do with a checkpoint."""
+
+    written: list[Part]
+    held: list[Part]
+
+
+def parts_of(rank: Rank) -> Parts:
+    """What this rank writes into a checkpoint, and what it reads."""
     os.environ |= {"RANK": str(rank.rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(rank.ranks)}
     torch.set_num_threads(1)
     dist.init_process_group("fake", rank=rank.rank, world_size=rank.ranks, store=FakeStore())
@@ -51,19 +62,21 @@ def parts_of(rank: Rank) -> list[Part]:
         make_groups(config.moe.expert_parallel)
     world = World(rank.rank, rank.ranks, torch.device("cpu"))
     engine = make_engine(build_model(config), config, world)
-    return [
-        Part(p.key, p.start, len(p.data), p.data.nbytes, torch.Size(p.shape).numel())
-        for p in own_share(held_pieces(engine))
-    ]
+    held = held_pieces(engine)
+    return Parts(_described(own_share(held)), _described(held))
 
 
-def parts_of_all(ranks: list[Rank]) -> list[list[Part]]:
-    """What each of these ranks writes."""
+def _described(pieces: list[Piece]) -> list[Part]:
+    return [Part(p.key, p.start, len(p.data), p.data.dtype, p.shape) for p in pieces]
+
+
+def parts_of_all(ranks: list[Rank]) -> list[Parts]:
+    """What each of these ranks writes and reads."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_in_forks, ranks).result()
 
 
-def _in_forks(ranks: list[Rank]) -> list[list[Part]]:
+def _in_forks(ranks: list[Rank]) -> list[Parts]:
     # forks share the imports, which take longer than all else
     torch.set_num_threads(1)
     import_deepspeed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from simvq_moe.files.regular import BrokenFileError, validate_json
 from simvq_moe.runs import resharding
 from simvq_moe.runs.chunks import INDEX, ChunkReader, Index, read_whole
 from simvq_moe.runs.resharding import ChunkWriter, IndexedReader, PieceLoader, PieceSaver
+from tests.engine.fake_ranks import Part, Parts, Rank, parts_of_all
 
 TENSORS = {
     "a": torch.randn(6, 7),
@@ -40,13 +42,17 @@ def pieces_of(tensors: dict[str, Tensor], rank: int, ranks: int) -> list[Piece]:
 
 
 def write(folder: Path, ranks: int) -> Index:
+    return write_all(folder, [pieces_of(TENSORS, rank, ranks) for rank in range(ranks)])
+
+
+def write_all(folder: Path, by_rank: Sequence[list[Piece]]) -> Index:
     """What `write_pieces` does on all ranks, on one after the other."""
     folder.mkdir(exist_ok=True)
-    planners = [PieceSaver(pieces_of(TENSORS, rank, ranks)) for rank in range(ranks)]
+    planners = [PieceSaver(pieces) for pieces in by_rank]
     for planner in planners:
         planner.set_up_planner({}, is_coordinator=True)
     plans, metadata = planners[0].create_global_plan([p.create_local_plan() for p in planners])
-    writers = [ChunkWriter(folder, rank) for rank in range(ranks)]
+    writers = [ChunkWriter(folder, rank) for rank in range(len(by_rank))]
     results = [
         writer.write_data(planner.finish_plan(plan), planner).wait()
         for writer, planner, plan in zip(writers, planners, plans, strict=True)
@@ -61,9 +67,69 @@ def read(folder: Path, index: Index, pieces: list[Piece]) -> None:
     reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
 
 
+MODEL = (
+    *("--task", "language_model", "--data.vocabulary", "64", "--data.context", "8"),
+    *("--language_model.width", "12", "--language_model.heads", "2"),
+    *("--language_model.layers", "1", "--moe.experts", "4", "--moe.top_k", "2"),
+    *("--moe.hidden", "6", "--moe.expert_out_map.kind", "linear", "--train.batch_size", "8"),
+)
+LAYOUTS = {(1, 1, 1), (2, 1, 1), (2, 1, 2), (4, 1, 2), (4, 3, 1), (4, 0, 1), (2, 3, 1)}
+"""Number of ranks, ZeRO stage, ranks that share experts."""
+
+
+@pytest.fixture(scope="module")
+def engines() -> dict[tuple[int, int, int], list[Parts]]:
+    """What all ranks of engines of every layout write and hold."""
+    asked = {
+        (ranks, stage, split): [
+            Rank(
+                rank,
+                ranks,
+                (*MODEL, "--train.zero_stage", f"{stage}", "--moe.expert_parallel", f"{split}"),
+            )
+            for rank in range(ranks)
+        ]
+        for ranks, stage, split in sorted(LAYOUTS)
+    }
+    found = iter(parts_of_all([rank for ranks in asked.values() for rank in ranks]))
+    return {layout: [next(found) for _ in ranks] for layout, ranks in asked.items()}
+
+
+def filled(parts: Sequence[Part], *, known: bool) -> list[Piece]:
+    """Pieces whose elements say whose they are, or nothing."""
+    pieces = []
+    for part in parts:
+        data = torch.full((part.length,), -1.0)
+        if known:
+            data = torch.arange(part.start, part.start + part.length).float() + len(part.key)
+        pieces.append(Piece(part.key, part.start, data.to(part.dtype), part.shape))
+    return pieces
+
+
+@pytest.mark.usefixtures("large_chunks")
+def test_ranks_of_any_layout_read_what_those_of_any_other_have_written(
+    tmp_path: Path, engines: dict[tuple[int, int, int], list[Parts]]
+) -> None:
+    for i, writers in enumerate(engines.values()):
+        folder = tmp_path / str(i)
+        index = write_all(folder, [filled(parts.written, known=True) for parts in writers])
+        for readers in engines.values():
+            for parts in readers:
+                pieces = filled(parts.held, known=False)
+                read(folder, index, pieces)
+                for piece, expected in zip(pieces, filled(parts.held, known=True), strict=True):
+                    assert_close(piece.data, expected.data, rtol=0, atol=0)
+
+
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resharding, "LARGEST_CHUNK", 5)
+
+
+@pytest.fixture
+def large_chunks(small_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    del small_chunks
+    monkeypatch.setattr(resharding, "LARGEST_CHUNK", 300)
 
 
 @pytest.mark.parametrize("before", [1, 2, 5, 64])
