@@ -193,4 +193,4 @@ def read_whole(folder: Path, tensors: Mapping[str, Stored]) -> Iterator[tuple[st
 
 
 def _bytes_of(flat: Tensor) -> memoryview:
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -36,6 +35,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -69,7 +70,7 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], rank: int) -> dict[str, 
         WriteFailed: on every rank, with what each that failed has to say.
     """
     writer = ChunkWriter(folder, rank)
-    _told(lambda: dcp.save({}, storage_writer=writer, planner=PieceSaver(pieces)))
+    _told(lambda: save({}, storage_writer=writer, planner=PieceSaver(pieces)))
     return writer.sizes
 
 
@@ -81,7 +82,7 @@ def read_pieces(folder: Path, index: Index, pieces: Sequence[Piece]) -> None:
         BrokenFileError: on every rank, if one has read what was not written.
     """
     reader = IndexedReader(folder, index)
-    _told(lambda: dcp.load({}, storage_reader=reader, planner=PieceLoader(pieces, folder)))
+    _told(lambda: load({}, storage_reader=reader, planner=PieceLoader(pieces, folder)))
 
 
 class PieceSaver(DefaultSavePlanner):
