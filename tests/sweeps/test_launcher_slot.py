@@ -41,7 +41,7 @@ def config_of(here: Path, name: str, more: str = "") -> tuple[Path, Path]:
 
 
 @pytest.mark.distributed
-def test_one_launcher_starts_run_after_run_and_the_loss_of_a_rank_costs_one(here: Path) -> None:
+def test_one_launcher_starts_run_after_run_and_the_loss_of_a_rank_costs_one_run(here: Path) -> None:
     with Slots() as slots:
         first = slots(*config_of(here, "first"), MACHINE, ())
         assert first.wait() == 0, (here / "first.log").read_text()
@@ -49,6 +49,7 @@ def test_one_launcher_starts_run_after_run_and_the_loss_of_a_rank_costs_one(here
         broken = slots(*config_of(here, "broken", "optimizer: {lr: 1e30}\n"), MACHINE, ())
         assert broken.wait() == 1
         assert "last good" in (here / "broken.log").read_text()
+        saves_and_goes_on_in_its_slot(here, slots)
         (slot,) = slots.all
         killed = slots(*config_of(here, "killed", "optimizer: {lr: 2e-3}\n"), MACHINE, ())
         assert slots.all == [slot]
@@ -68,32 +69,30 @@ def test_one_launcher_starts_run_after_run_and_the_loss_of_a_rank_costs_one(here
             assert file.read_bytes() == same.read_bytes(), file
 
 
+def saves_and_goes_on_in_its_slot(here: Path, slots: Slots) -> None:
+    """A run that is stopped."""
+    long = "train: {steps: 900, save_every: 900, batch_size: 8, log_every: 2}\n"
+    file, log = config_of(here, "long")
+    file.write_text(file.read_text().replace(CONFIG.splitlines()[2] + "\n", long))
+    started = slots(file, log, MACHINE, ())
+    while not (log.is_file() and "step " in log.read_text()):
+        assert started.poll() is None, log.read_text()
+    stop([started])
+    assert started.wait() == 130
+    assert (here / "runs/long/checkpoints/latest").is_file()
+    assert json.loads((here / "runs/long/meta.json").read_text())["status"] == "interrupted"
+    again = slots(file, log, MACHINE, ())
+    while "resum" not in log.read_text():
+        assert again.poll() is None, log.read_text()
+    stop([again])
+
+
 def rank_1(slot: Slot) -> psutil.Process:
     """The process that the slot's launcher has started as rank 1."""
     every = psutil.Process(slot.pid).children(recursive=True)
     return next(
         one for one in every if one.environ().get("RANK") == "1" and os.getpgid(one.pid) == slot.pid
     )
-
-
-@pytest.mark.distributed
-def test_a_run_in_a_slot_saves_all_its_ranks_when_it_is_stopped(here: Path) -> None:
-    long = "train: {steps: 900, save_every: 900, batch_size: 8, log_every: 2}\n"
-    file, log = config_of(here, "long")
-    file.write_text(file.read_text().replace(CONFIG.splitlines()[2] + "\n", long))
-    with Slots() as slots:
-        started = slots(file, log, MACHINE, ())
-        while not (log.is_file() and "step " in log.read_text()):
-            assert started.poll() is None, log.read_text()
-        stop([started])
-        assert started.wait() == 130
-        (here / "runs/long/checkpoints/latest").read_text()
-        assert json.loads((here / "runs/long/meta.json").read_text())["status"] == "interrupted"
-        again = slots(file, log, MACHINE, ())
-        assert len(slots.all) == 1
-        while "resum" not in log.read_text():
-            assert again.poll() is None, log.read_text()
-        stop([again])
 
 
 @pytest.mark.distributed
@@ -104,7 +103,7 @@ def test_a_killed_sweep_leaves_its_run_to_the_next_and_no_process(folder: Path) 
     process = in_background(*command, cwd=folder)
     left = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     again = run(*command, cwd=folder)
     assert again.returncode == 0, again.stderr
     assert "goes on in another process" in again.stderr
