@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to the comparison of README.md: installs into .venv, then trains SimVQ against VQ and
-# a shared map against plain MoE, each run by the deepspeed launcher on 2 processes, and reports. On a
+# a shared map against plain MoE, all by the deepspeed launcher on 2 processes, and reports. On a
 # machine with one GPU every run is one process.
-# Needs python3 (3.10 or newer), git and a compiler. About 15 minutes on 2 CPU cores.
+# Needs python3 (3.10 or newer), git and a compiler. About 17 minutes on 2 quiet CPU cores.
 # Run again it skips what is finished and resumes what is not.
 set -euo pipefail
 # shellcheck source=environment.sh

@@ -10,7 +10,8 @@ EXTRAS = {
     **dict.fromkeys(
         (
             *("PIL", "datasets", "deepspeed", "fsspec", "psutil", "pyarrow", "pydantic"),
-            *("rich", "soundfile", "tensorboard", "tokenizers", "typing_extensions", "tyro"),
+            *("rich", "shtab", "soundfile", "tensorboard", "tokenizers", "typing_extensions"),
+            "tyro",
             "yaml",
         ),
         "train",

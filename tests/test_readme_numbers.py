@@ -51,6 +51,24 @@ CODES = {
     "simvq_diagonal": "SimVQ, diagonal W",
     "bias_only": "bias only, no W (control)",
 }
+QUICKSTART = {
+    ("codes", ".4", MSE, "codes"): {
+        "vq": "VQ",
+        "ema": "EMA-VQ",
+        "ema_restart": "EMA-VQ with restarts",
+        "simvq": "SimVQ",
+        "vq_width_4": "VQ at width 4 (control)",
+    },
+    ("experts", ".3", BYTES, "moe/mean"): {
+        "base": "plain MoE",
+        "aux": "load-balance loss 0.01",
+        "expert_out": "shared map after the experts",
+        "whitened": "whitened router input",
+        "router_map": "router Q W, frozen Q",
+        "slow_router": "router learning rate x 0.1 (control)",
+    },
+}
+"""The group, digits and name of its error, where its usage is recorded, and its arms."""
 TABLES = ((EXPERTS, IN_THE_TABLE), (WHITENING, WHITENED))
 POINTS = "{mean:.1f} {of} ({low:.1f} to {high:.1f}, {agree} of {n} pairs, p {p:.2f})"
 SPREAD = "{mean:+.3f} ({low:+.3f} to {high:+.3f}, {agree} of {n} pairs"
@@ -181,3 +199,25 @@ def test_the_table_of_codes_is_that_of_the_report(readme: str, arm: str) -> None
             mean, sd = stats.mean_sd(values(("codes", group), arm, metric).tolist())
             cells.append(f"{mean:.{digits}f} ± {sd:.{digits}f}{unit}")
     assert f"| {CODES[arm]} | {' | '.join(cells)} |" in readme
+
+
+@pytest.mark.parametrize(
+    ("group", "arm", "label"),
+    [(group, *row) for group, rows in QUICKSTART.items() for row in rows.items()],
+)
+def test_the_table_of_the_quickstart_is_that_of_its_report(
+    group: tuple[str, str, str, str], arm: str, label: str
+) -> None:
+    name, digits, error, usage = group
+    where = ("quickstart", name)
+
+    def mean(measure: str) -> float:
+        found = next(one for one in group_of(*where)["arms"] if one["name"] == arm)
+        return float(np.mean(found["values"][measure]))
+
+    of_usage = (f"val/{usage}/{one}" for one in ("used", "perplexity", "entropy", "max_vio"))
+    used, perplexity, entropy, max_vio = map(mean, of_usage)
+    cells = [f"{mean(error):{digits}f}", f"{used:.0%}".replace("%", " %"), f"{perplexity:.0f}"]
+    cells += [f"{entropy:.2f}", f"{max_vio:.1f}"]
+    plain = (ROOT / "README.md").read_text().replace("**", "")
+    assert f"| {label} | {' | '.join(cells)} |" in plain

@@ -101,9 +101,7 @@ def show(page: Chromium, address: str, run: str, *, width: int = 1280, dark: boo
         f"(() => {{ const one = document.querySelector('#run'); one.value = '{run}';"
         " one.dispatchEvent(new Event('change')); })()"
     )
-    page.until(f"document.querySelector('#run').value === '{run}'")
-    title = "Codes" if "codes" in run else "Experts"
-    page.until(f"document.querySelector('.card h2')?.textContent === '{title}'")
+    page.until(f"document.querySelector('main').dataset.run === '{run}'")
     page.until("document.querySelectorAll('.over figure').length >= 3")
 
 

@@ -130,7 +130,11 @@ class Page {
     const other = name !== this.name;
     this.name = name;
     this.select.value = name;
-    if (other) this.closeSlot();
+    if (other) {
+      this.closeSlot();
+      this.window = null;
+      delete this.node.dataset.run;
+    }
     try {
       const run = await this.askRun();
       if (name !== this.name) return;
@@ -182,6 +186,7 @@ class Page {
   }
 
   buildKinds() {
+    this.built = this.name;
     this.window = null;
     this.closeSlot();
     const onSlot = (layer, slot) => this.openSlot(layer, slot);
@@ -210,18 +215,22 @@ class Page {
   }
 
   async showWindow(index) {
+    const { name } = this;
     const answer = await askWindow(this.entry, this.counted, index).catch((error) => {
       this.timeline.stop();
       this.message.textContent = error.message;
       this.message.hidden = false;
     });
-    if (!answer || answer.window !== this.timeline.index) return;
+    // meanwhile another run may have been chosen, whose views may still be those of this one
+    if (!answer || name !== this.name || name !== this.built) return;
+    if (answer.window !== this.timeline.index) return;
     this.window = answer;
     this.drawWindow();
   }
 
   drawWindow() {
     if (!this.window) return;
+    this.node.dataset.run = this.name;
     const { step, layers } = this.window;
     for (const view of this.views) {
       view.tiles.replaceChildren(...tiles(view.kind, view.layers, layers));
