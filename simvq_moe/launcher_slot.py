@@ -64,6 +64,7 @@ class Slot:
 
     def __init__(self, machine: Machine, log: Path) -> None:
         self.size = machine.ranks
+        launch = launch_command(self.size, (), [__name__])
         short = len(tempfile.gettempdir()) < LONGEST_FOLDER
         folder = tempfile.mkdtemp(prefix="simvq_moe_slot_", dir=None if short else "/tmp")
         address = f"{folder}/socket"
@@ -73,10 +74,9 @@ class Slot:
         self._listener.setblocking(False)
         self._come: list[Connection] = []
         self._ranks: dict[int, Connection] = {}
-        module = launch_command(self.size, (), [__name__])
         with log.open("a") as file:
             self._launcher = subprocess.Popen(
-                module,
+                launch,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

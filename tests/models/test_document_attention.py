@@ -3,9 +3,8 @@ such mask."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +28,9 @@ from simvq_moe.models.document_attention import (
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.registry import build_model
 from tests.live_memory import peak_bytes
+from tests.models.tracing import of_tracing, untyped
+
+assert untyped  # a fixture
 
 END = 3
 
@@ -134,22 +136,8 @@ def test_on_a_gpu_blocks_are_the_mask_forward_and_backward_and_wait_for_nothing(
     assert_close(got, expected, rtol=0.05, atol=0.05)
 
 
-@pytest.fixture
-def untyped() -> Iterator[None]:
-    """torch.compile can't trace the checks of annotations that the other tests are run under."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    torch.compiler.reset()
-    dynamo_counters.clear()
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.usefixtures("untyped")
-@pytest.mark.filterwarnings(
-    # of torch 2.13 while it traces
-    "ignore:The .grad attribute of a Tensor:UserWarning",
-    "ignore:.*Function'> should not be instantiated:DeprecationWarning",
-)
+@of_tracing
 def test_a_compiled_model_is_the_same_and_nothing_is_compiled_anew_for_other_documents() -> None:
     compiled, eager = (model(32, True, torch.float32) for _ in range(2))
     compiled.compile_blocks(backend="aot_eager")

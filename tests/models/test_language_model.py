@@ -3,10 +3,8 @@ activations, compiled blocks, generation and merged norms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +29,9 @@ from simvq_moe.moe.routers.hash import HashOptions
 from simvq_moe.moe.routers.hyper import HyperOptions
 from simvq_moe.moe.routers.noisy_topk import NoisyTopKOptions
 from simvq_moe.moe.routers.topk import TopKOptions
+from tests.models.tracing import of_tracing, untyped
+
+assert untyped  # a fixture
 
 OF_THE_MODEL = ("layers", "moe_every", "tied_head", "depth_scaled", "activation_checkpointing")
 
@@ -157,23 +158,6 @@ def test_checkpointed_activations_change_no_gradient_and_count_nothing_twice(
         found.append([p.grad for p in lm.parameters()] + collected)
     assert all(n.sum() > 0 for n in collected)
     assert_close(found[1], found[0], rtol=0, atol=0)
-
-
-of_tracing = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor:UserWarning",
-    "ignore:.*Function'> should not be instantiated:DeprecationWarning",
-)
-"""Warnings of torch 2.13 while it traces."""
-
-
-@pytest.fixture
-def untyped() -> Iterator[None]:
-    """torch.compile can't trace the checks of annotations that the other tests are run under."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    torch.compiler.reset()
-    dynamo_counters.clear()
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("untyped")

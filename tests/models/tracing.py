@@ -1,0 +1,26 @@
+"""What tests of compiled models need: functions without checks of their annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+import torch
+from torch._dynamo.utils import counters as dynamo_counters
+
+of_tracing = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning",
+    "ignore:.*Function'> should not be instantiated:DeprecationWarning",
+)
+"""Warnings of torch 2.13 while it traces."""
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """torch.compile can't trace the checks of annotations that the other tests are run under."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    torch.compiler.reset()
+    dynamo_counters.clear()
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
