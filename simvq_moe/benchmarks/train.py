@@ -38,7 +38,7 @@ from simvq_moe.config.schema import (
     OptimizerConfig,
     TrainConfig,
 )
-from simvq_moe.data.streaming import TextStream
+from simvq_moe.data.text.streaming import TextStream
 from simvq_moe.engine.world import World
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe.expert_kinds import SwiGLUExpert

@@ -16,7 +16,7 @@ from simvq_moe.config.loading import ConfigError, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening
-from simvq_moe.data.tokenizer import load_tokenizer
+from simvq_moe.data.text.tokenizer import load_tokenizer
 from simvq_moe.files.regular import read_bytes, write_atomically, written_whole
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.moe import MoE

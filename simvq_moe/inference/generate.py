@@ -12,7 +12,7 @@ import torch
 
 from simvq_moe.config.flags import check_least
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.data.tokenizer import encode_text, end_of_text, load_tokenizer
+from simvq_moe.data.text.tokenizer import encode_text, end_of_text, load_tokenizer
 from simvq_moe.engine.devices import this_device
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.models.language_model import LanguageModel, NotFiniteError

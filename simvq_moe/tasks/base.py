@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from simvq_moe.config.schema import Config
-from simvq_moe.data.streaming import TextStream
+from simvq_moe.data.text.streaming import TextStream
 from simvq_moe.errors import ConfigError
 from simvq_moe.tasks.samples import Samples
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from simvq_moe.config.schema import Config
-from simvq_moe.data import streaming, text
 from simvq_moe.data.codes import is_codes
-from simvq_moe.data.sources import check_stream
-from simvq_moe.data.streaming import TextStream
-from simvq_moe.data.tokens import Corpus
+from simvq_moe.data.text import corpora, streaming
+from simvq_moe.data.text.sources import check_stream
+from simvq_moe.data.text.streaming import TextStream
+from simvq_moe.data.text.tokens import Corpus
 from simvq_moe.engine.sharding import ready
 from simvq_moe.errors import ConfigError
 from simvq_moe.tasks.base import DataSet
@@ -66,7 +66,7 @@ class LanguageModelTask(SequenceTask):
             for source in data.sources or (cls.source(config),):
                 check_stream(source, data.text_field)
         else:
-            text.check_source(
+            corpora.check_source(
                 cls.source(config),
                 text_field=data.text_field,
                 held_out_source=data.held_out_source,
@@ -138,7 +138,7 @@ def _text(
         "text_field": data.text_field,
     }
     if not data.streaming:
-        corpus = text.token_windows(source, held_out_source=data.held_out_source, **common)
+        corpus = corpora.token_windows(source, held_out_source=data.held_out_source, **common)
         assert corpus.train is not None
         return corpus.train, corpus
     return streaming.text_stream(

@@ -16,7 +16,7 @@ from typing import Any
 from simvq_moe.config.loading import ConfigError, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.core.step_state import follow_steps
-from simvq_moe.data.streaming import TextStream
+from simvq_moe.data.text.streaming import TextStream
 from simvq_moe.engine.agreement import (
     Interrupted,
     TrainingFailed,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from simvq_moe.config.schema import TrainConfig
 from simvq_moe.data.codes import CodeSequences
-from simvq_moe.data.tokens import TokenWindows
+from simvq_moe.data.text.tokens import TokenWindows
 from simvq_moe.engine.sharding import gathered, is_sharded
 from simvq_moe.engine.world import World
 from simvq_moe.files.arrays import Layout, read_arrays

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from simvq_moe.config.schema import Config
-from simvq_moe.data.documents import CorruptDataError
 from simvq_moe.data.order import BatchOrder, Share, StepBatches
 from simvq_moe.data.prefetch import Prefetched
-from simvq_moe.data.streaming import TextStream
+from simvq_moe.data.rows.base import CorruptDataError
+from simvq_moe.data.text.streaming import TextStream
 from simvq_moe.engine.world import World
 from simvq_moe.errors import ConfigError
 from simvq_moe.runs.checkpoint import LoopState, Restored

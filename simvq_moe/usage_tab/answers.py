@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from simvq_moe.data.tokenizer import open_tokenizer
+from simvq_moe.data.text.tokenizer import open_tokenizer
 from simvq_moe.files.regular import BrokenFileError, is_inside
 from simvq_moe.records.usage_metrics import Layer
 from simvq_moe.runs.files import Windows, shown

@@ -18,7 +18,7 @@ from simvq_moe.cli import main
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config
-from simvq_moe.data.tokenizer import encode_text, end_of_text, load_tokenizer, train_tokenizer
+from simvq_moe.data.text.tokenizer import encode_text, end_of_text, load_tokenizer, train_tokenizer
 from simvq_moe.inference.architectures import EPSILON
 from simvq_moe.inference.fold import write_model
 from simvq_moe.models.language_model import LanguageModel

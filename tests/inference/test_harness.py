@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from simvq_moe.analysis.results import ArmResult, GroupResult
 from simvq_moe.cli import main
-from simvq_moe.data.tokenizer import encode_text, load_tokenizer
+from simvq_moe.data.text.tokenizer import encode_text, load_tokenizer
 from simvq_moe.inference.harness import join_summary, measures_of
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.records.catalogue import directed

@@ -19,8 +19,8 @@ from torch.testing import assert_close
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config, DataConfig, LanguageModelConfig, MoEConfig, TrainConfig
 from simvq_moe.core.usage import counters
-from simvq_moe.data.domains import Domains
-from simvq_moe.data.tokens import TokenWindows
+from simvq_moe.data.text.domains import Domains
+from simvq_moe.data.text.tokens import TokenWindows
 from simvq_moe.engine.world import World
 from simvq_moe.moe import MoE
 from simvq_moe.moe.expert_kinds import SwiGLUExpert

@@ -28,15 +28,18 @@ from typing import Literal, NamedTuple, NoReturn
 
 from simvq_moe.data.held_out import content_key
 from simvq_moe.data.rows import base
-from simvq_moe.data.rows.base import BUFFER as BUFFER
-from simvq_moe.data.rows.base import TEXT_FIELD as TEXT_FIELD
-from simvq_moe.data.rows.base import CorruptDataError as CorruptDataError
-from simvq_moe.data.rows.base import Defect as Defect
-from simvq_moe.data.rows.base import Row as Row
-from simvq_moe.data.rows.base import Rows as Rows
-from simvq_moe.data.rows.base import UnreachableError as UnreachableError
-from simvq_moe.data.rows.base import decoded, defect_of, missing
-from simvq_moe.data.rows.base import text_of_value as text_of_value
+from simvq_moe.data.rows.base import (
+    TEXT_FIELD,
+    CorruptDataError,
+    Defect,
+    Row,
+    Rows,
+    UnreachableError,
+    decoded,
+    defect_of,
+    missing,
+    text_of_value,
+)
 from simvq_moe.data.rows.columns import read_arrow, read_parquet
 from simvq_moe.data.rows.saved_sets import is_saved_set, shards
 from simvq_moe.errors import ConfigError

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.data.text import token_windows
-from simvq_moe.data.tokenizer import (
+from simvq_moe.data.text.corpora import token_windows
+from simvq_moe.data.text.tokenizer import (
     bytes_of_token,
     encode_text,
     end_of_text,
@@ -23,7 +23,7 @@ from simvq_moe.data.tokenizer import (
     open_tokenizer,
     train_tokenizer,
 )
-from simvq_moe.data.tokens import Corpus, TokenWindows
+from simvq_moe.data.text.tokens import Corpus, TokenWindows
 
 TEXT = "    def naïve(漢字):\n\treturn '🙂'  # twice\n"
 

@@ -20,12 +20,18 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from simvq_moe.data.documents import TEXT_FIELD, CorruptDataError, Defect, Defects, OnCorrupt
 from simvq_moe.data.order import Share, StepBatches, place_of
-from simvq_moe.data.sources import Cursor, Document, Source, is_count, open_source
-from simvq_moe.data.text import build_once, check_vocabulary, digest_of_tokenizer, write_corpus
-from simvq_moe.data.tokenizer import BYTES, load_tokenizer, open_tokenizer, train_tokenizer
-from simvq_moe.data.tokens import Corpus, encode, load_tokens
+from simvq_moe.data.rows.base import TEXT_FIELD, CorruptDataError, Defect
+from simvq_moe.data.text.corpora import (
+    build_once,
+    check_vocabulary,
+    digest_of_tokenizer,
+    write_corpus,
+)
+from simvq_moe.data.text.documents import Defects, OnCorrupt
+from simvq_moe.data.text.sources import Cursor, Document, Source, is_count, open_source
+from simvq_moe.data.text.tokenizer import BYTES, load_tokenizer, open_tokenizer, train_tokenizer
+from simvq_moe.data.text.tokens import Corpus, encode, load_tokens
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError
 

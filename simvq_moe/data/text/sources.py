@@ -15,24 +15,26 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from simvq_moe.data.documents import (
-    EMBEDDED,
+from simvq_moe.data.rows.base import (
     TEXT_FIELD,
-    WAY_OUT,
     CorruptDataError,
     Defect,
-    File,
     Rows,
     UnreachableError,
+    missing,
+    text_of_value,
+)
+from simvq_moe.data.rows.saved_sets import own_splits
+from simvq_moe.data.text.documents import (
+    EMBEDDED,
+    WAY_OUT,
+    File,
     check_readable,
     content_name,
     list_files,
     read_rows,
-    text_of_value,
 )
-from simvq_moe.data.domains import domain_of
-from simvq_moe.data.rows.base import missing
-from simvq_moe.data.rows.saved_sets import own_splits
+from simvq_moe.data.text.domains import domain_of
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import printable
 

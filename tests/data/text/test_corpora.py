@@ -20,10 +20,10 @@ import torch
 from pyarrow import parquet
 
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.data import documents, text
 from simvq_moe.data.held_out import held_out_by_content
 from simvq_moe.data.order import place_of
-from simvq_moe.data.text import build_once, check_source, token_windows
+from simvq_moe.data.text import corpora, documents
+from simvq_moe.data.text.corpora import build_once, check_source, token_windows
 from simvq_moe.files.locks import alone
 
 WORDS = ["shared", "map", "code", "expert", "idle", "naïve", "漢字", "🙂", "<|endoftext|>\t\r\n"]
@@ -105,14 +105,14 @@ def test_the_tokenizer_knows_training_documents_alone(tmp_path, source):
 def sides(source):
     files = documents.list_files(str(source))
     keys = [documents.content_name(file.path.read_bytes().decode()) for file in files]
-    return [file.name for file in files], held_out_by_content(keys, text.HELD_OUT_SHARE)
+    return [file.name for file in files], held_out_by_content(keys, corpora.HELD_OUT_SHARE)
 
 
 def others_held_out():
     """Other texts whose content is held out."""
     for i in itertools.count():
         other = f"{i} entirely other words " * 50
-        if place_of(documents.content_name(other)) < text.HELD_OUT_SHARE:
+        if place_of(documents.content_name(other)) < corpora.HELD_OUT_SHARE:
             yield other
 
 
@@ -138,7 +138,7 @@ def test_token_files_are_mapped_and_small(corpus):
 def test_an_equal_corpus_is_encoded_once(tmp_path, source, corpus, cache, monkeypatch):
     copy = tmp_path / "elsewhere"
     shutil.copytree(source, copy)
-    monkeypatch.setattr(text, "write_corpus", lambda *_, **__: pytest.fail("encoded again"))
+    monkeypatch.setattr(corpora, "write_corpus", lambda *_, **__: pytest.fail("encoded again"))
     again = windows(copy, cache, context=8)
     assert again.tokenizer == corpus.tokenizer
     assert again.train.batch(np.arange(2)).shape == (2, 9)
@@ -147,7 +147,7 @@ def test_an_equal_corpus_is_encoded_once(tmp_path, source, corpus, cache, monkey
 def test_the_cache_is_read_without_the_libraries_that_made_it(source, corpus, cache):
     assert corpus.tokenizer.parent.parent == cache
     program = (
-        "import sys; from simvq_moe.data.text import token_windows\n"
+        "import sys; from simvq_moe.data.text.corpora import token_windows\n"
         f"token_windows({str(source)!r}, vocabulary=300, context=16, cache_dir={str(cache)!r})\n"
         "print({'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules))"
     )
@@ -189,14 +189,14 @@ def test_the_cache_holds_whole_folders_only(corpus, cache):
 def test_a_process_that_comes_second_takes_the_folder_of_the_first(
     tmp_path, source, corpus, monkeypatch
 ):
-    write = text.write_corpus
+    write = corpora.write_corpus
 
     def overtaken(*args, **kwargs):
         write(*args, **kwargs)
         folder = corpus.tokenizer.parent
         shutil.copytree(folder, tmp_path / "cache" / folder.name)
 
-    monkeypatch.setattr(text, "write_corpus", overtaken)
+    monkeypatch.setattr(corpora, "write_corpus", overtaken)
     second = windows(source, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [second.tokenizer.parent.name]
     np.testing.assert_array_equal(second.train.tokens, corpus.train.tokens)
@@ -206,7 +206,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_finished(tmp_path, sourc
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(text, "write_corpus", interrupted)
+    monkeypatch.setattr(corpora, "write_corpus", interrupted)
     with pytest.raises(KeyboardInterrupt):
         windows(source, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())

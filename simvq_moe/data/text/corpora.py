@@ -24,19 +24,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simvq_moe.data import tokens
-from simvq_moe.data.documents import (
+from simvq_moe.data.held_out import held_out_by_content
+from simvq_moe.data.rows.base import (
     BUFFER,
-    EMBEDDED,
     TEXT_FIELD,
-    WAY_OUT,
     CorruptDataError,
     Defect,
+    Rows,
+    UnreachableError,
+)
+from simvq_moe.data.rows.saved_sets import own_splits
+from simvq_moe.data.text import tokens
+from simvq_moe.data.text.documents import (
+    EMBEDDED,
+    WAY_OUT,
     Defects,
     File,
     OnCorrupt,
-    Rows,
-    UnreachableError,
     check_readable,
     content_name,
     first_defect,
@@ -44,10 +48,8 @@ from simvq_moe.data.documents import (
     nothing_readable,
     read_rows,
 )
-from simvq_moe.data.domains import domain_of, number_domains
-from simvq_moe.data.held_out import held_out_by_content
-from simvq_moe.data.rows.saved_sets import own_splits
-from simvq_moe.data.tokenizer import (
+from simvq_moe.data.text.domains import domain_of, number_domains
+from simvq_moe.data.text.tokenizer import (
     BYTES,
     END_OF_TEXT,
     TOKENIZER_FILE,
@@ -55,7 +57,7 @@ from simvq_moe.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from simvq_moe.data.tokens import Corpus, is_token_folder, load_tokens, write_tokens
+from simvq_moe.data.text.tokens import Corpus, is_token_folder, load_tokens, write_tokens
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.locks import alone, in_turn
 from simvq_moe.files.regular import printable, sync_folder

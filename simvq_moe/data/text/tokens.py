@@ -21,12 +21,12 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from simvq_moe.data.documents import CorruptDataError
-from simvq_moe.data.domains import Domains, load_domains
 from simvq_moe.data.held_out import file_key
 from simvq_moe.data.ids import check_ids
 from simvq_moe.data.order import Indices
-from simvq_moe.data.tokenizer import (
+from simvq_moe.data.rows.base import CorruptDataError
+from simvq_moe.data.text.domains import Domains, load_domains
+from simvq_moe.data.text.tokenizer import (
     TOKENIZER_FILE,
     bytes_of_token,
     encode_texts,

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simvq_moe.data.domains import Domains, domain_of
-from simvq_moe.data.text import token_windows
-from simvq_moe.data.tokens import TokenWindows
+from simvq_moe.data.text.corpora import token_windows
+from simvq_moe.data.text.domains import Domains, domain_of
+from simvq_moe.data.text.tokens import TokenWindows
 
 
 @pytest.mark.parametrize(
