@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.data.images import PHOTOS, ImageCrops, LazyCrops, check_source, image_crops
+from simvq_moe.data.image_sets import ImageCrops, LazyCrops
+from simvq_moe.data.images import check_source, image_crops
 from simvq_moe.data.media.pictures import (
+    PHOTOS,
     Embedded,
     FilePicture,
     NoPictureError,

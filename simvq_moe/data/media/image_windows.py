@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 
-from simvq_moe.data.images import HELD_OUT_SHARE, _Part, _pixels, _split, _warn
+from simvq_moe.data.image_sets import Part, pixels_of
+from simvq_moe.data.images import HELD_OUT_SHARE, split_sides, warn_skipped
 from simvq_moe.data.media.pictures import STREAM
 from simvq_moe.data.media.pixels import PixelBudget
 from simvq_moe.data.order import Indices, place_of
@@ -35,7 +36,7 @@ class ImageWindows:
         centres: take of every image one window alone, at its centre.
     """
 
-    def __init__(self, parts: Sequence[_Part], size: int, *, centres: bool) -> None:
+    def __init__(self, parts: Sequence[Part], size: int, *, centres: bool) -> None:
         self.parts, self.size, self.centres = parts, size, centres
         self.names = [part.picture.name for part in parts]
         whole = np.array([part.size[::-1] for part in parts], dtype=np.int64).reshape(-1, 2)
@@ -88,7 +89,7 @@ class ImageWindows:
         """Pixels of an image; the last one of a batch is kept, for the next may go on with it."""
         known, pixels = self._last
         if known != number:
-            pixels = _pixels(self.parts[number], 1)
+            pixels = pixels_of(self.parts[number], 1)
         if pixels is None:
             self._report(number)
         if keep:
@@ -152,13 +153,13 @@ def image_windows(
 
 def _sides(
     source: str, size: int, shorter_side: int, *, whole: bool
-) -> tuple[list[_Part], list[_Part], str]:
+) -> tuple[list[Part], list[Part], str]:
     """Both sides, and what to say of images that are smaller than a window."""
-    split = _split(source, size, shorter_side, 2**62, whole=whole)
+    split = split_sides(source, size, shorter_side, 2**62, whole=whole)
     train, held_out = list(split.train), list(split.held_out)
     for small in split.small:
         late = not whole and place_of(small.header.key) < HELD_OUT_SHARE
         (held_out if late else train).append(small)
-    _warn(source, "unreadable images", split.unreadable)
-    _warn(source, "too large images", split.too_large)
+    warn_skipped(source, "unreadable images", split.unreadable)
+    warn_skipped(source, "too large images", split.too_large)
     return train, held_out, split.why_so_few()
