@@ -28,7 +28,7 @@ EXTRAS = {
     "trackio": "trackio",
     "wandb": "wandb",
 }
-"""By the name that is imported."""
+"""Extras by the name that is imported."""
 
 
 def is_missing(error: ModuleNotFoundError) -> ConfigError | None:

@@ -45,11 +45,11 @@ class Order:
     """The next run, to one rank."""
 
     arguments: tuple[str, ...]
-    """Of simvq-moe."""
+    """Arguments of simvq-moe."""
     log: str
     """File that the output is added to."""
     port: int
-    """At which the ranks of this run meet."""
+    """The port at which the ranks of this run meet."""
     group: int
     """Group of processes that this rank joins; 0: it leads one of its own."""
 

@@ -49,7 +49,7 @@ from simvq_moe.runs.files import MOST_DRAWS
 TASK_MEASURES = 100
 """Measures of tasks that a report has."""
 MOST_NULL_SLOTS = 2**22
-"""Of more, even chance takes minutes to draw."""
+"""Slots for which even chance is drawn, at most: it takes minutes for more."""
 
 
 def compute(groups: Sequence[Group], out: Path, broken: Sequence[RunRecord] = ()) -> Results:

@@ -324,7 +324,7 @@ FIRST = (
 
 
 REGISTERED = (*FIRST, *SECOND, *OF_KEYS)
-"""Of both studies, in the order in which they were written down."""
+"""Predictions of both studies, in the order in which they were written down."""
 
 
 def _simvq_and_vq(group: Group) -> Iterator[tuple[Arm, Arm]]:

@@ -16,7 +16,7 @@ from simvq_moe.analysis.registered import Registered
 from simvq_moe.analysis.results import Evidence
 
 EVEN = 0.9
-"""Of entropy."""
+"""Entropy from which on a use is even."""
 NO_HELP = 0.02
 """Gain in entropy that counts as none, as for maps in the first study."""
 KEYS: dict[str, Any] = {

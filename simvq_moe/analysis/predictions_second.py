@@ -34,7 +34,7 @@ from simvq_moe.analysis.results import Evidence
 ENTROPY, ERROR = "val/moe/mean/entropy", "val/bits_per_byte"
 USED, MSE = "val/codes/used", "val/mse"
 GAIN = 0.1
-"""Of entropy over the centred router."""
+"""Gain of entropy over the centred router."""
 NOT_WORSE = 0.005
 """Bits per byte."""
 CLOSE = 0.7
@@ -56,7 +56,7 @@ EQUAL_TERMS: dict[str, Any] = {
     "moe.balance.kind": "none",
     "optimizer.map_lr_multiplier": 1.0,
 }
-"""Of a shared map, as far as the codes of a quantizer have them."""
+"""Options of a shared map, as far as the codes of a quantizer have them."""
 
 
 def above(one: Evidence, bound: float) -> Evidence:

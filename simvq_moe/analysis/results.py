@@ -248,9 +248,9 @@ class Results:
     groups: list[GroupResult] = field(default_factory=list)
     runs: list[RunResult] = field(default_factory=list)
     level: float = stats.LEVEL
-    """Of significance."""
+    """Level of significance."""
     confidence: float = stats.CONFIDENCE
-    """Of intervals."""
+    """Confidence of intervals."""
     least_pairs: int = stats.LEAST_PAIRS
 
     def as_json(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from simvq_moe.moe.routing_measures import co_activation
 from simvq_moe.runs.files import NOBODY, read_probe
 
 MOST_EXPERTS = 128
-"""Of more, those with the most tokens are shown."""
+"""Experts that are shown, at most: those with the most tokens."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class RoutingOf:
     """[expert][expert]: share of the first one's tokens that have the second one as well, over
     (k - 1) / (N - 1). Empty where a token has one expert."""
     domains: list[str]
-    """From the one with the most tokens on."""
+    """Names of domains, that with the most tokens first."""
     specialization: list[list[float]]
     """[domain][expert]: share of the domain's tokens that have the expert, over k / N."""
 
 
 def routings_of(group: Group, left_out: list[str] | None = None) -> list[RoutingOf]:
-    """Of each arm's first finished run that has a probe.
+    """Routings of each arm's first finished run that has a probe.
 
     Args:
         left_out: gets a line for each file that can't be read.

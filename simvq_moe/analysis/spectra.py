@@ -11,7 +11,7 @@ from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.runs.files import read_spectra
 
 MOST_VALUES = 256
-"""Of more, some are kept, evenly spread."""
+"""Values that are kept of a map, at most, evenly spread."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Spectrum:
     kind: str
     """End of the banks' names: experts.down of blocks.0.moe.experts.down."""
     ranks: list[int]
-    """From 1, the largest singular value."""
+    """Ranks of the singular values; 1 is the largest."""
     values: list[float]
     """Mean over the maps and the finished runs."""
     lowest: list[float]
@@ -31,7 +31,7 @@ class Spectrum:
 
 
 def spectra_of(group: Group, left_out: list[str] | None = None) -> list[Spectrum]:
-    """Of every arm whose finished runs have shared maps.
+    """Spectra of every arm whose finished runs have shared maps.
 
     Args:
         left_out: gets a line for each file that can't be read.

@@ -23,7 +23,7 @@ class BenchArgs:
     """Time ours side by side with peers in one process; ratios, not records."""
 
     json: Path | None = None
-    """Also write every number to this file."""
+    """Write every number to this file as well."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
 
@@ -33,7 +33,7 @@ class BenchQuantizerArgs(BenchArgs):
     """Time quantizers side by side with their peers in one process; ratios, not records."""
 
     codes: tuple[int, ...] = ()
-    """Of the sizes measured, those with so many codes; none: all of them."""
+    """Numbers of codes that are measured, of those there are; none: all of them."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class BenchClusterArgs:
     out: Path | None = None
     """Write the numbers of the last row to this file, for --cluster."""
     json: Path | None = None
-    """Also write every number to this file."""
+    """Write every number to this file as well."""
 
 
 def bench(args: Sequence[str]) -> int:

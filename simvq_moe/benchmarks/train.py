@@ -82,11 +82,11 @@ class MeasuredLoop:
     seconds: float
     """CPU seconds a step, of the busiest rank; on a GPU wall time."""
     tokens_per_s: float
-    """Of all ranks, if every rank had a core of its own: tokens of a step over `seconds`."""
+    """Tokens a second of all ranks, each with a core of its own: those of a step over `seconds`."""
     relative: float
-    """Times the bare loop; of several ranks, times one rank."""
+    """Speed over that of the bare loop; that of several ranks over one rank."""
     wall_seconds: float | None = None
-    """Of a step, of several ranks on this machine."""
+    """Seconds of a step of several ranks on this machine."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -226,8 +226,8 @@ def _data_of(trainer: Trainer) -> DataSet:
 
 
 def _transformers_seconds(config: Config, trainer: Trainer, steps: int, rounds: int) -> float:
-    """Of a step, best of so many rounds. In a process of its own: beside our process group their
-    trainer would take itself for one rank of several."""
+    """Seconds of a step, best of so many rounds, in a process of its own: beside our process
+    group their trainer would take itself for one rank of several."""
     data, number = _data_of(trainer), config.train.batch_size * (steps + 1)
     samples = data.batch(np.arange(number) % len(data))[:, :-1]
     file = Path(config.runs_dir) / "transformers.json"

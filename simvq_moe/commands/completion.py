@@ -19,7 +19,7 @@ from simvq_moe.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "tcsh")
 FLAG = re.compile(r"(?:^[ │]+|\[)(--\w[\w.-]*)", re.MULTILINE)
-"""In the usage, or at the start of a line of help, in a box or not."""
+"""A flag in the usage, or at the start of a line of help, in a box or not."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class EvalArgs(OfRun):
     """Language models on text: tasks of lm-eval in place of the held-out set, names or .yaml files
     with commas between them; their measures join the summary of a finished run."""
     limit: int | None = None
-    """With --tasks: examples of each task at most, which then join no summary; None: all."""
+    """Examples of each of --tasks at most, which then join no summary; None: all."""
     cache_dir: Path | None = None
     """Text: folder of what is derived from the source, such as the run's own data.cache_dir; None:
     .cache here, wherever the run's config says."""
@@ -210,8 +210,7 @@ class GenerateArgs(OfRun):
     out: Path | None = None
     """Codes: their folder."""
     temperature: float | None = None
-    """Of the softmax that is drawn from; 0: always the best token; None: 0.8 for text, 1 for codes.
-    """
+    """Temperature of the softmax; 0: always the best token; None: 0.8 for text, 1 for codes."""
     top_k: int = 0
     """Draw from so many best tokens; 0: from all."""
     seed: int = 0

@@ -18,7 +18,7 @@ LIST = 64
 RESERVED = ("report", "checkpoints", "tensorboard", "wandb", "samples", "profile")
 """Folders that stand beside runs, or within one."""
 PART_BYTES, NAME_BYTES = 200, 1000
-"""Of a part of a name, and of a name: file systems end at 255 and 4,096."""
+"""Bytes that a part of a name has at most, and a name: file systems end at 255 and 4,096."""
 
 
 def value_problems(config: Config) -> Iterator[str]:

@@ -183,7 +183,7 @@ def _on_top(below: Any, above: Any) -> Any:
 
 @dataclass
 class _Reading:
-    """From nested plain mappings to a dataclass."""
+    """Makes a dataclass from nested plain mappings."""
 
     root: Any
     """Class of the whole."""

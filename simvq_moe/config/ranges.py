@@ -12,12 +12,12 @@ from math import nextafter
 from typing import Annotated, Any, get_args, get_type_hints
 
 COUNT = 2**31 - 1
-"""Of samples, steps and the like."""
+"""The largest number of samples, steps and the like."""
 CHANNELS = 2**18
 SEED = 2**63 - 1
 """The largest seed that every generator takes."""
 FACTOR = 1e6
-"""Of weights and multipliers."""
+"""The largest weight and the largest multiplier."""
 BELOW_1 = nextafter(1, 0)
 
 

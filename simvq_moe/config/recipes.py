@@ -25,7 +25,7 @@ class Recipe:
     """A config or sweep with what its header says."""
 
     name: str
-    """As `--config` takes it, such as image_quickstart or sweeps/quickstart."""
+    """The name that `--config` takes, such as image_quickstart or sweeps/quickstart."""
     question: str
     """What it answers."""
     command: str

@@ -214,7 +214,7 @@ class Bank(nn.Module):
         return ((W - eye).norm(dim=(-2, -1)) / self.width**0.5).mean()
 
     def _shift(self, rows: Tensor) -> Tensor:
-        """By the one bias of all rows."""
+        """Rows shifted by the one bias of all."""
         return rows if self.bias is None else rows + self.bias.to(rows.dtype)
 
     def extra_repr(self) -> str:

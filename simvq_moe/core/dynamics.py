@@ -62,8 +62,8 @@ class Observed(NamedTuple):
     described: dict[str, Tensor]
     """Fields of `BankStep` that every rank has, float64 scalars."""
     shared_map: Tensor | None
-    """Of which the spectrum is measured: the matrix, or the factors of a diagonal one. None: it has
-    none, or is not to be."""
+    """The map whose spectrum is measured: the matrix, or the factors of a diagonal one. None: the
+    bank has none, or it is not to be measured."""
 
 
 class BankDynamics:
@@ -222,7 +222,7 @@ def singular_values(
     total: Callable[[Tensor], Tensor] = lambda x: x,
     mine: Callable[[int], bool] = lambda _: True,
 ) -> list[Tensor | None]:
-    """Of every observed map, from the largest on, float64; None without one.
+    """Singular values of every observed map, the largest first, float64; None without one.
 
     Args:
         total: adds a tensor over ranks; every rank must call this together.
@@ -267,6 +267,6 @@ def _chosen(x: Tensor, indices: Int[Tensor, " chosen"], axis: int = 0) -> Tensor
 
 
 def _spread(number: int, room: int) -> Tensor:
-    """As many of `number` indices as there is room for, evenly spread."""
+    """Evenly spread indices below `number`, as many as there is room for."""
     few = max(1, min(number, room))
     return torch.linspace(0, number - 1, few, dtype=torch.float64).round().long()

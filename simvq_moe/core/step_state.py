@@ -87,7 +87,7 @@ def followers(model: nn.Module) -> list[FollowsSteps]:
 
 
 def follow_steps(model: nn.Module) -> None:
-    """From now on state changes in `after_step` alone, in no forward pass."""
+    """Let state change in `after_step` alone from now on, in no forward pass."""
     for module in followers(model):
         module.waits = True
 

@@ -69,7 +69,7 @@ class Whitening(StepState):
         self.register_average("weight", torch.zeros(()), torch.float64)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.steps_done = 0
-        """As `steps`, known without waiting for a device."""
+        """Equal to `steps`, and known without waiting for a device."""
 
     @torch.no_grad()
     def collect(self, x: Float[Tensor, "tokens width"]) -> None:
@@ -103,7 +103,7 @@ class Whitening(StepState):
 
     @property
     def multiply_adds(self) -> int:
-        """Of matrix products, for a vector under the map, and for its second moment."""
+        """Multiply-adds of matrix products for a vector under the map and for its second moment."""
         return 0
 
     def seconds_of(self, centred: Float[Tensor, "tokens width"]) -> Tensor:
@@ -161,7 +161,7 @@ class Whitening(StepState):
 
 
 class FullWhitening(Whitening):
-    """By the whole covariance matrix.
+    """Whitening by the whole covariance matrix.
 
     Args:
         width, options: see `Whitening`.
@@ -196,7 +196,7 @@ class FullWhitening(Whitening):
 
 
 class DiagonalWhitening(Whitening):
-    """By the variance of each channel alone: a control, which knows no directions.
+    """Whitening by the variance of each channel alone: a control, which knows no directions.
 
     Args:
         width, options: see `Whitening`.
@@ -224,7 +224,7 @@ class DiagonalWhitening(Whitening):
 
 
 class LowRankWhitening(Whitening):
-    """By the largest principal directions, and one variance for all others, for large widths.
+    """Whitening by the largest directions and one variance for the rest, for large widths.
 
     Directions follow C by one step of orthogonal iteration a count (Golub and Van Loan, Matrix
     Computations, section 8.2): neither C nor its eigenvectors are ever formed, so memory, sums over

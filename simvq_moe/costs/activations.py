@@ -96,7 +96,7 @@ class SampleCost(NamedTuple):
     """Tokens of a sample."""
 
     def flops_per_token(self, samples: int) -> float:
-        """In a batch of so many samples."""
+        """Operations a token in a batch of so many samples."""
         return (self.flops[0] / samples + self.flops[1]) / self.tokens
 
     def saved_bytes(self, samples: int, size: int) -> int:

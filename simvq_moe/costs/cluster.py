@@ -206,7 +206,7 @@ def _bandwidth(cluster: Cluster, ranks: int, parallel: int) -> float:
 
 
 def _exchange_seconds(cluster: Cluster, sent: int, parallel: int) -> float:
-    """Of what each of `parallel` neighbouring ranks sends to all others alike."""
+    """Seconds that each of `parallel` neighbouring ranks takes to send all others as much."""
     inside = min(parallel, cluster.gpus_per_node)
     outside = (parallel - inside) / max(1, parallel - 1)
     within = sent * (1 - outside) / (cluster.intra_node_gb_per_s * 1e9)

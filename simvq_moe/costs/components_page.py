@@ -37,7 +37,7 @@ An option is set beside its kind: `--moe.router.kind cosine --moe.router.project
 `moe: {router: {kind: cosine, projection: 32}}`. Numbers like 2110.04627 are those of arXiv.
 """
 WIDTH, EXPERTS, TOP_K, TOKENS = 64, 64, 4, 4096
-"""Of the layer and the batch that costs are counted for; quantizers have their defaults."""
+"""Sizes of the layer and the batch whose costs are counted; quantizers have their defaults."""
 COSTS = """learned: numbers that an optimizer changes; FLOPs: of a token, forward and backward;
 added up: numbers that ranks add up in a step beside gradients. They are"""
 

@@ -92,7 +92,7 @@ def flops_per_token(model: LanguageModel, batch_tokens: int) -> int:
 
 
 def _of_experts(model: nn.Module) -> dict[int, Parts]:
-    """By id, the tensors of which each expert has its own part, or which belong to one."""
+    """Tensors of which each expert has its own part, or which belong to one, by their ids."""
     parts: dict[int, Parts] = {}
     for module in model.modules():
         if isinstance(module, MoE):

@@ -26,15 +26,15 @@ class Shares:
     """Numbers of parameters of one rank."""
 
     local: int
-    """That it computes with."""
+    """Parameters that it computes with."""
     owned: int
-    """That it updates."""
+    """Parameters that it updates."""
     largest: int
-    """Of the largest tensor."""
+    """Parameters of the largest tensor."""
 
     @property
     def bucket(self) -> int:
-        """That are reduced at once."""
+        """Parameters whose gradients are reduced at once."""
         return min(BUCKET, self.local)
 
 
@@ -43,13 +43,13 @@ class Gradients:
     """Bytes of gradients and of what is gathered and reduced, at moments of a step."""
 
     always: int = 0
-    """Also between steps."""
+    """Bytes that are held between steps as well."""
     forward: int = 0
-    """Beside that, in the forward pass of the last micro-batch."""
+    """Bytes beside those, in the forward pass of the last micro-batch."""
     first: int = 0
-    """When the backward pass begins."""
+    """Bytes beside those, when the backward pass begins."""
     last: int = 0
-    """When it ends."""
+    """Bytes beside those, when it ends."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Work:
     """Bytes that passes make of a batch."""
 
     forward: int
-    """Where the forward pass ends: what it keeps, and scores of the head."""
+    """Bytes where the forward pass ends: what it keeps, and scores of the head."""
     backward: int
-    """Where the backward pass has begun."""
+    """Bytes where the backward pass has begun."""
     block: int
-    """Of the largest block, while it runs backward."""
+    """Bytes of the largest block, while it runs backward."""
     evaluation: int
-    """At once in an evaluation."""
+    """The most bytes at once in an evaluation."""
 
 
 def gradients(

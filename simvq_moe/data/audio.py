@@ -80,7 +80,7 @@ class _Split(NamedTuple):
     skipped: list[Path]
     """Unreadable or too short."""
     strange: list[Path]
-    """Of an impossible sample rate."""
+    """Files of an impossible sample rate."""
 
 
 def audio_clips(

@@ -47,9 +47,9 @@ BLOCK = 2**20
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=255)]
-"""Of a file in the folder itself."""
+"""Name of a file in the folder itself."""
 LARGEST_VOCABULARY = 2**31
-"""Of a language model of codes."""
+"""The largest vocabulary of a language model of codes."""
 
 Rows = UInt[np.ndarray, "samples tokens *levels"]
 
@@ -62,12 +62,12 @@ class Form(TypedDict):
 
 @dataclass(frozen=True)
 class TokenizerReference:
-    """Whose codes these are."""
+    """The tokenizer whose codes these are."""
 
     run: str
     """Folder of the tokenizer's run, relative to that of the shards."""
     weights_sha256: str
-    """Of every weight by name."""
+    """SHA-256 of every weight by name."""
     config: Mapping[str, Any]
     """The run's config."""
 
@@ -87,11 +87,11 @@ class Manifest:
 
     tokenizer: TokenizerReference
     source: str
-    """As in data.source."""
+    """The source, as data.source has it."""
     data_digest: str
     """Differs when the samples differ."""
     codes: Size
-    """Of the codebook, or of each level's."""
+    """Codes of the codebook, or of each level's."""
     grid: tuple[Size, ...]
     """Tokens of a sample along each axis."""
     levels: Size
@@ -101,13 +101,13 @@ class Manifest:
     sample_rate: Count
     """Hz of clips; 0: images."""
     samples: Mapping[str, Count]
-    """Of each part."""
+    """Samples of each part."""
     shard_samples: Size
     """Samples of a shard; the last one of a part may have fewer."""
     whole: bool = False
     """Whether samples are windows that cover whole images or recordings, see `code_items`."""
     shards: Mapping[str, tuple[Shard, ...]] = field(default_factory=dict)
-    """Of each part, in order; empty until all are written."""
+    """Shards of each part, in order; empty until all are written."""
 
     @property
     def tokens(self) -> int:
@@ -173,7 +173,7 @@ class CodeSequences:
     manifest: Manifest
     shards: tuple[UInt[np.ndarray, "_ tokens *levels"], ...]
     domains: None = None
-    """Of the samples: not known."""
+    """Domains of the samples are not known."""
 
     def __len__(self) -> int:
         return int(self._starts[-1])

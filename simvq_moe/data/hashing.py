@@ -10,7 +10,7 @@ BLOCK = 2**20
 
 
 def file_sha256(path: Path) -> str:
-    """Of the file's content."""
+    """SHA-256 of the file's content."""
     found = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while block := file.read(BLOCK):

@@ -53,7 +53,7 @@ class Part(NamedTuple):
     header: Header
     columns: Literal["all", "left", "right"]
     scale: float
-    """Of its height and width before cropping."""
+    """Factor of its height and width before cropping."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -63,7 +63,7 @@ class Part(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """That are in memory when it is decoded."""
+        """Pixels that are in memory when it is decoded."""
         return self.header.width * self.header.height + prod(self.size)
 
     def cut(self, width: int, height: int) -> Cut:

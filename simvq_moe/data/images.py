@@ -199,7 +199,7 @@ def split_sides(source: str, size: int, shorter_side: int, limit: int, *, whole:
 
 
 def _least_width(size: int) -> int:
-    """Of an image whose right part is to be so wide."""
+    """The least width of an image whose right part is to be so wide."""
     return next(w for w in itertools.count(size) if w - int(LEFT_SHARE * w) >= size)
 
 

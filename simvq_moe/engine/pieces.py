@@ -36,9 +36,9 @@ class Piece:
     data: Tensor
     """The elements, in one dimension: a view of what the engine holds."""
     shape: tuple[int, ...]
-    """Of the whole tensor over all ranks."""
+    """Shape of the whole tensor over all ranks."""
     place: int = 0
-    """Which of the ranks with the same elements this one is."""
+    """This rank's number among those with the same elements."""
     holders: int = 1
     """Number of ranks with the same elements."""
 
@@ -153,7 +153,7 @@ def _groups_of_split(model: nn.Module) -> dict[str, Any]:
 
 
 def _shard(engine: Any, p: Any, moment: str | None) -> Tensor:
-    """At stage 3 this rank's part of a parameter, filled up, in float32 if it is learned."""
+    """This rank's part of a parameter at stage 3, filled up, in float32 if it is learned."""
     if not p.requires_grad:
         return p.ds_tensor.detach()
     optimizer = engine.optimizer
@@ -165,7 +165,7 @@ def _shard(engine: Any, p: Any, moment: str | None) -> Tensor:
 
 @torch.no_grad()
 def _update_shards(engine: Any) -> None:
-    """At stage 3: what a rank's shards are in the model's precision, and parameters kept whole."""
+    """Make a rank's shards at stage 3 in the model's precision, and what it keeps whole."""
     for p in engine.module.parameters():
         if is_sharded(p) and p.requires_grad:
             p.ds_tensor.copy_(_shard(engine, p, None))

@@ -41,9 +41,9 @@ class Architecture:
     class_name: str
     mixture: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    """Of an expert: gate, value and last."""
+    """Names of an expert's projections: gate, value and last."""
     biases: str = ""
-    """Of the choice; "": it has none."""
+    """Name of the biases of the choice; "": it has none."""
     shared: str = ""
     """Its shared experts, as one network; "": it has none."""
     shared_scale: float = 1.0

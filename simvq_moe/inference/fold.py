@@ -37,7 +37,7 @@ class Folded:
     config: Config
     """The config of the model without maps."""
     model: nn.Module
-    """In float64, in evaluation mode."""
+    """The model in float64, in evaluation mode."""
     difference: float
     """The largest between outputs before and after, in float64, relative to the largest output."""
     tokenizer: bytes | None
@@ -46,7 +46,7 @@ class Folded:
     """Digest of the run's weights."""
 
     def weights(self) -> dict[str, Tensor]:
-        """In float32, as the model is from then on."""
+        """Weights in float32, as the model is from then on."""
         return dict(self.model.float().state_dict())
 
 

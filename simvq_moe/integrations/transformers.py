@@ -251,7 +251,7 @@ def add_shared_maps(
 
 
 class AfterStep(TrainerCallback):
-    """For transformers' Trainer: whitening follows every optimizer step."""
+    """A callback of transformers' Trainer: whitening follows every optimizer step."""
 
     def on_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
         after_step(model)

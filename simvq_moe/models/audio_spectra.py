@@ -47,7 +47,7 @@ class Spectrogram(Stateful):
         return self.complex(x).abs()
 
     def complex(self, x: Float[Tensor, "batch time"]) -> Tensor:
-        """With phases: (batch, bins, frames), complex."""
+        """The spectrum with its phases: (batch, bins, frames), complex."""
         hann = self.hann.to(x.dtype)
         spectrum = torch.stft(
             x,
@@ -177,7 +177,7 @@ def mel_filters(
 def _floors(
     sample_rate: int, window: int, bands: int, scale: Scale, floor: float, units: Units
 ) -> Float[Tensor, "bands 1"]:
-    """Of every band, in magnitudes over the window's sum, see `MelDistance`."""
+    """The least of every band, in magnitudes over the window's sum, see `MelDistance`."""
     corners = _corners(sample_rate, bands, scale)
     unit = torch.ones(bands, dtype=torch.float64)
     if units != "amplitude":

@@ -20,18 +20,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of queries, keys and values (batch, tokens, heads, channels), what each query has seen."""
+"""What each query has seen, of queries, keys and values (batch, tokens, heads, channels)."""
 BLOCK = 128
 """Tokens of a block of FlexAttention, which windows of no more than that are not worth."""
 LEAST_CHANNELS, LEAST_CAPABILITY = 16, (8, 0)
-"""Of a head, and of a GPU, for the kernels of FlexAttention."""
+"""Channels of a head, and a GPU's capability, that FlexAttention's kernels need."""
 
 
 class Documents(NamedTuple):
     """The documents in packed windows; the end of a document belongs to it."""
 
     positions: Int[Tensor, "batch tokens"]
-    """From the start of the document, or of the window."""
+    """Place of each token from the start of its document, or of the window."""
     attend: Attend
     """Attention in which a query sees its document up to itself."""
 
@@ -65,9 +65,9 @@ class InBuckets:
     def __init__(self, positions: Int[Tensor, "batch tokens"]) -> None:
         places, lengths = _starts_and_lengths(positions)
         self.rows: list[Tensor] = []
-        """For each bucket, the tokens of its documents; one that is short repeats its last."""
+        """The tokens of each bucket's documents; one that is short repeats its last."""
         self.where = torch.empty(positions.numel(), dtype=torch.long)
-        """Of each token, its place among those of all rows, one after the other."""
+        """Each token's place among those of all rows, one after the other."""
         before, sizes = 0, row_length(lengths)
         for size in sizes.unique().tolist():
             chosen = sizes == size
@@ -103,7 +103,7 @@ _uncompiled: Any = torch.compiler.disable(_seen_in_rows)
 
 
 class InBlocks:
-    """By FlexAttention, compiled when it first runs.
+    """Attention by FlexAttention, compiled when it first runs.
 
     Args:
         numbers: of the document of every token.
@@ -129,7 +129,7 @@ class InBlocks:
 
 
 class InMask:
-    """By a mask of every query with every key, which all layers share.
+    """Attention by a mask of every query with every key, which all layers share.
 
     Args:
         numbers: of the document of every token.
@@ -158,7 +158,7 @@ def row_length(lengths: Int[Tensor, " documents"]) -> Int[Tensor, " documents"]:
 
 
 def _starts_and_lengths(positions: Int[Tensor, "batch tokens"]) -> tuple[Tensor, Tensor]:
-    """Of every document, by its place among all tokens."""
+    """Start and length of every document, the start as its place among all tokens."""
     places = (positions.flatten() == 0).nonzero().flatten()
     ends = torch.cat([places[1:], places.new_tensor([positions.numel()])])[: len(places)]
     return places, ends - places

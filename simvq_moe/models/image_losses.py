@@ -23,7 +23,7 @@ VGG_FILE = "vgg16-397923af.pth"
 VGG_BLOCKS = (2, 2, 3, 3, 3)
 """Convolutions of VGG16 at each resolution."""
 MEAN, DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""Of the channels of images in [-1, 1], which LPIPS takes off and divides by."""
+"""LPIPS takes this mean off the channels of images in [-1, 1] and divides by this deviation."""
 
 
 def vgg_file(named: str | None) -> Path:
@@ -63,7 +63,7 @@ class LPIPS(nn.Module):
 
     @classmethod
     def load(cls, file: Path) -> LPIPS:
-        """From the file of VGG16's weights, and torchmetrics' heads."""
+        """Load VGG16's weights from a file, and the heads that come with torchmetrics."""
         spec = find_spec("torchmetrics")
         if spec is None:
             raise ModuleNotFoundError("no module torchmetrics", name="torchmetrics")

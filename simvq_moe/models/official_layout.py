@@ -39,12 +39,12 @@ AXES = {
     "quantize.embedding.weight": 2,
     "quantize.embedding_proj.weight": 2,
 }
-"""Of the tensors that sizes are read from."""
+"""Axes of the tensors that sizes are read from."""
 AVERAGES = "model_ema."
 
 
 class Sizes(TypedDict):
-    """Of an `ImageTokenizer` of the architecture "vqgan"."""
+    """Sizes of an `ImageTokenizer` of the architecture "vqgan"."""
 
     hidden: int
     downsamplings: int

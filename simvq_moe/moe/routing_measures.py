@@ -197,7 +197,7 @@ def _pairs(ids: Tensor, experts: int) -> Int[Tensor, "experts experts"]:
 
 
 def _mutual_information(counts: Int[Tensor, "rows columns"]) -> float:
-    """In bits, of a table of counts."""
+    """Mutual information of rows and columns of a table of counts, in bits."""
     joint = counts.double() / counts.sum().clamp_min(1)
     entropies = [torch.special.entr(p).sum() for p in (joint.sum(0), joint.sum(1), joint)]
     return float(entropies[0] + entropies[1] - entropies[2]) / math.log(2)

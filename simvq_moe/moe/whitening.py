@@ -54,7 +54,7 @@ class RunningWhitening(WhiteningOptions):
 @register
 @dataclass(frozen=True)
 class FullCovariance(RunningWhitening):
-    """By the whole covariance."""
+    """Whitening by the whole covariance."""
 
     kind: Literal["full"] = "full"
 
@@ -65,7 +65,7 @@ class FullCovariance(RunningWhitening):
 @register
 @dataclass(frozen=True)
 class ChannelVariances(RunningWhitening):
-    """By the variance of each channel alone: a control, which knows no directions."""
+    """Whitening by the variance of each channel alone: a control, which knows no directions."""
 
     kind: Literal["diagonal"] = "diagonal"
 
@@ -76,7 +76,7 @@ class ChannelVariances(RunningWhitening):
 @register
 @dataclass(frozen=True)
 class LargestDirections(RunningWhitening):
-    """By the largest principal directions, and one variance for all others."""
+    """Whitening by the largest principal directions, and one variance for all others."""
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Channels = 32

@@ -103,7 +103,7 @@ def _follow(model: nn.Module, counters: Sequence[UsageCounter]) -> Iterator[Foll
 
 
 def _first_expert(owner: nn.Module, bank: Bank) -> int:
-    """Of the experts, this rank may hold a part only."""
+    """The number of the first expert that this rank holds, which may be one of several."""
     if isinstance(owner, MoE) and bank in owner.experts.banks:
         return owner.experts.mine.start
     return 0

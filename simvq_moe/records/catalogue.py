@@ -24,7 +24,7 @@ SECTIONS = {
 }
 METRICS: tuple[Metric, ...] = tuple(one for section in SECTIONS.values() for one in section)
 ALL_BANKS = "mean"
-"""In names of curves, "bank/mean/condition": all banks of a run, whatever they are."""
+"""It stands for all banks of a run in names of curves, such as "bank/mean/condition"."""
 WHOLE = ("codes", "codes/mean", "moe/mean")
 """Where the usage of a whole model is logged: of one codebook, of several, of MoE layers."""
 

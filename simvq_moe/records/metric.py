@@ -50,7 +50,7 @@ class Metric:
     """A number that a run logs under a name, or under several names of one form."""
 
     name: str
-    """As in metrics.jsonl and summary.json; `PARTS` says what stands for a part of it."""
+    """Its name in metrics.jsonl and summary.json; `PARTS` says what stands for a part of it."""
     label: str
     """What it is called in tables, figures and sentences."""
     meaning: str

@@ -73,7 +73,7 @@ def _fixed(value: float, decimals: int) -> str:
 
 
 def _signed(text: str) -> str:
-    """With a sign, but for what rounds to nothing."""
+    """A number with its sign; what rounds to 0 has none."""
     return text if text.startswith(MINUS) or not re.search("[1-9]", text) else f"+{text}"
 
 

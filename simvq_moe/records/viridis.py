@@ -30,7 +30,7 @@ COLOURS = np.frombuffer(
     ),
     np.uint8,
 ).reshape(256, 3)
-"""From dark to bright, red, green and blue."""
+"""Red, green and blue of 256 colours, from dark to bright."""
 
 
 def viridis(shares: np.ndarray) -> np.ndarray:

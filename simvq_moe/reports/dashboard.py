@@ -24,7 +24,7 @@ SAMPLES_KEPT = 200
 """Steps of each heat map and histogram that the slider reaches; TensorBoard's own default is 10."""
 LAST_PORT = 65_535
 SECONDS_BETWEEN_LOOKS = 5
-"""For new runs, and TensorBoard's for new events."""
+"""Seconds until it looks for new runs again, and TensorBoard for new events."""
 
 
 def serve(runs_dir: Path, port: int) -> int:

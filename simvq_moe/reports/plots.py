@@ -128,7 +128,7 @@ def curve_figure(
 
 
 def _spread(axes: Axes, curve: Curve, colour: str) -> None:
-    """From the lowest to the highest seed; as thin lines where they were logged at other steps."""
+    """Fill from the lowest to the highest seed; draw lines where steps of seeds differ."""
     if len(curve.runs) < 2:
         return
     if all(run.steps == curve.steps for run in curve.runs):

@@ -20,7 +20,7 @@ LARGEST_IMAGE = 60_000
 """Bytes up to which a sample is embedded as it is; larger ones are recompressed."""
 IMAGE_WIDTH = 768
 MOST_PIXELS = 2**24
-"""Of a picture that is decoded."""
+"""Pixels of a picture that is decoded, at most."""
 NO_PICTURE = (
     *(OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
@@ -29,7 +29,7 @@ NO_PICTURE = (
 LARGEST_SOUND = 200_000
 CLIPS = 2
 VERSIONS = 8
-"""Of a clip."""
+"""Versions of a clip, at most."""
 LONGEST_TEXT = 2_000
 
 

@@ -55,7 +55,7 @@ class LoopState:
     shared: dict[str, Any]
     """The same on all ranks; rank 0's is written."""
     own: dict[str, Any]
-    """Of this rank."""
+    """What this rank alone has."""
 
     def __or__(self, other: LoopState) -> LoopState:
         """The state of two parts, which have no names in common."""

@@ -37,7 +37,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""By their names in safetensors."""
+"""Types by their names in safetensors."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
@@ -50,7 +50,7 @@ class Chunk(NamedTuple):
     """Number of elements."""
     file: Annotated[str, Field(pattern=r"^(model|optimizer)_[0-9]{1,9}\.safetensors$")]
     offset: Count
-    """Of the first byte in the file."""
+    """Place of the first byte in the file."""
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

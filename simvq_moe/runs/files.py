@@ -34,12 +34,12 @@ SMALL = 2**24
 LONGEST_LINE = 4_000
 """Characters of a text that are shown."""
 LARGEST = 1e100
-"""Of a finite metric, so that squares and cubes of it are finite too."""
+"""The largest finite metric, so that squares and cubes of it are finite too."""
 NOBODY = -1
-"""In the ids of a probe: no expert."""
+"""An id of a probe that means no expert."""
 MOST_SLOTS = 2**31 - 1
 MOST_DRAWS = 2**62
-"""Of all slots of a layer together, so that their sum is an int64."""
+"""Draws of all slots of a layer together, at most, so that their sum is an int64."""
 PICTURE_LIMIT, SOUND_LIMIT, TEXT_LIMIT = 2**26, 200_000, 2**20
 """Bytes of a sample that are read at most."""
 
@@ -313,7 +313,7 @@ def read_sweep(folder: Path) -> SavedSweep:
 
 
 def read_held_out_counts(run: Path, layers: list[dict[str, Any]]) -> np.ndarray | None:
-    """Of usage.npz the held-out counts of the last evaluation, int64 [layer, slot].
+    """The held-out counts of the last evaluation in usage.npz, int64 [layer, slot].
 
     Args:
         layers: those of meta.json, whose slots must be there; empty: not known.
@@ -343,7 +343,7 @@ class Windows(NamedTuple):
 def read_windows(
     run: Path, layers: list[dict[str, Any]], *, held_out: bool, limit: int
 ) -> Windows | None:
-    """Of usage.npz the counts of every window, or of every evaluation; None: there are none.
+    """The counts of every window in usage.npz, or of every evaluation; None: there are none.
 
     Args:
         layers: those of meta.json, whose slots must be there; empty: not known.
@@ -371,7 +371,7 @@ def read_windows(
 
 
 def read_probe(run: Path) -> dict[str, np.ndarray] | None:
-    """Of probe.npz how the probe was routed, as `simvq_moe.training.probe` keeps it: ids
+    """How the probe was routed, from probe.npz, as `simvq_moe.training.probe` keeps it: ids
     [evaluation, layer, token, choice], -1 is nobody, and tokens of each expert and domain; older
     ones lack the steps of evaluations and the tokens' ids; None: there is none."""
     file = run / "probe.npz"

@@ -35,7 +35,7 @@ LOCK = ".lock"
 ATTEMPTS = 100
 """To take a folder that others make and remove at the same moment."""
 SECONDS_TO_APPEAR = 60.0
-"""Until what one machine wrote in a network's folder is seen by others: NFS looks again after so
+"""Seconds until others see what one machine wrote in a network's folder: NFS looks again after so
 long at most (acdirmax)."""
 FREE_TO_CHANGE = (
     *("zero_stage", "activation_checkpointing", "compile", "profile", "peak_flops"),

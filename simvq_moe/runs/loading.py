@@ -41,7 +41,7 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """Of every weight's name, type, shape and bytes, in whatever files they lie."""
+    """SHA-256 of every weight's name, type, shape and bytes, in whatever files they lie."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()

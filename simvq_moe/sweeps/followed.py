@@ -42,7 +42,7 @@ class Followed:
         return time.monotonic() - self.began
 
     def seconds_left(self) -> float | None:
-        """At its own speed since its first line; None: it has told only one."""
+        """Seconds left at its own speed since its first line; None: it has told only one."""
         if self.first is None or self.share <= self.first[1]:
             return None
         began, share = self.first

@@ -37,7 +37,7 @@ class Machine:
 
     @property
     def threads(self) -> int:
-        """Of a process."""
+        """Threads of a process."""
         return max(1, self.cores // (self.ranks * self.parallel))
 
     def gpus_of(self, slot: int) -> list[str]:
@@ -83,7 +83,7 @@ def command(config: Path, ranks: int, gpus: Sequence[str] = ()) -> list[str]:
 
 
 def train_arguments(config: Path) -> list[str]:
-    """Of simvq-moe, to train what a file says."""
+    """Arguments of simvq-moe, to train what a file says."""
     return ["train", "--config", str(config)]
 
 
@@ -106,7 +106,7 @@ def launcher() -> str:
 
 
 def free_port() -> int:
-    """Of this machine, at this moment."""
+    """A port of this machine that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -118,7 +118,7 @@ class Started(Protocol):
 
     @property
     def pid(self) -> int:
-        """Also the number of its group of processes."""
+        """Its number, and that of its group of processes."""
         ...
 
     def poll(self) -> int | None:

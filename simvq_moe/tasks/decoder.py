@@ -1,4 +1,4 @@
-"""From codes back to images and sound, by the tokenizer that they came from."""
+"""The way from codes back to images and sound, by the tokenizer that they came from."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Samples:
     picture: np.ndarray | None = None
     """(height, width, 3) uint8."""
     sounds: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """By name, each (samples, time) in [-1, 1]."""
+    """Sounds by name, each (samples, time) in [-1, 1]."""
     sample_rate: int = 0
     """Values of a sound a second."""
 

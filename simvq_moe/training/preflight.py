@@ -25,7 +25,7 @@ class Preflight:
     """A run that may begin, or has nothing left to do, as this rank has found it."""
 
     config: Config
-    """With what its data say, and checked."""
+    """The config with what its data say, checked."""
     folder: RunFolder | None = None
     """The run's folder, on rank 0, which has it."""
     steps_before: int | None = None

@@ -56,7 +56,7 @@ class Tokens:
     domains: Int[Tensor, " tokens"]
     """Numbers of `names`."""
     names: tuple[str, ...]
-    """From the domain with the most tokens on."""
+    """Names of domains, that with the most tokens first."""
 
     @property
     def inputs(self) -> Int[Tensor, " tokens"]:
@@ -161,7 +161,7 @@ class Probe:
         return f"co_activation: experts in order; domains: {names}"
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """Of the last evaluation: co-activation and domains of each layer; 1 is even chance.
+        """Co-activation and domains of each layer at the last evaluation; 1 is even chance.
 
         Columns are experts, rows those of `rows`.
         """

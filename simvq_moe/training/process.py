@@ -34,7 +34,7 @@ class Noise(io.TextIOBase):
         self.file: TextIO = io.StringIO()
 
     def begin(self, path: Path) -> None:
-        """From now on, and with what was written before, at the end of this file."""
+        """Write to the end of this file from now on, first what was written before."""
         before, self.file = self.file, path.open("a", buffering=1)
         assert isinstance(before, io.StringIO)
         self.file.write(before.getvalue())

@@ -101,5 +101,5 @@ class BatchReader:
 
 
 def _pinned(step: StepBatches) -> StepBatches:
-    """In memory that a GPU copies from while the process goes on."""
+    """The batches in memory that a GPU copies from while the process goes on."""
     return step._replace(micro_batches=[batch.pin_memory() for batch in step.micro_batches])

@@ -31,7 +31,7 @@ QUESTIONS = ("runs", "run", "window", "slot", "series")
 """Functions of `simvq_moe.usage_tab.answers`."""
 LONGEST_QUERY = 100_000
 MOST_FOLDERS = 10_000
-"""That are looked through for a run before there is a tab."""
+"""Folders that are looked through at most for a run before there is a tab."""
 NEEDED = ("pydantic", "tokenizers")
 """Packages of the extra `train`, without which there is no tab."""
 

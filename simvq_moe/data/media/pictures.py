@@ -35,7 +35,7 @@ PHOTOS = (
 )
 """The embedded photos, as package/path."""
 MOST_BYTES = 2**30
-"""Of an encoded picture; some decoders read all of them at once."""
+"""Bytes of an encoded picture at most; some decoders read all of them at once."""
 NO_PICTURES = {"EPS", "FITS"}
 """Formats that are not opened: Ghostscript would run the program that an EPS is, and a FITS may
 unpack to any size."""

@@ -28,8 +28,8 @@ from simvq_moe.data.media.pictures import (
 from simvq_moe.files.regular import BrokenFileError
 
 MOST_PIXELS = 89_478_485
-"""Of a picture, as it is or resized: above it Pillow too warns of a bomb. To decode one takes about
-a gigabyte at most."""
+"""Pixels of a picture at most, as it is or resized: above it Pillow too warns of a bomb. To decode
+one takes about a gigabyte at most."""
 SIDEWAYS = (5, 6, 7, 8)
 """Orientations (EXIF 2.32, tag 274) of a picture whose width and height are exchanged."""
 UPRIGHT = {
@@ -178,7 +178,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """By EXIF, 1 to 8; 1 where it says nothing that can be read."""
+    """The orientation in EXIF, 1 to 8; 1 where it says nothing that can be read."""
     try:
         # the method of a PNG's own class would decode pixels in search of a late tag
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)

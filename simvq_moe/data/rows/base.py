@@ -65,8 +65,8 @@ Row = tuple[int, str | Defect]
 
 
 def defect_of(path: Path, where: str, error: Exception) -> Defect:
-    """Of what a library says of a file, unless the system says that it can't be reached: only then
-    an error has a number."""
+    """A defect from what a library says of a file, unless the system says that it can't be
+    reached: only then an error has a number."""
     if isinstance(error, OSError) and error.errno is not None:
         raise UnreachableError(path, error) from None
     return Defect(f"{path} {where}", str(error) or type(error).__name__)

@@ -10,7 +10,7 @@ from simvq_moe.data.rows import base
 from simvq_moe.data.rows.base import BUFFER, Defect, Row, Rows, decoded, defect_of, missing
 
 ROWS_AT_A_TIME = 1024
-"""Of a parquet file."""
+"""Rows of a parquet file that are read at once."""
 
 
 def read_parquet(path: Path, rows: Rows) -> Iterator[Row]:
@@ -74,7 +74,7 @@ def _column_problem(path: str, schema: Any, field: str) -> Defect | None:
 
 
 def _texts_of_column(path: Path, column: Any, first: int, rows: Rows) -> Iterator[Row]:
-    """Of a dictionary of strings or bytes (Spark writes texts as bytes), or of strings."""
+    """Texts of a dictionary of strings or bytes (Spark writes texts as bytes), or of strings."""
     from pyarrow import DictionaryArray
 
     coded = isinstance(column, DictionaryArray)

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 HELD_OUT_SHARE = 0.1
 """Share of the different documents that is held out."""
 DOCUMENTS_TO_SPLIT_BY_DOCUMENT = 20
-"""With fewer different documents the end of each one is held out instead."""
+"""The end of each document is held out instead where fewer of them are different."""
 LAYOUT = "2"
 """Names the way in which token files are made; a new one makes old caches unused."""
 BY_CONTENT = " by content"
@@ -189,7 +189,7 @@ def check_vocabulary(vocabulary: int) -> None:
 
 
 def digest_of_tokenizer(given: Tokenizer | None) -> str:
-    """Of a tokenizer's content; nothing for one that is still to be trained."""
+    """A digest of a tokenizer's content; empty for one that is still to be trained."""
     return "" if given is None else hashlib.sha256(given.to_str().encode()).hexdigest()
 
 

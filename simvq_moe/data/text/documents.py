@@ -300,8 +300,8 @@ def _read_tar(path: Path, rows: Rows) -> Iterator[Row]:
 
 
 class _Header(tarfile.TarInfo):
-    """Of a member; `tarfile` takes a broken one, and a missing one, for the end of the archive, and
-    reads long names and attributes whole, however long."""
+    """A member's header; `tarfile` takes a broken one, and a missing one, for the end of the
+    archive, and reads long names and attributes whole, however long."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> tarfile.TarInfo:
@@ -320,7 +320,7 @@ class _Header(tarfile.TarInfo):
 
 
 CONTENT_TYPES = (*tarfile.REGULAR_TYPES, b"1", b"2", b"3", b"4", b"5", b"6")
-"""Of members that are no attributes of others: files, links, devices, folders and FIFOs."""
+"""Types of members that are no attributes of others: files, links, devices, folders, FIFOs."""
 
 
 def _with_text(row: int, content: bytes, where: str, field: str) -> Iterator[Row]:
@@ -353,4 +353,4 @@ READERS: dict[str, Callable[[Path, Rows], Iterator[Row]]] = {
     ".tar": _read_tar,
     ".tar.gz": _read_tar,
 }
-"""By the end of a file's name."""
+"""Readers by the end of a file's name."""

@@ -44,7 +44,7 @@ LAYOUTS = {
     # caches of before other tokenizers could be given have no such entry
     "end_of_text": Layout("iu", 0, optional=True),
 }
-"""Of the arrays that `Domains.save` writes."""
+"""Layouts of the arrays that `Domains.save` writes."""
 
 
 def load_domains(path: Path) -> Domains:

@@ -118,7 +118,7 @@ def _is_of_files(position: Any, files: list[File]) -> bool:
 
 
 def _is_of_shards(position: Any) -> bool:
-    """Of what is in "shards" only `datasets` knows; it says so when it is read."""
+    """Only `datasets` knows what may be in "shards"; it says so when it reads that."""
     return (
         isinstance(position, Mapping)
         and is_count(position.get("row"))

@@ -74,9 +74,9 @@ class TokenWindows:
     tokens: UInt[np.ndarray, " tokens"]
     context: int
     domains: Domains | None = None
-    """Of the documents; None: not known."""
+    """Domains of the documents; None: not known."""
     vocabulary: int | None = None
-    """That ids are held against when they are read; None: they are known to fit."""
+    """Ids are held against it when they are read; None: they are known to fit."""
 
     def __len__(self) -> int:
         return max(len(self.tokens) - 1, 0) // self.context
@@ -194,7 +194,7 @@ def load_tokens(
 
 
 def _digest(folder: Path, parts: Sequence[str]) -> str:
-    """Of everything that is read of the folder; of large files a part."""
+    """A digest of everything that is read of the folder; of large files a part."""
     files = [file for part in parts for file in sorted(folder.glob(f"{part}*.npy"))]
     files = [folder / MANIFEST, folder / TOKENIZER_FILE, *files]
     keys = "".join(f"{file.name} {file_key(file)}\n" for file in files)
@@ -202,7 +202,7 @@ def _digest(folder: Path, parts: Sequence[str]) -> str:
 
 
 def _domains(path: Path, tokens: UInt[np.ndarray, " tokens"], end: int) -> Domains | None:
-    """Of every document of the tokens; None: not known."""
+    """Domains of every document of the tokens; None: not known."""
     if not path.exists():
         return None
     domains = load_domains(path)

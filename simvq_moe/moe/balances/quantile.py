@@ -96,7 +96,7 @@ class QuantileBias(SelectionBias):
 
 
 def edges_of_bins() -> Float[Tensor, " edges"]:
-    """Of the margins, from the least to the largest; bins grow with their distance from 0."""
+    """Edges of the bins of margins, the least first; bins grow with their distance from 0."""
     steps = torch.linspace(0, 1, BINS // 2, dtype=torch.float64)
     above = SMALLEST * (LARGEST / SMALLEST) ** steps
     return torch.cat([-above.flip(0), torch.zeros(1, dtype=torch.float64), above])

@@ -94,8 +94,8 @@ class Router(nn.Module):
         self.num_experts, self.top_k = experts, top_k
         self.gates: Gates = gates
         self.centre: RunningMean | Whitening | None = None
-        """Of the layer's input; its mean is taken off what is scored, and a map of it `turn`s the
-        rows that score."""
+        """What follows the layer's input; its mean is taken off what is scored, and a map of it
+        `turn`s the rows that score."""
         self.selection: SelectionBias | None = None
         """Biases of the choice; None: the best logits are chosen."""
         self.starting = False

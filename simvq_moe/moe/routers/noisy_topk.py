@@ -81,7 +81,7 @@ class NoisyTopKRouter(TopKRouter):
 @register
 @dataclass(frozen=True)
 class NoisyTopKOptions(RowProductOptions):
-    """As topk, with learned Gaussian noise in training (1701.06538, eq. 4)."""
+    """The router topk with learned Gaussian noise in training (1701.06538, eq. 4)."""
 
     router = NoisyTopKRouter
     kind: Literal["noisy_topk"] = "noisy_topk"

@@ -24,7 +24,7 @@ class Grid(Quantizer):
     def __init__(self, codes: int, width: int, **options: Any) -> None:
         super().__init__(codes, width, **options)
         self.precision = torch.get_default_dtype()
-        """Of its codes; no tensor with it is stored, so that it follows the module's by itself."""
+        """Precision of the codes; no tensor has it, so that casts of the module are followed."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.precision = fn(torch.empty(0, dtype=self.precision)).dtype

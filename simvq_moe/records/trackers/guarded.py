@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 WAITING = 1_000
 """Calls that wait for a tracker at most."""
 SECONDS_TO_BEGIN = 30.0
-"""That a run waits at its beginning until its trackers are there, all together; then it goes on."""
+"""A run waits so long for all its trackers together when it begins; then it goes on."""
 SECONDS_TO_END = 5.0
-"""That a run waits at its end for all of its trackers together."""
+"""A run waits so long for all its trackers together when it ends."""
 THREAD = "simvq_moe tracker "
 """Beginning of the names of their threads."""
 SHOWN = 200
@@ -144,7 +144,7 @@ class Guarded:
             self._put(None)
 
     def wait_until(self, end: float) -> None:
-        """Until it has logged everything, or the monotonic clock shows this."""
+        """Return once everything is logged, or when the monotonic clock shows `end`."""
         if self.thread is None or self.failed:
             return
         self.thread.join(max(0.0, end - time.monotonic()))

@@ -1,4 +1,4 @@
-"""By which a resumed run is found again in its trackers; meta.json keeps them."""
+"""Ids by which a resumed run is found again in its trackers; meta.json keeps them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from simvq_moe.records.trackers.base import LoggedLine, TrackedRun, Tracker, Tra
 TAG = 64
 """Characters of a tag."""
 SECONDS_TO_UPLOAD = 4.0
-"""At the end of a run, within the time that a run waits for its trackers."""
+"""Seconds an upload has at the end of a run, fewer than the run waits for its trackers."""
 
 
 @register
