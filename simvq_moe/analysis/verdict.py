@@ -56,7 +56,8 @@ def secondary(
     primary: Mapping[str, str],
     paired: Sequence[Paired],
 ) -> list[str]:
-    """A sentence an outcome on what is not primary; none where every outcome is a test."""
+    """A sentence an outcome on what is not primary; none where every outcome is a test. Intervals
+    on both sides of 0 are for `negative` to tell."""
     labels = _labels(arms)
     baseline = next((arm.label for arm in arms if arm.baseline), "")
     sentences = []
@@ -66,7 +67,6 @@ def secondary(
         sides = {
             "higher with": [p for p in clear if p.mean > 0],
             "lower with": [p for p in clear if p.mean < 0],
-            "on both sides of 0 with": [p for p in pairs if p.interval and p not in clear],
             "without an interval, by": [p for p in pairs if not p.interval],
         }
         parts = [f"{side} {_with(some, labels)}" for side, some in sides.items() if some]

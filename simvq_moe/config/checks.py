@@ -77,6 +77,11 @@ def zero_problems(config: Config) -> Iterator[str]:
             "train.zero_stage 0 with train.on_not_finite 'skip': DeepSpeed steps there whatever "
             "the gradients are: use train.zero_stage 1"
         )
+    if stage and config.optimizer.router == "muon":
+        yield (
+            f"optimizer.router 'muon' with train.zero_stage {stage}: Muon steps whole "
+            "matrices, which ZeRO cuts: use train.zero_stage 0"
+        )
     yield from task_of(config).stage_problems(config)
     if stage == 3 and train.compile:
         yield (

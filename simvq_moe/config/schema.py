@@ -215,6 +215,9 @@ class OptimizerConfig:
     and biases. Averages, running moments and grids have no rate."""
     router_lr_multiplier: Weight = 1.0
     """Factor on the learning rate of everything in routers but their maps."""
+    router: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the matrices of routers but their maps: muon gives all directions of an update
+    one length, with the root mean square of AdamW's, and needs train.zero_stage 0."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from simvq_moe.config.schema import Config
+from simvq_moe.engine.muon import MuonOfRouters
 from simvq_moe.engine.optimizer import make_optimizer, make_schedule, parameter_groups
 from simvq_moe.engine.settings import BUCKET, engine_settings, import_deepspeed
 from simvq_moe.engine.sharding import keep_heads, mark_pieces
@@ -62,6 +63,7 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
         # alone there is nothing to reduce, only to copy there and back
         engine.enable_backward_allreduce = world.size > 1
         optimizer.register_step_pre_hook(partial(_finish_gradients, engine, config.train.clip))
+        MuonOfRouters(optimizer)
     return engine
 
 

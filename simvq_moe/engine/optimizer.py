@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simvq_moe.config.schema import Config, OptimizerConfig
 from simvq_moe.core.bank import Bank
+from simvq_moe.errors import ConfigError
 from simvq_moe.moe.routers.base import Router
 from simvq_moe.quantizers import Quantizer
 
@@ -109,17 +110,20 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
         "codebook_vector": (factor, 0.0),
         "codebook_map": (factor * optimizer.map_lr_multiplier, 0.0),
     }
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, (multiplier, decay) in settings.items():
         members = [p for p in model.parameters() if role[id(p)] == name and p.requires_grad]
-        if not members:
-            continue
         lr = optimizer.lr * multiplier
-        # one group where nothing differs, for every group costs its own collectives a step
-        group = groups.setdefault(
-            (lr, decay), {"name": name, "params": [], "lr": lr, "weight_decay": decay}
+        for p in members:
+            muon = name == "router" and p.ndim == 2 and optimizer.router == "muon"
+            # one group where nothing differs, because every group costs its own collectives a step
+            group = {"name": name, "params": [], "lr": lr, "weight_decay": decay, "muon": muon}
+            groups.setdefault((lr, decay, muon), group)["params"].append(p)
+    if optimizer.router == "muon" and not any(group["muon"] for group in groups.values()):
+        raise ConfigError(
+            "optimizer.router 'muon' without a matrix that a router learns: use 'adamw', or "
+            "another moe.router.kind"
         )
-        group["params"] += members
     return list(groups.values())
 
 
