@@ -264,6 +264,9 @@ class TrainConfig:
     """Latest checkpoints kept."""
     keep_every: CountOr0 = 0
     """Checkpoints at multiples of this step are kept for good; 0: none."""
+    async_save: bool = False
+    """Whether training goes on while a checkpoint is written: a step waits for a copy of the rank's
+    part in host memory alone, of 12 bytes a parameter over the ranks that share it."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where the run is logged to beside its metrics.jsonl: tensorboard, wandb, mlflow, trackio, or
     a plug-in's; one that fails is named once and left alone."""
