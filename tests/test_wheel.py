@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import ROOT, environment
+from tests.test_dependencies import BASE, USE
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +64,38 @@ def test_a_recipe_is_listed_copied_out_and_trained(site: Path, tmp_path: Path) -
     run(site, tmp_path, "train", *short, "--train.eval_every", "2")
     assert (tmp_path / "runs" / "first" / "summary.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image_quickstart.yaml", "runs"]
+
+
+def python(minor: int) -> str:
+    """A Python 3 of this minor version, of the PATH or of pyenv."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    found = [shutil.which(f"python3.{minor}"), *pyenv.glob(f"3.{minor}.*/bin/python")]
+    for one in filter(None, found):
+        # pyenv leaves names in the PATH that do not run
+        done = subprocess.run([one, "-c", "import venv"], capture_output=True, check=False)
+        if done.returncode == 0:
+            return str(one)
+    pytest.skip(f"there is no python3.{minor}")
+
+
+@pytest.mark.parametrize("minor", range(10, 15))
+def test_another_python_compiles_all_and_uses_the_base_where_it_has_torch(
+    minor: int, site: Path, tmp_path: Path
+) -> None:
+    other = python(minor)
+    variables = environment() | {"PYTHONPATH": str(site)}
+    variables["PYTHONPYCACHEPREFIX"] = str(tmp_path / "compiled")
+
+    def done(*args: str) -> str:
+        command = [other, *args]
+        found = subprocess.run(
+            command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+        )
+        assert found.returncode == 0, found.stdout + found.stderr
+        return found.stdout
+
+    done("-W", "error", "-m", "compileall", "-q", str(site / "simvq_moe"))
+    assert "train" in done("-m", "simvq_moe", "--help")
+    find = "import importlib.util as u, sys; print(all(map(u.find_spec, sys.argv[1:])))"
+    if done("-c", find, *BASE) == "True\n":
+        done("-c", USE)
