@@ -189,6 +189,9 @@ class LanguageModelConfig:
     that a token meets, so that they cost as much; 0: all blocks are dense, the baseline."""
     tied_head: bool = True
     """The embedding is also the matrix of the head; otherwise it has its own."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key over its channels, as in Qwen3: attention whose scores cannot
+    grow without bound, for two norms more in each block."""
     depth_scaled: bool = True
     """Matrices that end a branch start smaller than others, by the root of twice the layers, as in
     GPT-2; False: they start like the others."""
