@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from simvq_moe.config.recipes import OF_A_CLONE
 from tests.launching import ROOT, environment
 from tests.test_dependencies import BASE, USE
 
@@ -53,8 +54,13 @@ def test_every_file_of_the_package_is_in_it_and_nothing_else(site: Path) -> None
         for path in (ROOT / "configs").rglob("*")
         if path.is_file()
     }
+    scripts = {
+        "simvq_moe/launch" / path.relative_to(ROOT / "launch")
+        for path in (ROOT / "launch").iterdir()
+        if path.name not in OF_A_CLONE
+    }
     found = {path.relative_to(site) for path in site.rglob("*") if path.is_file()}
-    assert {path for path in found if ".dist-info" not in path.parts[0]} == ours | recipes
+    assert {path for path in found if ".dist-info" not in path.parts[0]} == ours | recipes | scripts
 
 
 def test_a_recipe_is_listed_copied_out_and_trained(site: Path, tmp_path: Path) -> None:
@@ -64,6 +70,37 @@ def test_a_recipe_is_listed_copied_out_and_trained(site: Path, tmp_path: Path) -
     run(site, tmp_path, "train", *short, "--train.eval_every", "2")
     assert (tmp_path / "runs" / "first" / "summary.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image_quickstart.yaml", "runs"]
+
+
+def test_launch_scripts_are_copied_out_and_run_where_there_is_no_clone(
+    site: Path, tmp_path: Path
+) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    run(site, project, "init", "launch")
+    for script in (project / "launch").iterdir():
+        assert os.access(script, os.X_OK)
+    small = ("--train.steps", "1", "--data.crops", "8", "--data.held_out_crops", "8")
+    done = subprocess.run(
+        [
+            project / "launch/local.sh",
+            "1",
+            "--config",
+            "image_quickstart",
+            "--name",
+            "first",
+            *small,
+        ],
+        cwd=elsewhere,
+        env=environment() | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (project / "runs/first/summary.json").is_file()
+    assert not (project / ".venv").exists()
 
 
 def python(minor: int) -> str:
