@@ -29,6 +29,7 @@ from simvq_moe.files.regular import (
     read_bytes,
     validate_json,
 )
+from simvq_moe.files.tensors import DTYPES, Form, StoredWeights
 from simvq_moe.runs.chunks import INDEX, Index, read_whole
 
 logger = logging.getLogger(__name__)
@@ -94,13 +95,20 @@ def restore(engine: Any, folder: Path, world: World, seed: int) -> Restored | No
     return None
 
 
-def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's state dict from a whole checkpoint, on the CPU.
+def load_weights(checkpoint: Path) -> StoredWeights:
+    """The model's state dict in a whole checkpoint.
 
     Raises:
-        BrokenFileError: it is not as it was written.
+        BrokenFileError: it is not as it was written, here or where a tensor is asked for.
     """
-    return dict(read_whole(checkpoint, read_index(checkpoint).weights()))
+    tensors = read_index(checkpoint).weights()
+
+    def read(name: str) -> Tensor:
+        ((_, tensor),) = read_whole(checkpoint, {name: tensors[name]})
+        return tensor
+
+    forms = {name: Form(DTYPES[of.dtype], of.shape) for name, of in tensors.items()}
+    return StoredWeights(forms, read)
 
 
 def read_index(checkpoint: Path) -> Index:
@@ -112,15 +120,17 @@ def read_index(checkpoint: Path) -> Index:
     return _read_index(checkpoint, _read_manifest(checkpoint))
 
 
-def newest_weights(folder: Path) -> dict[str, Tensor] | None:
-    """The state dict from the newest checkpoint that is as it was written; None: there is none.
+def newest_weights(folder: Path) -> StoredWeights | None:
+    """The state dict in the newest checkpoint that is as it was written; None: there is none.
 
     Raises:
         ConfigError: see `check_form`.
     """
     for step in _whole_steps(folder):
         try:
-            return load_weights(folder / str(step))
+            weights = load_weights(folder / str(step))
+            weights.digest()  # reads all, and so finds what is broken
+            return weights
         except BrokenFileError as error:
             _say_skipped(folder / str(step), error)
     return None

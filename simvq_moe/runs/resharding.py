@@ -45,11 +45,10 @@ from simvq_moe.engine.pieces import Piece
 from simvq_moe.engine.world import World
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import write_atomically, written_whole
+from simvq_moe.files.tensors import DTYPES, NAMES
 from simvq_moe.runs.chunks import (
-    DTYPES,
     INDEX,
     LARGEST_CHUNK,
-    NAMES,
     Chunk,
     ChunkReader,
     ChunkToWrite,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def whole(folder: Path, two_ranks: TwoRanks) -> dict[str, Path]:
     return found
 
 
-def weights(run_dir: Path) -> dict[str, Tensor]:
+def weights(run_dir: Path) -> Mapping[str, Tensor]:
     step = (run_dir / "checkpoints" / "latest").read_text()
     return checkpoint.load_weights(run_dir / "checkpoints" / step)
 
