@@ -128,6 +128,13 @@ def test_a_model_without_experts_or_meters_is_refused_in_a_line() -> None:
         meter(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="has no meters: meter\\(model\\) adds them"):
         usage_by_layer(plain("mixtral"))
+    model = plain("mixtral").eval()
+    meter(model)
+    with counting(model):
+        model(tokens())
+        assert usage_by_layer(model)
+    with pytest.raises(ValueError, match="and read its counts before that ends"):
+        usage_by_layer(model)
 
 
 def _on_a_rank(rank: int, folder: str) -> None:
