@@ -1,12 +1,21 @@
 # Sourced by the scripts beside it: `environment [extra]` makes .venv in the project's root, installs
 # the project there with what training, reports and the embedded data need, in the pinned versions,
-# and changes into the root. Nothing outside is touched.
+# and changes into the root. Nothing outside is touched. Of scripts that `simvq-moe init launch` has
+# copied out, the root is the folder that holds launch/, and nothing is installed.
 # `supervised deepspeed ARGS` passes signals on to the ranks here, which save and stop (exit code 130):
 # the launcher alone would end and leave them running. `free_port` prints a port for ranks to meet at.
 
 environment() {
     local extra="${1:-}" python="${PYTHON:-python3}" stamp wanted
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+    if ! grep -qs '^name = "simvq-moe"' pyproject.toml; then # no clone
+        PATH="$PWD/.venv/bin:$PATH"
+        if ! command -v simvq-moe > /dev/null; then
+            echo "simvq-moe is not in the PATH: activate the environment that it is installed in" >&2
+            exit 2
+        fi
+        return
+    fi
     if ! "$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))'; then
         echo "$python must be Python 3.10 or newer with venv: set PYTHON to one that is" >&2
         exit 2

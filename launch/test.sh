@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check that CI runs: lint, format, types, tests. Arguments go to pytest: `launch/test.sh -m slow`
+# Every check that CI runs: lint, format, types, tests, lowest versions. Arguments go to pytest: `launch/test.sh -m slow`
 # runs the tests that take minutes, the quickstart in a fresh clone among them.
 set -euo pipefail
 # shellcheck source=environment.sh
@@ -19,4 +19,5 @@ pytest -n 2 --dist worksteal -m "not slow" "$@"
 wait "$types"
 # the GPU's search, in Triton's interpreter
 TRITON_INTERPRET=1 pytest tests/core/search/test_nearest.py tests/core/search/test_nearest_triton.py
+python -m tests.lowest_versions .venv/lowest
 echo "test: all checks passed" >&2

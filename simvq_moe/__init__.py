@@ -4,14 +4,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simvq_moe.core.usage import usage
+    from simvq_moe.core.usage import counting, usage
+    from simvq_moe.integrations.meters import meter, usage_by_layer
     from simvq_moe.moe import MoE
     from simvq_moe.quantizers import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
 
 __version__ = "0.2.0"
-__all__ = ["EMAVQ", "FSQ", "LFQ", "VQ", "MoE", "ResidualQuantizer", "SimVQ", "usage"]
+__all__ = [
+    "EMAVQ",
+    "FSQ",
+    "LFQ",
+    "VQ",
+    "MoE",
+    "ResidualQuantizer",
+    "SimVQ",
+    "counting",
+    "meter",
+    "usage",
+    "usage_by_layer",
+]
 
-_HOMES = {"usage": "simvq_moe.core.usage", "MoE": "simvq_moe.moe"}
+_HOMES = {
+    "MoE": "simvq_moe.moe",
+    "counting": "simvq_moe.core.usage",
+    "meter": "simvq_moe.integrations.meters",
+    "usage": "simvq_moe.core.usage",
+    "usage_by_layer": "simvq_moe.integrations.meters",
+}
 """Where a name is defined, unless it is a quantizer."""
 
 

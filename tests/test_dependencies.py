@@ -97,12 +97,12 @@ assert layer.usage.sum() == 20
 usage(layer.usage)
 assert Bank(torch.randn(4, 4)).rows().shape == (4, 4)
 assert main(["--version"]) == 0
-sys.exit(main(["train"]))
 """
+"""A program that needs the base alone."""
 
 
 def test_the_base_works_alone_and_a_missing_extra_is_one_line(tmp_path: Path) -> None:
-    done = without_extras(USE, tmp_path)
+    done = without_extras(f'{USE}\nsys.exit(main(["train"]))', tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr == "simvq-moe: tyro is not installed: pip install 'simvq-moe[train]'\n"
     assert [file.name for file in tmp_path.iterdir()] == ["saved"]

@@ -95,19 +95,24 @@ def recipes(args: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class InitArgs:
-    """Copy a recipe to a file of your own."""
+    """Copy a recipe to a file of your own, or the launch scripts to a folder of your own."""
 
     recipe: tyro.conf.Positional[str]
-    """Its name, which `simvq-moe recipes` lists."""
+    """Its name, which `simvq-moe recipes` lists; `launch`: the scripts for launchers and SLURM."""
     out: Path | None = None
-    """The file; None: that of the recipe, here."""
+    """The file; None: that of the recipe, here, or the folder launch/."""
 
 
 def init(args: Sequence[str]) -> int:
-    """Copy a recipe to a file of your own."""
+    """Copy a recipe, or the launch scripts, to a file or folder of your own."""
     options = parse_flags(InitArgs, args, "simvq-moe init")
-    from simvq_moe.config.recipes import copy_out
+    from simvq_moe.config.recipes import SCRIPTS, copy_out, copy_scripts
 
+    if options.recipe == SCRIPTS:
+        folder = options.out or Path(SCRIPTS)
+        copy_scripts(folder)
+        print(f"init: {folder}/; {folder}/local.sh 2 --config RECIPE starts a run", file=sys.stderr)
+        return 0
     out = options.out or Path(f"{Path(options.recipe).stem}.yaml")
     copy_out(options.recipe, out)
     print(f"init: {out}; it runs by --config {out}", file=sys.stderr)

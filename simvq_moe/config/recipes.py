@@ -1,6 +1,7 @@
-"""The recipes of configs/, which come with the package: found by name, listed, copied out.
+"""The recipes of configs/ and the scripts of launch/, which come with the package: found by name,
+listed, copied out.
 
-A checkout has them in configs/ beside the package, a wheel within it.
+A checkout has them in configs/ and launch/ beside the package, a wheel within it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from simvq_moe.files.regular import write_atomically
 
 PACKAGE = Path(__file__).parents[1]
 FOLDER = "configs"
+SCRIPTS = "launch"
+OF_A_CLONE = ("test.sh", "gpu_check.sh")
+"""Scripts that check a clone, which a wheel has not."""
 FIELDS = ("Question", "Command", "Hardware", "Expect")
 """What a recipe's header says, in this order; each may go on over several lines of comment."""
 
@@ -86,3 +90,23 @@ def copy_out(name: str, out: Path) -> None:
     # a sweep's configs are named relative to its file: ../image_quickstart.yaml
     text = re.sub(r"(\bconfig: *)\.\./([\w/-]+)\.yaml", r"\1\2", file.read_text())
     write_atomically(out, text)
+
+
+def copy_scripts(out: Path) -> None:
+    """Copy the scripts of launch/ to a folder of that name, which must not be there yet: they work
+    in the folder above it.
+
+    Raises:
+        ConfigError: the folder has another name, or is there already.
+    """
+    if out.name != SCRIPTS:
+        raise ConfigError(f"--out {out} must be a folder named {SCRIPTS}, as the scripts say it")
+    if out.exists():
+        raise ConfigError(f"--out {out} is there already: give another folder, or remove it")
+    inside = PACKAGE / SCRIPTS
+    folder = inside if inside.is_dir() else PACKAGE.parent / SCRIPTS
+    out.mkdir(parents=True)
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name not in OF_A_CLONE:
+            write_atomically(out / file.name, file.read_text())
+            (out / file.name).chmod(0o755)

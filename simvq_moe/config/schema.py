@@ -189,6 +189,9 @@ class LanguageModelConfig:
     that a token meets, so that they cost as much; 0: all blocks are dense, the baseline."""
     tied_head: bool = True
     """The embedding is also the matrix of the head; otherwise it has its own."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key over its channels, as in Qwen3: attention whose scores cannot
+    grow without bound, for two norms more in each block."""
     depth_scaled: bool = True
     """Matrices that end a branch start smaller than others, by the root of twice the layers, as in
     GPT-2; False: they start like the others."""
@@ -267,6 +270,9 @@ class TrainConfig:
     """Latest checkpoints kept."""
     keep_every: CountOr0 = 0
     """Checkpoints at multiples of this step are kept for good; 0: none."""
+    async_save: bool = False
+    """Whether training goes on while a checkpoint is written: a step waits for a copy of the rank's
+    part in host memory alone, of 12 bytes a parameter over the ranks that share it."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where the run is logged to beside its metrics.jsonl: tensorboard, wandb, mlflow, trackio, or
     a plug-in's; one that fails is named once and left alone."""

@@ -72,7 +72,8 @@ def usage(counts: Int[Tensor, " slots"] | np.ndarray) -> Usage:
     if n.sum() == 0:
         raise ValueError(
             f"usage: nothing was drawn yet, all {len(n):,} counts are 0 and at least one > 0 is "
-            "needed: call the layer in training mode, or in evaluation inside counting()"
+            "needed: call the layer in training mode, or in evaluation inside `with "
+            "counting(model)`, and read its counts before that ends"
         )
     slots, n = len(n), np.sort(n.astype(np.float64))
     f, mean = n / n.sum(), n.mean()
@@ -153,7 +154,8 @@ def counters(model: nn.Module) -> list[UsageCounter]:
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[list[UsageCounter]]:
-    """Count in evaluation, in a window of its own; the training window is put back after it."""
+    """Count in evaluation, in a window of its own, to be read inside; the training window is put
+    back after it."""
     found = counters(model)
     kept = [counter.take() for counter in found]
     for counter in found:

@@ -141,6 +141,10 @@ def _of_block(block: Block, size: int) -> int:
     # which the next product reads a view; logarithms of their sums
     attention = 6 * width * size + FLOAT32 * heads
     branches = attention + 2 * _of_norm(width, size)
+    if block.attention.q_norm is not None:
+        # of q and k: normalized and the scale of each head, in float32, and in another precision
+        # the input as well, which otherwise is a view of all three
+        branches += 2 * FLOAT32 * ((1 if size == FLOAT32 else 2) * width + heads)
     if isinstance(block, DenseBlock):
         return branches + _of_network(block.dense, size)
     assert isinstance(block, MoEBlock)

@@ -103,7 +103,8 @@ def _describe(parameters: dict[str, int], rank: RankCosts, micro_batch: int) -> 
             f"{rank.flops_per_token:,.0f} FLOPs a token in micro-batches of {micro_batch}, "
             f"{rank.tokens * rank.ranks:,} tokens a step",
             f"each of {rank.ranks} rank{'' if rank.ranks == 1 else 's'} holds {_sizes(sizes)}, "
-            f"at most {_size(rank.memory_bytes)} at once",
+            f"at most {_size(rank.memory_bytes)} at once"
+            + (f", and a copy of {_size(rank.save_bytes)} on the host" if rank.save_bytes else ""),
             f"each sends {_sizes(sent)} a step",
         ]
     )

@@ -122,3 +122,9 @@ def record_bytes(model: nn.Module) -> int:
             slots = 1 if bank.shared else len(bank.base)
             found += 2 * FLOAT64 * slots * bank.base.shape[-1] * bank.width
     return found
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """What a checkpoint has of tensors: weights and two moments in float32, buffers as they are."""
+    state = model.state_dict(keep_vars=True).values()
+    return sum(3 * FLOAT32 * t.numel() if t.requires_grad else t.nbytes for t in state)

@@ -25,7 +25,14 @@ from simvq_moe.costs.activations import (
     score_bytes,
 )
 from simvq_moe.costs.flops import expert_parameters, flops_per_token
-from simvq_moe.costs.memory import Shares, Work, gradients, peak, record_bytes
+from simvq_moe.costs.memory import (
+    Shares,
+    Work,
+    gradients,
+    peak,
+    record_bytes,
+    saved_bytes,
+)
 from simvq_moe.engine.optimizer import parameter_groups
 from simvq_moe.engine.settings import BUCKET, zero_stage
 from simvq_moe.models.language_model import LanguageModel
@@ -55,6 +62,9 @@ class RankCosts:
     activation_bytes: int
     memory_bytes: int
     """The most bytes at once, in a step or in an evaluation."""
+    save_bytes: int
+    """Bytes of host memory beside that, of the copy that `train.async_save` writes; on CPUs it is
+    the same memory."""
     update_bytes: int
     """Bytes that the optimizer and the engine's copies of gradients and weights read and write."""
     dense_bytes: int
@@ -88,6 +98,7 @@ class Plan:
         self.dense = learned - self.experts
         self.frozen_bytes = sum(b.numel() * b.element_size() for b in model.buffers())
         self.record_bytes = record_bytes(model)
+        self.saved_bytes = saved_bytes(model) if config.train.async_save else 0
         self.largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
         self.groups = len(parameter_groups(model, config.optimizer))
         self.size = 4 if config.train.dtype == "fp32" else 2
@@ -133,6 +144,7 @@ class Plan:
                 ),
                 self._passes_of(samples // train.accumulation, saved),
             ),
+            save_bytes=self.saved_bytes // ranks,
             update_bytes=self._updated(stage, ranks, local, held),
             dense_bytes=round(sent * self.dense * (ranks - 1) / ranks),
             expert_bytes=round(sent * self.experts / parallel * (1 - parallel / ranks)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -32,6 +32,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """The group by which ranks exchange; None: the one that all of torch uses."""
 
     @property
     def is_main(self) -> bool:
@@ -40,20 +42,30 @@ class World:
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def sum(self, x: Tensor) -> Tensor:
         """x added over all ranks, in place; every rank must call it."""
         if self.size > 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
         return x
 
     def gather(self, own: T) -> list[T]:
         """What each rank gives, any object that can be pickled; every rank must call it."""
         found = [own] * self.size
         if self.size > 1:
-            dist.all_gather_object(found, own)
+            dist.all_gather_object(found, own, self.group)
         return found
+
+    def aside(self, timeout_s: float = 0.0) -> World:
+        """The same ranks for another thread, whose exchanges go on beside all others, by way of the
+        CPU; every rank must call it.
+
+        Args:
+            timeout_s: see `start_distributed`.
+        """
+        group = dist.new_group(timeout=_patience(timeout_s), backend="gloo")
+        return replace(self, group=group)
 
     def agree(self, work: Callable[[], T]) -> T:
         """What work returns here, once it has on every rank; every rank must call it.
@@ -141,7 +153,7 @@ def start_distributed(timeout_s: float = 0.0) -> World:
             up before twice that time, or half an hour.
     """
     deepspeed = import_deepspeed()
-    timeout = timedelta(seconds=max(1800.0, 2 * timeout_s))
+    timeout = _patience(timeout_s)
     cuda = torch.cuda.is_available()
     if not cuda:
         keep_freed_memory()
@@ -176,3 +188,8 @@ def start_distributed(timeout_s: float = 0.0) -> World:
     if cuda:
         torch.cuda.set_device(device)  # objects are exchanged by way of it
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _patience(timeout_s: float) -> timedelta:
+    """How long a collective call waits for the others."""
+    return timedelta(seconds=max(1800.0, 2 * timeout_s))

@@ -3,15 +3,19 @@ calls the weights.
 
 Maps must be folded first. Nothing is approximated: what no architecture holds is refused, with the
 option under which a run could be exported. All of them have our attention (rotary positions in
-halves, no biases) and our norms; what tells them apart is the mixture:
+halves, no biases) and our norms; what tells them apart is the mixture, and whether queries and keys
+are normalized (language_model.qk_norm):
 
     llama           no mixture
     mixtral         softmax over the chosen
     ernie4_5_moe    the same, also with biases of the choice, shared experts and dense blocks
     qwen2_moe       softmax over all experts, also with shared experts and dense blocks
-    glm4_moe        normalized sigmoids, also with biases, shared experts and first blocks dense
+    glm4_moe        normalized sigmoids, also with biases, shared experts and first blocks dense,
+                    and normalized queries and keys
+    qwen3           normalized queries and keys, no mixture
+    qwen3_moe       the same, softmax over the chosen or over all experts, also with dense blocks
 
-Qwen3-MoE and OLMoE normalize queries and keys, and DeepSeek-V3 compresses them: ours does neither.
+OLMoE normalizes queries over all heads at once and DeepSeek-V3 compresses them: ours does neither.
 """
 
 from __future__ import annotations
@@ -70,6 +74,8 @@ QWEN2 = Architecture(
     shared="shared_expert",
     shared_scale=0.5,
 )
+QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM")
+QWEN3_MOE = Architecture("qwen3_moe", "Qwen3MoeForCausalLM")
 GLM = Architecture(
     "glm4_moe",
     "Glm4MoeForCausalLM",
@@ -82,9 +88,11 @@ def architecture_of(config: Config) -> Architecture:
     """The plainest architecture that holds a folded config, which has no `misfits`."""
     moe, lm = config.moe, config.language_model
     if not lm.moe_every:
-        return LLAMA
+        return QWEN3 if lm.qk_norm else LLAMA
     if moe.convention == "sigmoid":
         return GLM
+    if lm.qk_norm:
+        return QWEN3_MOE
     if moe.convention == "softmax_topk":
         return QWEN2
     plain = lm.moe_every == 1 and not moe.shared_experts and not moe.balance.has_biases
@@ -129,6 +137,17 @@ def misfits(config: Config) -> Iterator[str]:
             f"moe.gates 'softmax_topk' with moe.balance.kind {moe.balance.kind!r} is in no "
             "architecture: train with moe.gates sigmoid or topk_softmax"
         )
+    if (
+        lm.qk_norm
+        and moe.convention != "sigmoid"
+        and (moe.shared_experts or moe.balance.has_biases)
+    ):
+        yield (
+            "language_model.qk_norm True with shared experts or biases of the choice is in an "
+            "architecture of sigmoid gates alone: train with moe.gates sigmoid, or with "
+            "moe.shared_experts 0 and another moe.balance.kind than "
+            f"{moe.balance.kind!r}"
+        )
     if moe.convention == "sigmoid" and not _dense_blocks_come_first(config):
         yield (
             f"language_model.moe_every {lm.moe_every} with moe.gates 'sigmoid': dense blocks come "
@@ -158,6 +177,15 @@ def settings_of(config: Config) -> dict[str, Any]:
     mixtures = {"num_experts_per_tok": moe.top_k, "moe_intermediate_size": moe.hidden}
     own: dict[Architecture, dict[str, Any]] = {
         LLAMA: {"attention_bias": False, "mlp_bias": False},
+        QWEN3: {"attention_bias": False, "use_sliding_window": False},
+        QWEN3_MOE: mixtures
+        | {
+            "num_experts": moe.experts,
+            "norm_topk_prob": moe.convention != "softmax_topk",
+            "decoder_sparse_step": lm.moe_every,
+            "attention_bias": False,
+            "use_sliding_window": False,
+        },
         MIXTRAL: {
             "num_local_experts": moe.experts,
             "num_experts_per_tok": moe.top_k,
@@ -191,7 +219,7 @@ def settings_of(config: Config) -> dict[str, Any]:
             "norm_topk_prob": True,
             "routed_scaling_factor": 1.0,
             "partial_rotary_factor": 1.0,
-            "use_qk_norm": False,
+            "use_qk_norm": lm.qk_norm,
             "attention_bias": False,
             "num_nextn_predict_layers": 0,
         },
@@ -228,6 +256,9 @@ def _attention(
     yield "self_attn.o_proj.weight", block["attention.out.weight"]
     q, k, v = block["attention.qkv.weight"].chunk(3)
     yield "self_attn.v_proj.weight", v
+    for name in ("q_norm", "k_norm"):
+        if (gain := block.get(f"attention.{name}.weight")) is not None:
+            yield f"self_attn.{name}.weight", gain
     for name, rows in (("q", q), ("k", k)):
         if of.interleaved:
             channels = len(rows) // heads

@@ -46,7 +46,6 @@ from simvq_moe.files.unfinished import ASIDE, filled_alone
 from simvq_moe.inference.evaluate import with_source
 from simvq_moe.models.tokenizer import Tokenizer
 from simvq_moe.records.progress import SECONDS_BETWEEN_LINES, duration
-from simvq_moe.runs.loading import weights_sha256
 from simvq_moe.tasks.base import DataSet
 from simvq_moe.tasks.loading import load_run, model_of
 from simvq_moe.tasks.tokenizers import tokenizer_task
@@ -80,7 +79,7 @@ def encode_run(
     items = data.items and {"train": data.items[0], "held_out": data.items[1]}
     reference = TokenizerReference(
         run=os.path.relpath(run_dir.resolve(), out.resolve()),
-        weights_sha256=weights_sha256(weights),
+        weights_sha256=weights.digest(),
         config=asdict(config),
     )
     wanted = Manifest(

@@ -9,7 +9,7 @@ from pathlib import Path
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.engine.devices import this_device
 from simvq_moe.engine.world import World
-from simvq_moe.tasks.loading import load_run
+from simvq_moe.tasks.loading import load_run, take_weights
 from simvq_moe.tasks.registry import task_of
 from simvq_moe.training.evaluation import evaluate
 
@@ -35,7 +35,7 @@ def evaluate_run(
     config = _with_cache(task_of(config).without_networks(config), cache_dir)
     task_of(config).check_files(config)
     task = task_of(config).of_run(config, run_dir=run_dir, measures=measures)
-    task.model.load_state_dict(weights)
+    take_weights(task.model, weights)
     device = this_device()
     task.model.to(device)
     return evaluate(task, World(0, 1, device), config.train.eval_batch_size)[0]

@@ -30,6 +30,7 @@ from simvq_moe.inference.architectures import (
 from simvq_moe.inference.fold import Folded, folded_run, write_weights
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.runs.loading import FOLDED
+from simvq_moe.tasks.loading import described, model_of
 from simvq_moe.tasks.text import TOKENIZER
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def export_run(run_dir: Path, out: Path, form: Form) -> str:
     if folded.tokenizer is not None:
         notes[TOKENIZER] = folded.tokenizer.decode()
     with filling(out, "export", {"weights": folded.made_of, "form": form}):
-        write_weights(out / FOLDED, folded.weights(), notes)
+        write_weights(out / FOLDED, folded.weights, notes)
     return f"{FOLDED}, {folded.difference:.1g} from the run's outputs in float64"
 
 
@@ -74,7 +75,7 @@ def _export_checkpoint(run_dir: Path, out: Path) -> str:
     assert folded.tokenizer is not None
     tokenizer = load_tokenizer(str(run_dir / TOKENIZER), folded.config.data.vocabulary)
     config = _transformers_config(folded, tokenizer)
-    weights = weights_of(folded.config, folded.weights())
+    weights = weights_of(folded.config, dict(folded.weights))
     difference = _difference(folded, config, weights, end_of_text(tokenizer))
     if not difference <= LARGEST_DIFFERENCE:
         raise ConfigError(
@@ -95,7 +96,7 @@ def _export_checkpoint(run_dir: Path, out: Path) -> str:
 
 def _check_fits(folded: Folded, run_dir: Path) -> None:
     other = "or use --to safetensors"
-    if not isinstance(folded.model, LanguageModel) or folded.tokenizer is None:
+    if not isinstance(described(folded.config), LanguageModel) or folded.tokenizer is None:
         raise ConfigError(
             f"{run_dir} is a run of task {folded.config.task!r} without a {TOKENIZER}: --to hf "
             f"takes a language model on text: give one, {other}"
@@ -153,7 +154,7 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, str]:
 @torch.no_grad()
 def _difference(folded: Folded, config: Any, weights: Mapping[str, Tensor], end: int) -> float:
     """The largest between logits of both models, relative to the largest of ours."""
-    ours = folded.model.float().eval()
+    ours = model_of(folded.config, folded.weights).eval()
     assert isinstance(ours, LanguageModel)
     theirs = built_by_transformers(config, weights)
     found = []

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from simvq_moe.config.loading import ConfigError, to_yaml
@@ -18,11 +17,12 @@ from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.data.text.tokenizer import load_tokenizer
 from simvq_moe.files.regular import read_bytes, write_atomically, written_whole
+from simvq_moe.files.tensors import Form, StoredWeights, write_safetensors
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.moe import MoE
 from simvq_moe.quantizers import RunningMapVQ
-from simvq_moe.runs.loading import FOLDED, weights_sha256
-from simvq_moe.tasks.loading import load_run, model_of
+from simvq_moe.runs.loading import FOLDED
+from simvq_moe.tasks.loading import described, load_run, model_of
 from simvq_moe.tasks.registry import AnyTask, task_of
 from simvq_moe.tasks.text import TOKENIZER
 
@@ -36,18 +36,14 @@ class Folded:
 
     config: Config
     """The config of the model without maps."""
-    model: nn.Module
-    """The model in float64, in evaluation mode."""
+    weights: Mapping[str, Tensor]
+    """Weights in float32; those of a run without maps are read where they are asked for."""
     difference: float
     """The largest between outputs before and after, in float64, relative to the largest output."""
     tokenizer: bytes | None
     """The run's tokenizer.json; None: it has none."""
     made_of: str
     """Digest of the run's weights."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """Weights in float32, as the model is from then on."""
-        return dict(self.model.float().state_dict())
 
 
 def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
@@ -65,7 +61,7 @@ def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
     check_free(out)
     folded = folded_run(run_dir, merge_norms=merge_norms)
     with filling(out, "fold", {"weights": folded.made_of, "merge_norms": merge_norms}):
-        write_model(out, folded.config, folded.weights(), folded.tokenizer)
+        write_model(out, folded.config, folded.weights, folded.tokenizer)
     return folded.difference
 
 
@@ -81,17 +77,13 @@ def folded_run(run_dir: Path, *, merge_norms: bool = False, plain: bool = False)
     """
     config, weights = load_run(run_dir)
     task = task_of(config)
-    model = model_of(config, weights).double().eval()
-    tokenizer, made_of = _tokenizer(run_dir, config), weights_sha256(weights)
-    mapped = any(
-        (isinstance(module, Bank) and module.maps) or isinstance(module, Whitening | RunningMapVQ)
-        for module in model.modules()
-    )
-    if not (mapped or merge_norms):
+    tokenizer, made_of = _tokenizer(run_dir, config), weights.digest()
+    if not (merge_norms or has_maps(described(config))):
         if plain:
-            return Folded(config, model, 0.0, tokenizer, made_of)
+            return Folded(config, as_built(config, weights), 0.0, tokenizer, made_of)
         norms = " but norms: --merge_norms" if task.has_norms else ""
         raise ConfigError(f"{run_dir} has no shared map: there is nothing to fold{norms}")
+    model = model_of(config, weights).double().eval()
     folded_config = task.without_maps(config)
     folded = task.build_model(task.without_networks(folded_config)).double().eval()
     try:
@@ -106,7 +98,22 @@ def folded_run(run_dir: Path, *, merge_norms: bool = False, plain: bool = False)
             f"folding {run_dir} changes its outputs by {difference:.2g} of the largest, or they "
             "are not finite: the run has diverged, use another checkpoint or train again"
         )
-    return Folded(folded_config, folded, difference, tokenizer, made_of)
+    return Folded(folded_config, folded.float().state_dict(), difference, tokenizer, made_of)
+
+
+def has_maps(model: nn.Module) -> bool:
+    """Whether there is anything to fold."""
+    return any(
+        (isinstance(module, Bank) and module.maps) or isinstance(module, Whitening | RunningMapVQ)
+        for module in model.modules()
+    )
+
+
+def as_built(config: Config, weights: Mapping[str, Tensor]) -> StoredWeights:
+    """Weights in the types that a model has of them which computes in float32."""
+    state = described(config).float().state_dict()
+    forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    return StoredWeights(forms, lambda name: weights[name].to(forms[name].dtype))
 
 
 def _tokenizer(run_dir: Path, config: Config) -> bytes | None:
@@ -130,13 +137,9 @@ def write_model(
 def write_weights(
     path: Path, weights: Mapping[str, Tensor], notes: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file, whole.
-
-    Args:
-        notes: what its header says of it, beside the tensors.
-    """
+    """A safetensors file, whole; see `write_safetensors`."""
     with written_whole(path) as aside:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside, notes)
+        write_safetensors(aside, weights, notes)
 
 
 def fold_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from simvq_moe.data.text.tokenizer import encode_text, end_of_text, load_tokeniz
 from simvq_moe.engine.devices import this_device
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.models.language_model import LanguageModel, NotFiniteError
-from simvq_moe.runs.loading import weights_sha256
 from simvq_moe.tasks.codes import CodesTask, check_same_vocabulary, codes_of, draw_sequences
 from simvq_moe.tasks.decoder import Decoder
 from simvq_moe.tasks.loading import load_model, load_run, model_of
@@ -120,7 +119,7 @@ def generate_samples(
     check_same_vocabulary(config, decoder.manifest)
     model.to(decoder.device)
     options = drawing.options()
-    made_of = {"weights": weights_sha256(weights), "codes": decoder.manifest.digest}
+    made_of = {"weights": weights.digest(), "codes": decoder.manifest.digest}
     made_of |= {"samples": samples, "temperature": temperature, "top_k": top_k, "seed": seed}
     with filling(out, "generate", made_of), drawing.of_finite_scores(run_dir):
         # all from the first on, because a batch's random numbers follow those of the one before

@@ -23,12 +23,11 @@ from torch import Tensor
 from simvq_moe.config.schema import Config, DataConfig, ImageTokenizerConfig
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError
-from simvq_moe.files.tensors import read_checkpoint
+from simvq_moe.files.tensors import read_checkpoint, weights_sha256
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.inference.fold import write_model
 from simvq_moe.models.official_layout import image_tokenizer_from, sizes_of
 from simvq_moe.quantizers.simvq import SimVQOptions
-from simvq_moe.runs.loading import weights_sha256
 
 
 def write_run(checkpoint: Path, out: Path, data: DataConfig, *, averages: bool = True) -> Config:

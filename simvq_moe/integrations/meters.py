@@ -16,11 +16,6 @@ from torch import Tensor, nn
 from simvq_moe.core.collectives import total
 from simvq_moe.core.usage import Usage, UsageCounter, usage
 
-try:
-    from transformers import PreTrainedModel
-except ImportError as error:
-    raise ImportError(f"{error}: needs transformers>=5, pip install 'simvq-moe[hf]'") from error
-
 METERS = "usage_meters"
 """The attribute of a model that holds its meters."""
 
@@ -85,6 +80,9 @@ class Meters(nn.ModuleList):
     """All meters of a model, first layer first, and its hooks that see the mask."""
 
     def __init__(self, model: nn.Module, top_k: int) -> None:
+        # whoever has such a model has imported it; names of this package come without it
+        from transformers import PreTrainedModel
+
         mask = Mask()
         blocks = expert_modules(model).values()
         super().__init__(Meter(experts, top_k, mask) for experts in blocks)
@@ -101,7 +99,7 @@ class Meters(nn.ModuleList):
             hook.remove()
 
 
-def meter(model: PreTrainedModel) -> None:
+def meter(model: nn.Module) -> None:
     """Count how often each expert of a model is chosen, from now on.
 
     It counts in training, and in evaluation inside `core.usage.counting(model)`; what activation
@@ -122,12 +120,13 @@ def meter(model: PreTrainedModel) -> None:
             f"the experts of this {type(model).__name__} are split over ranks: use a model with "
             "whole weights, or shards of FSDP or ZeRO"
         )
-    # a dense model's config has no such key, and `Meters` refuses it
-    meters = Meters(model, getattr(model.config.get_text_config(), "num_experts_per_tok", 0))
+    expert_modules(model)  # refuses what has none, such as a dense model
+    config: Any = model.config
+    meters = Meters(model, config.get_text_config().num_experts_per_tok)
     model.add_module(METERS, meters.train(model.training))
 
 
-def unmeter(model: PreTrainedModel) -> None:
+def unmeter(model: nn.Module) -> None:
     """Take the meters out of a model, if it has some."""
     meters = getattr(model, METERS, None)
     if isinstance(meters, Meters):
@@ -135,7 +134,7 @@ def unmeter(model: PreTrainedModel) -> None:
         delattr(model, METERS)
 
 
-def usage_by_layer(model: PreTrainedModel) -> dict[str, Usage]:
+def usage_by_layer(model: nn.Module) -> dict[str, Usage]:
     """Measures of each block's counts since they were last taken, by the block's name.
 
     Counts are summed over ranks, which call it together.

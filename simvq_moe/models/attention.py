@@ -16,16 +16,23 @@ ROTARY_BASE = 10_000.0
 
 
 class Attention(Stateful):
-    """Causal multi-head attention with rotary positions."""
+    """Causal multi-head attention with rotary positions.
+
+    Args:
+        qk_norm: RMSNorm over the channels of each query and each key, before they are turned
+            (arXiv:2010.04245), with a gain for all queries and one for all keys.
+    """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, width: int, heads: int, context: int) -> None:
+    def __init__(self, width: int, heads: int, context: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads, self.channels = heads, width // heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
+        self.q_norm = nn.RMSNorm(self.channels) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.channels) if qk_norm else None
         half = self.channels // 2
         self.hold("cos", partial(_rotations, context, half, sine=False))
         self.hold("sin", partial(_rotations, context, half, sine=True))
@@ -37,6 +44,9 @@ class Attention(Stateful):
         # the size said, for a batch may be empty
         shape = (batch, tokens, 3 * self.heads, self.channels)
         qk, v = self.qkv(x).view(shape).split([2 * self.heads, self.heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.chunk(2, dim=2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         qk = self._turn(qk, None if documents is None else documents.positions)
         attend = causal_attention if documents is None else documents.attend
         q, k = qk.chunk(2, dim=2)

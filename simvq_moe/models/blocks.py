@@ -25,10 +25,10 @@ from simvq_moe.moe.routers.base import Routing
 class Block(nn.Module):
     """Attention on a normalized residual branch; a subclass adds the feed-forward branch."""
 
-    def __init__(self, width: int, heads: int, context: int) -> None:
+    def __init__(self, width: int, heads: int, context: int, *, qk_norm: bool) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
-        self.attention = Attention(width, heads, context)
+        self.attention = Attention(width, heads, context, qk_norm=qk_norm)
 
     def forward(
         self,
@@ -70,9 +70,16 @@ class MoEBlock(Block):
     """A block whose second branch is a mixture of experts."""
 
     def __init__(
-        self, width: int, heads: int, context: int, moe: MoEConfig, vocabulary: int
+        self,
+        width: int,
+        heads: int,
+        context: int,
+        moe: MoEConfig,
+        vocabulary: int,
+        *,
+        qk_norm: bool,
     ) -> None:
-        super().__init__(width, heads, context)
+        super().__init__(width, heads, context, qk_norm=qk_norm)
         self.moe_norm = nn.RMSNorm(width)
         self.moe = build_mixture(width, moe, vocabulary)
 
@@ -122,10 +129,17 @@ class DenseBlock(Block):
     """A block whose second branch is one network for every token."""
 
     def __init__(
-        self, width: int, heads: int, context: int, moe: MoEConfig, vocabulary: int
+        self,
+        width: int,
+        heads: int,
+        context: int,
+        moe: MoEConfig,
+        vocabulary: int,
+        *,
+        qk_norm: bool,
     ) -> None:
         del vocabulary
-        super().__init__(width, heads, context)
+        super().__init__(width, heads, context, qk_norm=qk_norm)
         self.dense_norm = nn.RMSNorm(width)
         self.dense = build_dense(width, moe)
 

@@ -38,6 +38,7 @@ class LanguageModel(Pretrained):
         moe_every: the last of every so many blocks has a mixture, the others a dense network that
             costs a token as much; 0: all are dense.
         tied_head: the embedding is also the matrix of the head.
+        qk_norm: queries and keys are normalized, each over its channels.
         depth_scaled: matrices that end a branch start smaller, by the root of twice the layers.
         activation_checkpointing: keep only the inputs of blocks for the backward pass, which runs
             them again (arXiv:1604.06174).
@@ -60,6 +61,7 @@ class LanguageModel(Pretrained):
         moe: MoEConfig,
         moe_every: int = 1,
         tied_head: bool = True,
+        qk_norm: bool = False,
         depth_scaled: bool = True,
         activation_checkpointing: bool = False,
         document_mask: bool = False,
@@ -72,7 +74,7 @@ class LanguageModel(Pretrained):
             self.embedding = nn.Embedding(vocabulary, width)
             self.blocks = nn.ModuleList(
                 (MoEBlock if moe_every and i % moe_every == 0 else DenseBlock)(
-                    width, heads, context, moe, vocabulary
+                    width, heads, context, moe, vocabulary, qk_norm=qk_norm
                 )
                 for i in range(1, layers + 1)
             )

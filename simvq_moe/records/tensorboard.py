@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.plugins.hparams import plugin_data_pb2
-from torch.utils.tensorboard.summary import hparams
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch.utils.tensorboard.summary import custom_scalars, hparams
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from simvq_moe.config.loading import defaults_of_every_kind, flatten, mapping_to_yaml
@@ -22,7 +22,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.config.tasks import without_other_tasks
 from simvq_moe.records.catalogue import usage_leaves
 from simvq_moe.records.dead_slots import DeadSlots
-from simvq_moe.records.tensorboard_layout import AT_A_GLANCE, layout, result_names
+from simvq_moe.records.tensorboard_layout import AT_A_GLANCE, layout
 from simvq_moe.records.usage_metrics import Layer, layer_names
 from simvq_moe.records.viridis import viridis
 
@@ -30,8 +30,6 @@ TOP_LOAD = 4.0
 """Load (1 is fair) at which the colour scale ends: the same in every run, so that maps compare."""
 CELL = 8
 """Pixels a side of a slot in a heat map."""
-FIRST_COLUMNS = ("arm", "optimizer.lr", "seed", "task", "train.steps")
-"""Columns with which the HParams table begins."""
 
 
 class TensorBoard:
@@ -57,7 +55,7 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         self.layers = layers
         self.roots = layer_names(layers)
-        self.writer.add_custom_scalars(layout(layers))
+        self._file().add_summary(closed_details(layout(layers)))
         self.text("at_a_glance/command", _verbatim(command), step)
         self.finished: Any = None
         if config is None:
@@ -65,9 +63,8 @@ class TensorBoard:
         self.text(
             "at_a_glance/config", _verbatim(mapping_to_yaml(without_other_tasks(config))), step
         )
-        columns, row, self.finished = rows_of_table(config, layers)
-        for summary in (columns, row):
-            self._file().add_summary(summary)
+        row, self.finished = row_of_table(config)
+        self._file().add_summary(row)
 
     def write(
         self,
@@ -192,27 +189,33 @@ def heat_map(load: np.ndarray, cell: int = CELL) -> np.ndarray:
     return pixels.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
-def rows_of_table(config: Config, layers: Sequence[Layer]) -> tuple[Any, Any, Any]:
-    """Summaries for the HParams table: its columns, this run's values, and that it is finished.
+def closed_details(charts: Mapping[str, dict[str, list]]) -> Any:
+    """Summary of the layout of custom scalars, where all categories but the first are closed.
 
-    The columns are every key of every task and kind, because TensorBoard takes them from one run
-    for all.
+    The page sends a request for every chart, pattern and run of an open category: hundreds, where
+    18 runs have six layers.
+    """
+    summary = custom_scalars(charts)
+    (packed,) = summary.value[0].tensor.string_val
+    kind: Any = layout_pb2  # its names are made when it is imported
+    stored = kind.Layout.FromString(packed)
+    for category in stored.category[1:]:
+        category.closed = True
+    summary.value[0].tensor.string_val[:] = [stored.SerializeToString()]
+    return summary
+
+
+def row_of_table(config: Config) -> tuple[Any, Any]:
+    """Summaries for the HParams table: this run's values, and that it is finished.
+
+    There is none of columns: TensorBoard would take them from one run for all, and compares the
+    rows by itself where it finds none.
     """
     mine = without_other_tasks(config)
     defaults = defaults_of_every_kind(Config())
-    cells = {key: _cell(value, defaults[key]) for key, value in flatten(config).items()}
-    every = {key: _cell(default, default) for key, default in defaults.items()} | cells
-    results = dict.fromkeys(result_names(layers), 0.0)
-    columns, _, _ = hparams(every, results)
-    stored = columns.value[0].metadata.plugin_data
-    kind: Any = plugin_data_pb2  # its names are made when it is imported
-    table = kind.HParamsPluginData.FromString(stored.content)
-    for column in table.experiment.hparam_infos:
-        # those that differ between runs come first, and of all only five are shown unasked
-        column.differs = column.name in FIRST_COLUMNS
-    own = {key: value for key, value in cells.items() if key.split(".")[0] in mine}
-    stored.content = table.SerializeToString()
-    return columns, *hparams(own, results)[1:]
+    values = {key: value for key, value in flatten(config).items() if key.split(".")[0] in mine}
+    _, row, end = hparams({key: _cell(value, defaults[key]) for key, value in values.items()}, {})
+    return row, end
 
 
 def _cell(value: Any, default: Any) -> bool | int | float | str:

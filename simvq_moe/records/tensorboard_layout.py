@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from simvq_moe.records.catalogue import WHOLE, names, results, router_leaves, usage_leaves
+from simvq_moe.records.catalogue import WHOLE, names, router_leaves, usage_leaves
 from simvq_moe.records.usage_metrics import Layer, layer_names
 
 AT_A_GLANCE = frozenset(
@@ -18,10 +18,7 @@ def layout(layers: Sequence[Layer]) -> dict[str, dict[str, list]]:
     layer and of measures over layers, the probe, the losses."""
     charts: dict[str, dict[str, list]] = {
         "at a glance": {
-            "loss, in training and held out": [
-                "Multiline",
-                ["^at_a_glance/train/loss$", "^at_a_glance/val/loss$"],
-            ]
+            "loss, in training and held out": ["Multiline", ["^at_a_glance/(train|val)/loss$"]]
         }
     }
     if layers:
@@ -40,8 +37,7 @@ def layout(layers: Sequence[Layer]) -> dict[str, dict[str, list]]:
         }
     if any(layer.kind == "codes" for layer in layers):
         charts["detail: codes"] = {
-            m: ["Multiline", [f"^codes/(mean/)?{m}$", f"^val/codes/(mean/)?{m}$"]]
-            for m in usage_leaves("detail")
+            m: ["Multiline", [f"^(val/)?codes/(mean/)?{m}$"]] for m in usage_leaves("detail")
         }
     if any(layer.kind == "experts" for layer in layers):
         charts["detail: routers on the probe, each layer"] = {
@@ -52,11 +48,3 @@ def layout(layers: Sequence[Layer]) -> dict[str, dict[str, list]]:
 
 def _margin(name: str) -> list:
     return ["Margin", [f"{name}_{end}" for end in ("mean", "min", "max")]]
-
-
-def result_names(layers: Sequence[Layer]) -> list[str]:
-    """Held-out measures of the HParams table; a run's last values are its final numbers."""
-    kinds = {layer.kind for layer in layers}
-    where = ("codes/mean" if sum(layer.kind == "codes" for layer in layers) > 1 else "codes",)
-    where = (*(where if "codes" in kinds else ()), *(("moe/mean",) if "experts" in kinds else ()))
-    return [*results(where), *(name for name in names("overview") if name.startswith("speed/"))]

@@ -14,10 +14,12 @@ import time
 from pathlib import Path
 
 from tensorboard import default, program
+from tensorboard.plugins.hparams.hparams_plugin import HParamsPlugin
 
 from simvq_moe.analysis.run_folders import PARTS
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import is_inside
+from simvq_moe.reports.hparams_tab import HParamsTab
 from simvq_moe.usage_tab.plugin import NAME, UsageTabLoader
 
 SAMPLES_KEPT = 200
@@ -77,7 +79,11 @@ def start(folder: Path, port: int, runs_dir: Path) -> str:
         runs_dir: of the runs, which the tab of usage reads; that tab is the first, and so opens.
     """
     # installed or not, there is one such tab: that of this folder
-    others = [plugin for plugin in default.get_plugins() if plugin is not UsageTabLoader]
+    others = [
+        HParamsTab if plugin is HParamsPlugin else plugin
+        for plugin in default.get_plugins()
+        if plugin is not UsageTabLoader
+    ]
     server = program.TensorBoard(plugins=[UsageTabLoader(runs_dir), *others])
     server.configure(
         argv=[

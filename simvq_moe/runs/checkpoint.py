@@ -1,21 +1,17 @@
-"""Checkpoints that exist whole or not at all, and fit any number of ranks.
+"""Checkpoints that exist whole or not at all, and fit any number of ranks: what is read of them.
 
 A checkpoint is a folder: chunks of the state dict's tensors and of Adam's moments, as ranks held
 them (`runs.chunks`, `runs.resharding`), and what the training loop keeps, `trainer.pt` and
-`rank_<r>.pt`. Every rank writes into a temporary folder; once all have, rank 0 adds a manifest,
-renames the folder and moves `latest`, a note for people. A folder without a manifest, or with a
-file of another size, is passed over, and so is one in which a rank reads what was not written. If
-one rank can't write, all learn of it, and what is half written is removed.
+`rank_<r>.pt`; `runs.saving` writes it. A folder without a manifest, or with a file of another size,
+is passed over, and so is one in which a rank reads what was not written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,17 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simvq_moe.config.loading import ConfigError
-from simvq_moe.config.schema import TrainConfig
-from simvq_moe.engine.agreement import WriteFailed, together, writing
 from simvq_moe.engine.world import World
 from simvq_moe.files.regular import (
     BrokenFileError,
     parse_json,
     read_bytes,
-    sync_folder,
     validate_json,
-    write_atomically,
 )
+from simvq_moe.files.tensors import DTYPES, Form, StoredWeights
 from simvq_moe.runs.chunks import INDEX, Index, read_whole
 
 logger = logging.getLogger(__name__)
@@ -75,61 +68,6 @@ class Restored:
     """Whether as many ranks wrote it."""
 
 
-def save(
-    engine: Any,
-    folder: Path,
-    step: int,
-    world: World,
-    config: TrainConfig,
-    *,
-    state: LoopState,
-    config_yaml: str = "",
-) -> None:
-    """Commit the run at this step as folder/<step>, then delete what is not to be kept.
-
-    Args:
-        config: says which checkpoints are kept.
-        state: of the training loop.
-        config_yaml: the run's config, which says whose state this is.
-
-    Raises:
-        WriteFailed: on all ranks, if one can't write, say for a full disk; what was saved before is
-            as it was.
-    """
-    # these import deepspeed, which only training needs
-    from simvq_moe.engine.pieces import held_pieces, own_share
-    from simvq_moe.engine.state import counters
-    from simvq_moe.runs.resharding import write_pieces
-
-    temporary = folder / f"{step}.tmp"
-    share = own_share(held_pieces(engine))
-    others: dict[str, bytes] = {
-        f"rank_{world.rank}.pt": _serialized(state.own | {"rng": _rng_state(world.device)})
-    }
-    if world.is_main:
-        others |= {SHARED: _serialized(state.shared), CONFIG: config_yaml.encode()}
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "world_size": world.size,
-        "zero_stage": engine.zero_optimization_stage(),
-        "counters": counters(engine),
-    }
-    try:
-        together(world, lambda: _make_room(temporary) if world.is_main else None)
-        sizes: dict[str, Any] = {
-            name: {"size": size}
-            for name, size in write_pieces(temporary, share, world.rank).items()
-        }
-        seals = together(world, lambda: sizes | _write_others(temporary, others, world))
-        manifest["files"] = {name: seal for of_rank in seals for name, seal in of_rank.items()}
-        together(world, lambda: _finish(temporary, manifest, config) if world.is_main else None)
-    except WriteFailed:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def restore(engine: Any, folder: Path, world: World, seed: int) -> Restored | None:
     """Load the latest whole checkpoint into the engine; None: there is none.
 
@@ -157,13 +95,20 @@ def restore(engine: Any, folder: Path, world: World, seed: int) -> Restored | No
     return None
 
 
-def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's state dict from a whole checkpoint, on the CPU.
+def load_weights(checkpoint: Path) -> StoredWeights:
+    """The model's state dict in a whole checkpoint.
 
     Raises:
-        BrokenFileError: it is not as it was written.
+        BrokenFileError: it is not as it was written, here or where a tensor is asked for.
     """
-    return dict(read_whole(checkpoint, read_index(checkpoint).weights()))
+    tensors = read_index(checkpoint).weights()
+
+    def read(name: str) -> Tensor:
+        ((_, tensor),) = read_whole(checkpoint, {name: tensors[name]})
+        return tensor
+
+    forms = {name: Form(DTYPES[of.dtype], of.shape) for name, of in tensors.items()}
+    return StoredWeights(forms, read)
 
 
 def read_index(checkpoint: Path) -> Index:
@@ -175,15 +120,17 @@ def read_index(checkpoint: Path) -> Index:
     return _read_index(checkpoint, _read_manifest(checkpoint))
 
 
-def newest_weights(folder: Path) -> dict[str, Tensor] | None:
-    """The state dict from the newest checkpoint that is as it was written; None: there is none.
+def newest_weights(folder: Path) -> StoredWeights | None:
+    """The state dict in the newest checkpoint that is as it was written; None: there is none.
 
     Raises:
         ConfigError: see `check_form`.
     """
     for step in _whole_steps(folder):
         try:
-            return load_weights(folder / str(step))
+            weights = load_weights(folder / str(step))
+            weights.digest()  # reads all, and so finds what is broken
+            return weights
         except BrokenFileError as error:
             _say_skipped(folder / str(step), error)
     return None
@@ -292,65 +239,6 @@ def _from_main(value: T, world: World) -> T:
     return found[0]
 
 
-def _make_room(temporary: Path) -> None:
-    with writing(temporary):
-        for left_over in temporary.parent.glob("*.tmp"):
-            shutil.rmtree(left_over)
-        temporary.mkdir(parents=True)
-        sync_folder(temporary.parent.parent)
-
-
-def _serialized(state: dict[str, Any]) -> bytes:
-    # in memory, for of a full disk torch says no more than that writing failed
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def _write_others(target: Path, others: Mapping[str, bytes], world: World) -> dict[str, Any]:
-    """Write files other than those of tensors; seals of these, and of the index."""
-    for name, content in others.items():
-        with writing(target / name):
-            write_atomically(target / name, content)
-    seals = {name: _seal(content) for name, content in others.items()}
-    if world.is_main:
-        seals[INDEX] = _seal((target / INDEX).read_bytes())
-    return seals
-
-
-def _seal(content: bytes) -> dict[str, Any]:
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _finish(temporary: Path, manifest: dict[str, Any], config: TrainConfig) -> None:
-    folder, step = temporary.parent, manifest["step"]
-    with writing(folder / str(step)):
-        _commit(temporary, folder / str(step), manifest)
-        _clean_up(folder, step, config)
-
-
-def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
-    if final.exists():
-        # a broken one: else the run would have gone on from there
-        shutil.rmtree(final)
-    temporary.rename(final)
-    write_atomically(final.parent / "latest", final.name)  # and flushes both names
-
-
-def _clean_up(folder: Path, step: int, config: TrainConfig) -> None:
-    """Delete checkpoints that the config does not keep, and later ones, which were broken."""
-    steps = committed_steps(folder)
-    until_now = [s for s in steps if s <= step]
-    kept = set(until_now[-config.keep_checkpoints :])
-    if config.keep_every:
-        kept |= {s for s in until_now if s % config.keep_every == 0}
-    for old in sorted(set(steps) - kept):
-        # renamed first, so that none is ever seen in part
-        doomed = (folder / str(old)).rename(folder / f"{old}.tmp")
-        shutil.rmtree(doomed)
-
-
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     try:
@@ -409,13 +297,6 @@ def _ranks(count: int) -> str:
 
 def _derived_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
-
-
-def _rng_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
 
 
 def _set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:

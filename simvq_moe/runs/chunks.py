@@ -9,7 +9,6 @@ whole. The folder may be anybody's: the index is validated before anything is re
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,24 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from simvq_moe.files.regular import BrokenFileError, open_regular
+from simvq_moe.files.tensors import DTYPES, NAMES, bytes_of, framed_header
 
 INDEX = "index.json"
 LARGEST_CHUNK = 2**24
 """Elements, 64 MiB of float32: what is read at least, and what is copied from a GPU at once."""
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Types by their names in safetensors."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
@@ -119,13 +105,11 @@ def write_chunks(path: Path, chunks: Sequence[ChunkToWrite]) -> list[Chunk]:
             "shape": [chunk.length],
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     written = []
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(framed_header(header))
         for chunk in chunks:
-            content = _bytes_of(chunk.data().cpu().contiguous())
+            content = bytes_of(chunk.data())
             digest = hashlib.sha256(content).hexdigest()
             at = file.tell()
             file.write(content)
@@ -153,7 +137,7 @@ class ChunkReader:
         Raises:
             BrokenFileError: they are not those that were written.
         """
-        path, file, content = self.folder / chunk.file, self._open(chunk), _bytes_of(into)
+        path, file, content = self.folder / chunk.file, self._open(chunk), bytes_of(into)
         try:
             file.seek(chunk.offset)
             file.readinto(content)  # pyright: ignore[reportAttributeAccessIssue]
@@ -190,7 +174,3 @@ def read_whole(folder: Path, tensors: Mapping[str, Stored]) -> Iterator[tuple[st
             for chunk in stored.chunks:
                 reader.read(chunk, flat[chunk.start : chunk.start + chunk.length])
             yield key, flat.view(stored.shape)
-
-
-def _bytes_of(flat: Tensor) -> memoryview:
-    return flat.view(torch.uint8).numpy().data

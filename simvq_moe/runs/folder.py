@@ -39,7 +39,7 @@ SECONDS_TO_APPEAR = 60.0
 long at most (acdirmax)."""
 FREE_TO_CHANGE = (
     *("zero_stage", "activation_checkpointing", "compile", "profile", "peak_flops"),
-    *("log_every", "eval_every", "save_every", "keep_checkpoints", "keep_every"),
+    *("log_every", "eval_every", "save_every", "keep_checkpoints", "keep_every", "async_save"),
     *("on_not_finite", "timeout_s", "trackers", "tracker_project"),
 )
 """Keys of `train` that change, when a run goes on, where numbers lie, how they are computed and how

@@ -6,23 +6,18 @@ where it says. Whether the weights are those of its model is for the tasks to sa
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from simvq_moe.config.loading import ConfigError, merge_files
 from simvq_moe.config.schema import Config, on_one_rank
-from simvq_moe.files.tensors import read_safetensors
+from simvq_moe.files.tensors import StoredWeights, read_safetensors
 from simvq_moe.runs import checkpoint
 
 FOLDED = "model.safetensors"
 """Weights of a folded model."""
 
 
-def read_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
+def read_run(run_dir: Path) -> tuple[Config, StoredWeights]:
     """The config of a run and the weights of its latest checkpoint, or of a folded model.
 
     Raises:
@@ -38,13 +33,3 @@ def read_run(run_dir: Path) -> tuple[Config, dict[str, Tensor]]:
         if weights is None:
             raise ConfigError(f"{run_dir} has no checkpoint: train it first")
     return config, weights
-
-
-def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of every weight's name, type, shape and bytes, in whatever files they lie."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

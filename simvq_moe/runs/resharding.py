@@ -42,13 +42,13 @@ from torch.futures import Future
 
 from simvq_moe.engine.agreement import WriteFailed, writing
 from simvq_moe.engine.pieces import Piece
+from simvq_moe.engine.world import World
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import write_atomically, written_whole
+from simvq_moe.files.tensors import DTYPES, NAMES
 from simvq_moe.runs.chunks import (
-    DTYPES,
     INDEX,
     LARGEST_CHUNK,
-    NAMES,
     Chunk,
     ChunkReader,
     ChunkToWrite,
@@ -61,7 +61,7 @@ from simvq_moe.runs.chunks import (
 T = TypeVar("T")
 
 
-def write_pieces(folder: Path, pieces: Sequence[Piece], rank: int) -> dict[str, int]:
+def write_pieces(folder: Path, pieces: Sequence[Piece], world: World) -> dict[str, int]:
     """Write what this rank is to write of every tensor; names and sizes of its files.
 
     All ranks call it together; the index comes last, from rank 0.
@@ -69,8 +69,9 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], rank: int) -> dict[str, 
     Raises:
         WriteFailed: on every rank, with what each that failed has to say.
     """
-    writer = ChunkWriter(folder, rank)
-    _told(lambda: save({}, storage_writer=writer, planner=PieceSaver(pieces)))
+    writer, group = ChunkWriter(folder, world.rank), world.group
+    planner = PieceSaver(pieces)
+    _told(lambda: save({}, storage_writer=writer, planner=planner, process_group=group))
     return writer.sizes
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.code_items import Item, window_of
 from simvq_moe.data.codes import CodeSequences, Manifest, read_manifest
-from simvq_moe.runs.loading import weights_sha256
-from simvq_moe.tasks.loading import load_run
+from simvq_moe.tasks.loading import load_run, take_weights
 from simvq_moe.tasks.samples import Samples
 from simvq_moe.tasks.tokenizers import tokenizer_task
 
@@ -36,7 +35,7 @@ class Decoder:
         self.device = device
         run = tokenizer_run(folder)
         config, weights = load_run(run)
-        if weights_sha256(weights) != self.manifest.tokenizer.weights_sha256:
+        if weights.digest() != self.manifest.tokenizer.weights_sha256:
             raise ConfigError(
                 f"{run} has other weights than those that encoded {folder}: put them back, or "
                 "encode again into a new folder"
@@ -44,7 +43,7 @@ class Decoder:
         self.batch_size = config.train.eval_batch_size
         self.task = tokenizer_task(config, run)
         self.model = self.task.build_model(self.task.without_networks(config))
-        self.model.load_state_dict(weights)
+        take_weights(self.model, weights)
         self.model.eval().to(device)
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ from simvq_moe.engine.step_phases import Phase, profiled
 from simvq_moe.engine.world import World
 from simvq_moe.records.progress import Progress
 from simvq_moe.runs import checkpoint
+from simvq_moe.runs.saving import Saves
 from simvq_moe.tasks.registry import AnyTask, build_task
 from simvq_moe.training.reader import BatchReader
 from simvq_moe.training.recorder import HeldOut, Recorder
@@ -83,6 +84,7 @@ class Trainer:
         self.reader.open(self.step)
         self.recorder.open(self.step)
         together(world, lambda: self._begin_records(begin) if world.is_main else None)
+        self.saves = Saves(self.checkpoints, world, config.train)
         self.optimizer_step = OptimizerStep(self.engine, model, config.train, world, self._phase)
         self.skipped = SkippedSteps(self.engine, model, config.train, world, self._saved)
         self.watchdog = Watchdog(config.run_dir, world, config.train.timeout_s)
@@ -116,7 +118,7 @@ class Trainer:
                 if self.world.is_main:
                     progress.show(self.step, metrics)
             if last or stop or self.step % train.save_every == 0:
-                self.save()
+                self.save(wait=last or stop)
             if stop and not last:
                 raise Interrupted(
                     f"stopped at step {self.step}, which is saved; the same command goes on"
@@ -134,7 +136,8 @@ class Trainer:
         self.skipped.before_step()
         with self._phase("data"):
             micro_batches = self.reader.read()
-        failed = self.recorder.unwritten is not None or self.reader.broken is not None
+        unwritten = self.recorder.unwritten is not None or self.saves.failed
+        failed = unwritten or self.reader.broken is not None
         outcome = self.optimizer_step.take(micro_batches, self.stop_asked, failed=failed)
         if outcome.failed:
             raise self._failure()
@@ -158,31 +161,30 @@ class Trainer:
         engine_metrics = {"train/lr": self.engine.get_lr()[0]} | self.skipped.metrics()
         return self.recorder.write(self.step, engine_metrics, held_out)
 
-    def save(self) -> None:
+    def save(self, *, wait: bool = True) -> None:
         """Save a checkpoint of this step; all ranks call it together.
 
+        Args:
+            wait: also for what is written while training may go on.
+
         Raises:
-            TrainingFailed: one could not write it, or its records before.
+            TrainingFailed: one could not write it, the one before, or its records.
         """
         self.watchdog.move(self.step, "checkpoint")
         self.recorder.flush()
         state = reduce(checkpoint.LoopState.__or__, (part.state() for part in self.parts))
         try:
             together(self.world, self.recorder.check_written)
-            checkpoint.save(
-                self.engine,
-                self.checkpoints,
-                self.step,
-                self.world,
-                self.config.train,
-                state=state,
-                config_yaml=to_yaml(self.config),
-            )
+            self.saves.begin(self.engine, self.step, state, to_yaml(self.config))
+            if wait:
+                self.saves.finish()
         except WriteFailed as failure:
             raise TrainingFailed(self._not_saved(failure)) from failure
 
     def close(self) -> None:
-        """Finish the records, also after a failure."""
+        """Finish checkpoint and records, also after a failure."""
+        self._settle()
+        self.saves.close()
         self.watchdog.stop()
         self.reader.close()
         self.recorder.close()
@@ -220,6 +222,11 @@ class Trainer:
         unread = said_by_any(self.world, self.reader.broken)
         if unread:
             return TrainingFailed(f"step {self.step + 1}: {unread} (newest: {self._saved()})")
+        self._settle()
+        try:
+            self.saves.finish()
+        except WriteFailed as failure:
+            return TrainingFailed(self._not_saved(failure))
         return TrainingFailed(self._not_saved(self.recorder.unwritten))
 
     def _not_saved(self, failure: WriteFailed | None) -> str:
@@ -230,10 +237,16 @@ class Trainer:
 
     def _saved(self) -> str:
         """The newest checkpoint, as rank 0 finds it, which is the one to tell."""
+        self._settle()
         if not self.world.is_main:
             return ""
         step = checkpoint.latest_step(self.checkpoints)
         return "no checkpoint yet" if step is None else f"checkpoint {self.checkpoints / str(step)}"
+
+    def _settle(self) -> None:
+        """Wait until a checkpoint that was begun is saved or has failed, for however long."""
+        self.watchdog.move(self.step, "checkpoint")
+        self.saves.settle()
 
 
 def _build(config: Config, world: World) -> AnyTask:

@@ -67,6 +67,8 @@ def plan(flags: str = "") -> Plan:
         ("--moe.expert_out_map.kind linear --moe.expert_in_map.kind low_rank", torch.float32),
         ("--language_model.moe_every 0", torch.bfloat16),
         ("--language_model.moe_every 2 --language_model.tied_head False", torch.float32),
+        ("--language_model.qk_norm True", torch.float32),
+        ("--language_model.qk_norm True", torch.bfloat16),
         # 100 MiB of scores, made in pieces
         ("--data.vocabulary 50304", torch.float32),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from simvq_moe.core.usage import counters
 from simvq_moe.costs.memory import Shares, gradients
 from simvq_moe.costs.rank import Plan
 from simvq_moe.engine.build import make_engine
+from simvq_moe.engine.pieces import held_pieces, own_share
 from simvq_moe.engine.world import World
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.records.bank_metrics import Banks
+from simvq_moe.runs.saving import copies
 from simvq_moe.tasks.registry import build_model
 from tests.live_memory import peak_bytes
 
@@ -86,6 +89,24 @@ def test_the_peak_of_steps_and_an_evaluation_is_what_is_said(
 
     peaks = (peak_bytes(run) for _ in range(TRIES))
     assert any(peak == pytest.approx(said, rel=0.1) for peak in peaks)
+
+
+@pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor:FutureWarning")
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (3, "fp32"), (3, "bf16")]
+)
+def test_the_copy_that_is_saved_aside_is_as_large_as_is_said(
+    stage: int, dtype: str, world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "none.json").write_text("{}")
+    settings = f"--train.zero_stage {stage} --train.deepspeed_config {tmp_path / 'none.json'}"
+    config = with_flags(Config(), [*SMALL, *settings.split(), "--train.dtype", dtype], "train")
+    aside = replace(config, train=replace(config.train, async_save=True))
+    pieces = copies(own_share(held_pieces(make_engine(build_model(config), config, world))))
+    assert Plan(build_model(config), config).on(1, 8).save_bytes == 0
+    plan = Plan(build_model(aside), aside)
+    assert plan.on(1, 8).save_bytes == sum(piece.data.nbytes for piece in pieces)
+    assert plan.on(4, 2).save_bytes == plan.on(1, 8).save_bytes // 4
 
 
 def test_buckets_and_owned_gradients_shrink_as_they_were_counted_on_two_ranks() -> None:

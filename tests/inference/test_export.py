@@ -40,6 +40,7 @@ BIASES = ("--moe.balance.kind", "loss_free")
 SHARED = ("--moe.shared_experts", "1")
 EVERY = ("--language_model.moe_every", "2")
 UNTIED = ("--language_model.tied_head", "False")
+NORMALIZED = ("--language_model.qk_norm", "True")
 SIGMOID, OPEN = ("--moe.gates", "sigmoid"), ("--moe.gates", "softmax_topk")
 HELD: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("LlamaForCausalLM", ("--language_model.moe_every", "0", *UNTIED)),
@@ -57,6 +58,19 @@ HELD: dict[str, tuple[str, tuple[str, ...]]] = {
     "sigmoid, biases, shared, first dense": (
         "Glm4MoeForCausalLM",
         (*SIGMOID, *BIASES, *SHARED, *EVERY, *UNTIED),
+    ),
+    "normalized queries, dense": (
+        "Qwen3ForCausalLM",
+        ("--language_model.moe_every", "0", *NORMALIZED),
+    ),
+    "normalized queries, maps": ("Qwen3MoeForCausalLM", (*NORMALIZED, *MAPS, *UNTIED)),
+    "normalized queries, softmax over all, some dense": (
+        "Qwen3MoeForCausalLM",
+        (*NORMALIZED, *OPEN, *EVERY),
+    ),
+    "normalized queries, sigmoid, biases, shared": (
+        "Glm4MoeForCausalLM",
+        (*NORMALIZED, *SIGMOID, *BIASES, *SHARED),
     ),
     "inside documents": ("MixtralForCausalLM", ("--data.document_mask", "True")),
 }
@@ -152,6 +166,7 @@ REFUSED = {
     "moe.router.bias": ("--moe.router.bias", "True"),
     "moe.capacity_factor 1.5": ("--moe.capacity_factor", "1.5"),
     "moe.expert_out_bias": ("--moe.expert_out_bias", "True"),
+    "language_model.qk_norm True": (*NORMALIZED, *SHARED),
     "'softmax_topk' with moe.balance.kind 'loss_free'": (*OPEN, *BIASES),
     "moe_every 2": (*SIGMOID, *EVERY, "--language_model.layers", "4"),
     "task 'image_tokenizer'": ("--task", "image_tokenizer", "--quantizer.codes", "32"),

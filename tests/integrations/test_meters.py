@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, GptOssConfig, PreTrainedConfig
 
-from simvq_moe import usage
-from simvq_moe.core.usage import counters, counting
-from simvq_moe.integrations.meters import (
-    counters_by_layer,
-    meter,
-    unmeter,
-    usage_by_layer,
-)
+from simvq_moe import counting, meter, usage, usage_by_layer
+from simvq_moe.core.usage import counters
+from simvq_moe.integrations.meters import counters_by_layer, unmeter
 from simvq_moe.integrations.transformers import add_shared_maps
 from tests.integrations.test_transformers import CONFIGS, EXPERTS, SHAPE, TOP_K, tokens
 from tests.launching import on_ranks
@@ -129,8 +124,17 @@ def test_a_model_without_experts_or_meters_is_refused_in_a_line() -> None:
     llama = AutoModelForCausalLM.from_config(LlamaConfig(**shape))
     with pytest.raises(ValueError, match="has no block with experts that is known"):
         meter(llama)
+    with pytest.raises(ValueError, match="Linear has no block with experts that is known"):
+        meter(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="has no meters: meter\\(model\\) adds them"):
         usage_by_layer(plain("mixtral"))
+    model = plain("mixtral").eval()
+    meter(model)
+    with counting(model):
+        model(tokens())
+        assert usage_by_layer(model)
+    with pytest.raises(ValueError, match="and read its counts before that ends"):
+        usage_by_layer(model)
 
 
 def _on_a_rank(rank: int, folder: str) -> None:

@@ -33,7 +33,9 @@ from tests.models.tracing import of_tracing, untyped
 
 assert untyped  # a fixture
 
-OF_THE_MODEL = ("layers", "moe_every", "tied_head", "depth_scaled", "activation_checkpointing")
+OF_THE_MODEL = (
+    *("layers", "moe_every", "tied_head", "qk_norm", "depth_scaled", "activation_checkpointing"),
+)
 
 
 def model(**options: Any) -> LanguageModel:
@@ -98,6 +100,7 @@ def test_blocks_of_all_arms_start_from_the_same_attention_whatever_follows_it() 
         {"moe_every": 2},
         {"experts": 9, "hidden": 4, "shared_experts": 1},
         {"tied_head": False},
+        {"qk_norm": True},
         {"router": HashOptions(), "balance": NoBalance()},
     )
     for options in arms:

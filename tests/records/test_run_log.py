@@ -18,12 +18,9 @@ import matplotlib
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.metadata import (
-    parse_experiment_plugin_data,
-    parse_session_start_info_plugin_data,
-)
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
-from simvq_moe.config.loading import defaults_of_every_kind, flatten
 from simvq_moe.config.schema import Config, MoEConfig, TrainConfig
 from simvq_moe.core.usage import usage
 from simvq_moe.moe.maps import LinearMap
@@ -31,7 +28,7 @@ from simvq_moe.moe.routers.topk import TopKOptions
 from simvq_moe.records import run_log
 from simvq_moe.records.dead_slots import DeadSlots, ranges
 from simvq_moe.records.run_log import RunLog
-from simvq_moe.records.tensorboard import TOP_LOAD, heat_map, loads, rows_of_table
+from simvq_moe.records.tensorboard import TOP_LOAD, closed_details, heat_map, loads, row_of_table
 from simvq_moe.records.tensorboard_layout import AT_A_GLANCE, layout
 from simvq_moe.records.usage_metrics import Layer, layer_names, usage_metrics
 from simvq_moe.records.viridis import viridis
@@ -41,12 +38,12 @@ EXPERTS = [Layer("experts", 4, 2), Layer("experts", 4, 2)]
 COUNTS = [np.array([8, 0, 0, 0]), np.array([2, 2, 2, 2])]
 
 
-def write_steps(run_dir: Path, steps: range, start: int = 0) -> None:
+def write_steps(run_dir: Path, steps: range, start: int = 0, arm: str = "base") -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "meta.json").write_text('{"command": "simvq-moe train --name here"}')
     train = TrainConfig(steps=steps[-1])
     name, folder = run_dir.name, str(run_dir.parent)
-    config = Config(task="language_model", arm="base", name=name, runs_dir=folder, train=train)
+    config = Config(task="language_model", arm=arm, name=name, runs_dir=folder, train=train)
     log = RunLog(run_dir, EXPERTS, start, steps=steps[-1], config=config)
     for step in steps:
         metrics = {"train/loss": float(step), **usage_metrics(EXPERTS, COUNTS)}
@@ -157,19 +154,12 @@ def test_an_overview_repeats_a_few_metrics_and_the_layout_begins_with_it() -> No
         assert any(re.search(p, name) for p in patterns) or name.endswith("tokens_per_s")
 
 
-def test_the_table_has_a_column_for_every_key_and_a_row_of_what_matters_to_the_task() -> None:
+def test_the_table_has_a_row_of_what_matters_to_the_task() -> None:
     config = Config(
         moe=MoEConfig(router=TopKOptions(map=LinearMap(base_width=8))), task="language_model"
     )
-    columns, row, _ = rows_of_table(config, EXPERTS)
-    content = [s.value[0].metadata.plugin_data.content for s in (columns, row)]
-    table = parse_experiment_plugin_data(content[0])
-    known = [column.name for column in table.hparam_infos]
-    first = [column.name for column in table.hparam_infos if column.differs]
-    assert set(first) == {"arm", "optimizer.lr", "seed", "task", "train.steps"}
-    assert set(known) == set(defaults_of_every_kind(config)) > set(flatten(config))
-    assert "val/bits_per_byte" in [m.name.tag for m in table.metric_infos]
-    values = parse_session_start_info_plugin_data(content[1]).hparams
+    row, _ = row_of_table(config)
+    values = parse_session_start_info_plugin_data(row.value[0].metadata.plugin_data.content).hparams
     assert values["moe.router.map.base_width"].string_value == "8"
     assert values["optimizer.lr"].number_value == 1e-3
     assert not any(name.startswith(("quantizer", "audio_tokenizer")) for name in values)
@@ -193,7 +183,7 @@ def test_a_heat_map_shows_fair_load_alike_in_every_layer_and_clips_at_the_top() 
 def server(tmp_path: Path) -> Iterator[str]:
     """The address of `simvq-moe dashboard` over two runs, one of them in a sweep."""
     write_steps(tmp_path / "runs" / "a", range(1, 3))
-    write_steps(tmp_path / "runs" / "sweep" / "b" / "seed0", range(1, 3))
+    write_steps(tmp_path / "runs" / "sweep" / "b" / "seed0", range(1, 3), arm="mapped")
     process = start("dashboard", "--port", "0", cwd=tmp_path)
     assert process.stderr is not None
     lines = iter(process.stderr)
@@ -252,10 +242,28 @@ def test_the_dashboard_serves_runs_by_name_on_this_machine_only(
     assert found["a"]["hparams"]["arm"] == "base"
     results = {m["name"]["tag"]: m["value"] for m in found["a"]["metricValues"]}
     assert results["val/moe/mean/used"] == 0.625
+    # of the columns, those that differ between the runs, and final measures
+    table = get(server, "hparams/experiment", {"experimentName": ""})
+    assert [column["name"] for column in table["hparamInfos"]] == ["arm"]
+    assert {m["name"]["tag"] for m in table["metricInfos"]} == set(results)
+    assert "val/moe/mean/used" in results
+    assert "moe/00/used" not in results
     assert {run["name"] for run in get(server, "usage/runs")["runs"]} == tags.keys()
     # a run that begins while it is served
     write_steps(tmp_path / "runs" / "c", range(1, 3))
     assert "c" in until(server, "scalars/tags", "c")
+
+
+def test_what_custom_scalars_ask_for_at_first_is_few_charts_of_one_pattern() -> None:
+    """The page asks for each chart, pattern and run of each open category, one after another."""
+    layers = [*EXPERTS, Layer("codes", 4, 1)]
+    summary = closed_details(layout(layers))
+    kind: Any = layout_pb2  # its names are made when it is imported
+    stored = kind.Layout.FromString(summary.value[0].tensor.string_val[0])
+    assert [category.closed for category in stored.category] == [False, True, True, True, True]
+    assert [category.title for category in stored.category] == list(layout(layers))
+    charts = [chart for category in stored.category for chart in category.chart]
+    assert all(len(chart.multiline.tag) <= 1 for chart in charts)
 
 
 @pytest.mark.browser

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -210,10 +211,15 @@ def may_write(function: Any) -> bool:
     )
 
 
+def call(work: Callable[[Any], Any], argument: Any) -> None:
+    work(argument)
+
+
+@pytest.mark.parametrize("async_save", [False, True])
 def test_every_moment_of_a_save_leaves_a_checkpoint_to_go_on_from(
-    tiny: Config, world: World, tmp_path: Path
+    tiny: Config, world: World, tmp_path: Path, *, async_save: bool
 ) -> None:
-    train_config = replace(tiny.train, keep_checkpoints=1)
+    train_config = replace(tiny.train, keep_checkpoints=1, async_save=async_save)
     trainer = advance(replace(tiny, train=train_config), world, steps=1)
     moments: list[Path] = []
     seen: list[list[tuple[str, int]]] = []
@@ -230,9 +236,10 @@ def test_every_moment_of_a_save_leaves_a_checkpoint_to_go_on_from(
                 shutil.copytree(trainer.checkpoints, moments[-1])
 
     trainer.update()
-    sys.setprofile(watch)
+    thread = trainer.saves.thread  # None: this one writes
+    (thread.submit if thread else call)(sys.setprofile, watch)
     trainer.save()
-    sys.setprofile(None)
+    (thread.submit if thread else call)(sys.setprofile, None)
     trainer.close()
     steps = [checkpoint.latest_step(moment) for moment in moments]
     assert steps == sorted(steps, key=lambda step: step or 0)

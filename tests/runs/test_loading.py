@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.testing import assert_close
 
 from simvq_moe.cli import main
 from simvq_moe.config.flags import with_flags
@@ -19,6 +20,7 @@ from simvq_moe.engine.world import World
 from simvq_moe.runs.loading import FOLDED
 from simvq_moe.tasks.loading import load_model, load_run
 from simvq_moe.tasks.registry import build_model
+from tests.live_memory import peak_bytes
 from tests.short_training import train_two_steps
 
 IMAGE = ("--quantizer.codes", "16", "--image_tokenizer.hidden", "4")
@@ -27,6 +29,10 @@ TEXT = (
     *("--language_model.layers", "1", "--language_model.width", "8", "--language_model.heads", "2"),
     *("--train.batch_size", "4", "--train.probe_tokens", "0", "--data.vocabulary", "257"),
     *("--moe.expert_out_map.kind", "linear"),
+)
+PLAIN = (
+    *TEXT[:-2],
+    *("--language_model.layers", "4", "--moe.experts", "16", "--moe.hidden", "512"),
 )
 
 
@@ -45,6 +51,32 @@ def text_run(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     folder = tmp_path_factory.mktemp("text")
     train_two_steps(with_flags(Config(), TEXT, "train"), folder / "runs", world)
     return folder / "runs" / "run"
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
+    """A run without maps, of several large tensors."""
+    folder = tmp_path_factory.mktemp("plain")
+    train_two_steps(with_flags(Config(), PLAIN, "train"), folder / "runs", world)
+    return folder / "runs" / "run"
+
+
+def test_a_model_without_maps_is_exported_a_tensor_at_a_time(
+    plain_run: Path, tmp_path: Path
+) -> None:
+    _, weights = load_run(plain_run)
+    sizes = [weight.nbytes for weight in weights.values()]
+    command = ["export", str(plain_run), "--to", "safetensors", "--out", str(tmp_path / "out")]
+    assert peak_bytes(lambda: main(command)) < 1.2 * max(sizes) < 0.2 * sum(sizes)
+    assert_close(load_file(tmp_path / "out" / FOLDED), dict(weights), rtol=0, atol=0)
+
+
+def test_a_model_takes_its_weights_one_at_a_time(plain_run: Path) -> None:
+    config, weights = load_run(plain_run)
+    largest = max(weight.nbytes for weight in weights.values())
+    built = peak_bytes(lambda: build_model(config))
+    assert peak_bytes(lambda: load_model(plain_run)) < built + 1.2 * largest
+    assert_close(dict(load_model(plain_run)[1].state_dict()), dict(weights), rtol=0, atol=0)
 
 
 def copy_of(run: Path, folder: Path, **data: str) -> Path:

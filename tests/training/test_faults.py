@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def whole(folder: Path, two_ranks: TwoRanks) -> dict[str, Path]:
     return found
 
 
-def weights(run_dir: Path) -> dict[str, Tensor]:
+def weights(run_dir: Path) -> Mapping[str, Tensor]:
     step = (run_dir / "checkpoints" / "latest").read_text()
     return checkpoint.load_weights(run_dir / "checkpoints" / step)
 
@@ -236,12 +236,14 @@ def test_full_disks_end_all_ranks_with_one_line_and_lose_nothing(
     run_dir = folder / "runs" / "full"
     flags = (*TASKS["text"], "--train.eval_every", "90", "--train.log_every")
     before = 0
-    for rank, log_every, room, words in (
-        (1, "90", 1_000, "tmp/model_1.safetensors could not be"),
-        (0, "90", 20_000, "tmp/model_0.safetensors could not be"),
-        (0, "3", 1_000, "records of runs/full could not be"),
+    aside = ("--train.async_save", "True")
+    for rank, log_every, how, room, words in (
+        (1, "90", (), 1_000, "tmp/model_1.safetensors could not be"),
+        (1, "90", aside, 1_000, "tmp/model_1.safetensors could not be"),
+        (0, "90", (), 20_000, "tmp/model_0.safetensors could not be"),
+        (0, "3", (), 1_000, "records of runs/full could not be"),
     ):
-        tasks = start_tasks("train", "--name", "full", *flags, log_every, cwd=folder)
+        tasks = start_tasks("train", "--name", "full", *flags, log_every, *how, cwd=folder)
         wait_until(tasks[rank], in_step(run_dir, rank, before + 5))
         # no file of this rank may grow beyond so many bytes from now on
         resource.prlimit(tasks[rank].pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))

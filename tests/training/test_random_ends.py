@@ -24,6 +24,10 @@ KINDS = {
     "image": (1, (*IMAGE, *SMALL, *STEPS)),
     "text": (1, (*TEXT, "--moe.expert_parallel", "1", "--data.source", "corpus", *STEPS)),
     "two ranks": (2, (*TEXT, "--data.source", "corpus", *STEPS)),
+    "two ranks that save aside": (
+        2,
+        (*TEXT, "--data.source", "corpus", *STEPS, "--train.async_save", "True"),
+    ),
 }
 """Number of ranks and flags."""
 LONGEST_SAVE_S = 0.03

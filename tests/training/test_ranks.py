@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+def weights(run_dir: Path) -> Mapping[str, torch.Tensor]:
     step = (run_dir / "checkpoints" / "latest").read_text()
     return checkpoint.load_weights(run_dir / "checkpoints" / step)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def train(world: World, folder: Path, name: str, *more: str, steps: int = 8, sto
     return config.run_dir
 
 
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+def weights(run_dir: Path) -> Mapping[str, torch.Tensor]:
     return checkpoint.load_weights(run_dir / "checkpoints" / "8")
 
 
