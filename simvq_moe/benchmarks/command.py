@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -178,8 +178,7 @@ def _bench_train(options: BenchTrainArgs) -> tuple[list[Any], str]:
     check_range(**{name: (value, 1, COUNT) for name, value in numbers.items()})
     shapes = benches.SHAPES
     if options.config:
-        config = merge_files(Config, options.config, plugins=True)
-        shapes = [replace(config, moe=replace(config.moe, expert="swiglu"))]
+        shapes = [benches.with_swiglu(merge_files(Config, options.config, plugins=True))]
     results = benches.bench_train(shapes, start_distributed(), **numbers)
     return results, benches.train_table(results)
 

@@ -121,6 +121,11 @@ def bench_train(
     return results
 
 
+def with_swiglu(config: Config) -> Config:
+    """The config with the expert of a Mixtral, beside which it is measured."""
+    return replace(config, moe=replace(config.moe, expert=SwiGLUExpert()))
+
+
 def check_shape(config: Config, command: str) -> None:
     """Raise `ConfigError` for what the command can't measure: no language model, or a wrong one."""
     check(config)

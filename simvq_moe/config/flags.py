@@ -39,6 +39,8 @@ from simvq_moe.files.regular import printable
 
 T = TypeVar("T")
 
+TRUTHS = {"True": True, "true": True, "False": False, "false": False}
+
 
 def check_least(**flags: tuple[int | float, int]) -> None:
     """Raise `ConfigError` for a flag whose value is below the least that it may have."""
@@ -183,7 +185,8 @@ def unknown_flags(flags: Sequence[str], known: Sequence[str]) -> ConfigError:
 
 
 def _rules() -> ConstructorRegistry:
-    """How tyro reads an integer, also as 1e3, and what it shows of a component."""
+    """How tyro reads integers, also as 1e3, and truth, also as true, and what it shows of a
+    component."""
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
@@ -195,6 +198,18 @@ def _rules() -> ConstructorRegistry:
             metavar="INT",
             instance_from_str=_integer_word,
             is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
+        if info.type is not bool:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{True,False}",
+            instance_from_str=_truth,
+            is_instance=lambda value: isinstance(value, bool),
             str_from_instance=lambda value: [str(value)],
         )
 
@@ -226,3 +241,9 @@ def _integer_word(words: Sequence[str]) -> int:
         return integer(words[0])
     except WrongValueError as error:
         raise ValueError(f"{shown(words[0])}: {error}") from None
+
+
+def _truth(words: Sequence[str]) -> bool:
+    if words[0] not in TRUTHS:
+        raise ValueError(f"{shown(words[0])} is neither True nor False")
+    return TRUTHS[words[0]]

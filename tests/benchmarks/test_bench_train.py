@@ -17,10 +17,12 @@ from simvq_moe.benchmarks.train import (
     config_of,
     mixtral_of,
     train_table,
+    with_swiglu,
 )
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.engine.world import World
+from simvq_moe.moe.expert_kinds import GeluExpert
 from simvq_moe.tasks.registry import build_model
 from tests.launching import ROOT
 
@@ -34,6 +36,11 @@ def test_the_mixtral_of_a_shape_has_as_many_parameters_as_our_model() -> None:
             for model in (build_model(config), mixtral_of(config))
         ]
         assert sizes[0] == sizes[1]
+
+
+def test_a_shape_of_ones_own_has_the_experts_of_a_mixtral() -> None:
+    gelu = replace(TINY, moe=replace(TINY.moe, expert=GeluExpert()))
+    assert with_swiglu(gelu) == TINY
 
 
 def test_only_language_models_are_measured(world: World) -> None:

@@ -156,6 +156,16 @@ def test_a_whole_number_may_be_written_in_any_way(word: str, value: int, tmp_pat
     assert (flagged.codes, flagged.base_width) == (value, value)
 
 
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("yes", None)])
+def test_truth_is_written_as_in_python_or_as_in_yaml(word: str, value: bool | None) -> None:
+    flags = ["--train.compile", word]
+    if value is None:
+        with pytest.raises(ConfigError, match=r"--train\.compile: 'yes' is neither True nor False"):
+            with_flags(Config(), flags, "train")
+    else:
+        assert with_flags(Config(), flags, "train").train.compile is value
+
+
 @pytest.mark.parametrize("word", ["1.5", "1e", "0x", "many", "nan", "1e400", "9" * 5000, "true"])
 def test_what_is_no_whole_number_is_refused_by_its_key(word: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--quantizer\.codes"):
