@@ -16,6 +16,7 @@ BYTES, ENTROPY, USED = "val/bits_per_byte", "val/moe/mean/entropy", "val/codes/u
 MEL, SI_SDR, MSE, PERPLEXITY = "val/mel_distance", "val/si_sdr", "val/mse", "val/codes/perplexity"
 EXPERTS = ("moe", "experts")
 WHITENING = ("whitening", "experts")
+EXPONENT = ("exponent", "experts")
 SELVES = ("self_selecting", "self_selecting")
 IN_THE_TABLE = {
     "expert_out": "shared map after the experts",
@@ -69,7 +70,18 @@ QUICKSTART = {
     },
 }
 """The group, digits and name of its error, where its usage is recorded, and its arms."""
-TABLES = ((EXPERTS, IN_THE_TABLE), (WHITENING, WHITENED))
+EXPONENTS = {
+    "p_minus_1": "p = -1, the map of codes",
+    "p_025": "p = 0.25",
+    "p_05": "p = 0.5",
+    "p_075": "p = 0.75",
+    "p_1": "**p = 1, whitened**",
+}
+TABLES = (
+    (EXPERTS, "base", IN_THE_TABLE),
+    (WHITENING, "base", WHITENED),
+    (EXPONENT, "p_0", EXPONENTS),
+)
 POINTS = "{mean:.1f} {of} ({low:.1f} to {high:.1f}, {agree} of {n} pairs, p {p:.2f})"
 SPREAD = "{mean:+.3f} ({low:+.3f} to {high:+.3f}, {agree} of {n} pairs"
 RANGE = "({low:+.3f} to {high:+.3f}"
@@ -126,6 +138,15 @@ SENTENCES: tuple[tuple[tuple[str, str], str, str, str, str], ...] = (
     ),
     (WHITENING, "base", "whitened", BYTES, "{mean:.3f} beside plain MoE ({low:.3f} to {high:.3f}"),
     (WHITENING, "centred", "whitened", BYTES, "by {mean:.3f} beside a centred one"),
+    (
+        EXPONENT,
+        "p_1",
+        "p_0",
+        ENTROPY,
+        "{mean:+.3f} at p = 1 over p = 0 "
+        "({low:+.3f} to {high:+.3f}, {agree} of {n} pairs, p {p:.2f})",
+    ),
+    (EXPONENT, "p_1", "p_075", BYTES, "p = 1 not apart: bits per byte {mean:+.3f} " + RANGE),
     (SELVES, "map_learned", "learned", ENTROPY, "entropy {mean:+.3f} with the map " + RANGE),
     (SELVES, "map_learned", "learned", BYTES, "bits per byte " + SPREAD),
     (SELVES, "map_frozen", "frozen", ENTROPY, "{mean:+.3f} " + RANGE),
@@ -180,14 +201,14 @@ def test_differences_in_sentences_are_those_of_the_report(
 
 
 @pytest.mark.parametrize(
-    ("where", "arm", "label"),
-    [(where, *row) for where, rows in TABLES for row in rows.items()],
+    ("where", "baseline", "arm", "label"),
+    [(where, baseline, *row) for where, baseline, rows in TABLES for row in rows.items()],
 )
 def test_tables_of_differences_are_those_of_the_reports(
-    readme: str, where: tuple[str, str], arm: str, label: str
+    readme: str, where: tuple[str, str], baseline: str, arm: str, label: str
 ) -> None:
     cell = "{mean:+.3f} ({low:+.3f}, {high:+.3f})"
-    cells = [cell.format(**compared(where, arm, "base", metric)) for metric in (BYTES, ENTROPY)]
+    cells = [cell.format(**compared(where, arm, baseline, metric)) for metric in (BYTES, ENTROPY)]
     assert f"| {label} | {' | '.join(cells)} |" in readme
 
 
