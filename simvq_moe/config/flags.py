@@ -190,26 +190,16 @@ def _rules() -> ConstructorRegistry:
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
-    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-        if info.type is not int:
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        kind: Any = info.type
+        if kind not in (int, bool):
             return None
+        metavar, read = ("INT", _integer_word) if kind is int else ("{True,False}", _truth)
         return PrimitiveConstructorSpec(
             nargs=1,
-            metavar="INT",
-            instance_from_str=_integer_word,
-            is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    @registry.primitive_rule
-    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
-        if info.type is not bool:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="{True,False}",
-            instance_from_str=_truth,
-            is_instance=lambda value: isinstance(value, bool),
+            metavar=metavar,
+            instance_from_str=read,
+            is_instance=lambda value: type(value) is kind,
             str_from_instance=lambda value: [str(value)],
         )
 

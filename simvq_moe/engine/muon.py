@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Muon, Optimizer
 
-from simvq_moe.engine.state import MOMENTS
+from simvq_moe.engine.state import MOMENTS, first_state
 
 
 class MuonOfRouters:
@@ -37,9 +37,8 @@ class MuonOfRouters:
 
     def _take(self, *_: Any) -> None:
         self.gradients = [(p, p.grad) for group in self.groups for p in group["params"]]
-        for group in self.groups:
-            for p in group["params"]:
-                p.grad = None
+        for p, _gradient in self.gradients:
+            p.grad = None
 
     @torch.no_grad()
     def _step(self, *_: Any) -> None:
@@ -56,8 +55,7 @@ class MuonOfRouters:
             for p in group["params"]:
                 state = self.optimizer.state[p]
                 if not state:
-                    state["step"] = torch.zeros((), device=p.device)
-                    state |= {moment: torch.zeros_like(p) for moment in MOMENTS}
+                    state |= first_state(self.optimizer, p)
                 state["step"] += 1
                 muon.state[p]["momentum_buffer"] = state[MOMENTS[0]]
             muon.step()

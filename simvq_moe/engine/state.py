@@ -72,11 +72,16 @@ def make_moments(engine: Any) -> None:
     """The optimizer's state, which is otherwise created with the first step."""
     optimizer = adam(engine)
     for tensor in trained_tensors(engine):
-        optimizer.state[tensor] = {
-            "step": _start_of_steps(optimizer, tensor.device),
-            **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
-        }
+        optimizer.state[tensor] = first_state(optimizer, tensor)
     link_moments(engine)
+
+
+def first_state(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Any]:
+    """What Adam remembers of a tensor before its first step."""
+    return {
+        "step": _start_of_steps(optimizer, tensor.device),
+        **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
+    }
 
 
 def _start_of_steps(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor | int:

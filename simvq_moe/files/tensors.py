@@ -124,6 +124,11 @@ def _form(described: Any) -> Form:
     return Form(DTYPES[described.get_dtype()], tuple(described.get_shape()))
 
 
+def forms_of(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
+    """The form of each."""
+    return {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None
 ) -> None:
@@ -132,11 +137,7 @@ def write_safetensors(
     Args:
         notes: what its header says of it, beside the tensors.
     """
-    forms = (
-        tensors.forms
-        if isinstance(tensors, StoredWeights)
-        else {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    )
+    forms = tensors.forms if isinstance(tensors, StoredWeights) else forms_of(tensors)
     rank = {dtype: -place for place, dtype in enumerate(DTYPES.values())}
     order = sorted(forms, key=lambda name: (rank[forms[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}

@@ -17,7 +17,7 @@ from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.data.text.tokenizer import load_tokenizer
 from simvq_moe.files.regular import read_bytes, write_atomically, written_whole
-from simvq_moe.files.tensors import Form, StoredWeights, write_safetensors
+from simvq_moe.files.tensors import StoredWeights, forms_of, write_safetensors
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.moe import MoE
 from simvq_moe.quantizers import RunningMapVQ
@@ -111,8 +111,7 @@ def has_maps(model: nn.Module) -> bool:
 
 def as_built(config: Config, weights: Mapping[str, Tensor]) -> StoredWeights:
     """Weights in the types that a model has of them which computes in float32."""
-    state = described(config).float().state_dict()
-    forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    forms = forms_of(described(config).float().state_dict())
     return StoredWeights(forms, lambda name: weights[name].to(forms[name].dtype))
 
 

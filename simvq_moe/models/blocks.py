@@ -25,10 +25,24 @@ from simvq_moe.moe.routers.base import Routing
 class Block(nn.Module):
     """Attention on a normalized residual branch; a subclass adds the feed-forward branch."""
 
-    def __init__(self, width: int, heads: int, context: int, *, qk_norm: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        context: int,
+        moe: MoEConfig,
+        vocabulary: int,
+        *,
+        qk_norm: bool,
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
         self.attention = Attention(width, heads, context, qk_norm=qk_norm)
+        self.add_feed_forward(width, moe, vocabulary)
+
+    def add_feed_forward(self, width: int, moe: MoEConfig, vocabulary: int) -> None:
+        """Make the modules of the second branch."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -69,17 +83,7 @@ class Block(nn.Module):
 class MoEBlock(Block):
     """A block whose second branch is a mixture of experts."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        context: int,
-        moe: MoEConfig,
-        vocabulary: int,
-        *,
-        qk_norm: bool,
-    ) -> None:
-        super().__init__(width, heads, context, qk_norm=qk_norm)
+    def add_feed_forward(self, width: int, moe: MoEConfig, vocabulary: int) -> None:
         self.moe_norm = nn.RMSNorm(width)
         self.moe = build_mixture(width, moe, vocabulary)
 
@@ -128,18 +132,8 @@ class MoEBlock(Block):
 class DenseBlock(Block):
     """A block whose second branch is one network for every token."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        context: int,
-        moe: MoEConfig,
-        vocabulary: int,
-        *,
-        qk_norm: bool,
-    ) -> None:
+    def add_feed_forward(self, width: int, moe: MoEConfig, vocabulary: int) -> None:
         del vocabulary
-        super().__init__(width, heads, context, qk_norm=qk_norm)
         self.dense_norm = nn.RMSNorm(width)
         self.dense = build_dense(width, moe)
 

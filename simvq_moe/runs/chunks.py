@@ -137,7 +137,8 @@ class ChunkReader:
         Raises:
             BrokenFileError: they are not those that were written.
         """
-        path, file, content = self.folder / chunk.file, self._open(chunk), bytes_of(into)
+        path, file = self.folder / chunk.file, self._open(chunk)
+        content = into.view(torch.uint8).numpy().data  # where it lies, never a copy
         try:
             file.seek(chunk.offset)
             file.readinto(content)  # pyright: ignore[reportAttributeAccessIssue]
