@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from simvq_moe.records.catalogue import ALL_BANKS
-from simvq_moe.runs.files import Stamp
+from simvq_moe.runs.sweep_file import Stamp
 
 UNCOMPARED_KEYS = ("seed", "name", "arm", "runs_dir")
 """Config keys that tell runs apart without changing what an arm is."""

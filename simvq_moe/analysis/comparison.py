@@ -44,7 +44,7 @@ from simvq_moe.records.catalogue import (
     router_leaves,
     usage_leaves,
 )
-from simvq_moe.runs.files import MOST_DRAWS
+from simvq_moe.runs.counts import MOST_DRAWS
 
 TASK_MEASURES = 100
 """Measures of tasks that a report has."""

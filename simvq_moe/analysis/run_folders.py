@@ -2,7 +2,7 @@
 
 A run may be finished, still going, killed in the middle of a line, broken or never started; all of
 them become a `RunRecord`, because a report that drops the failures reports something else. The
-files of a run are described in `simvq_moe.runs.files`; nothing here writes.
+files of a run are described in `simvq_moe.runs`; nothing here writes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from simvq_moe.analysis.arms import Arm, Group, RunRecord
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError, is_inside
 from simvq_moe.records.catalogue import names
+from simvq_moe.runs.counts import read_held_out_counts
 from simvq_moe.runs.files import (
-    SavedArm,
     SavedConfig,
-    SavedRun,
     read_config,
-    read_held_out_counts,
     read_meta,
     read_metrics,
     read_summary,
-    read_sweep,
     shown,
 )
+from simvq_moe.runs.sweep_file import SavedArm, SavedRun, read_sweep
 
 ENDED = ("finished", "failed", "interrupted")
 BROKEN = "broken"

@@ -25,7 +25,8 @@ from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError, MissingFileError, open_regular, printable
 from simvq_moe.records.catalogue import briefly
 from simvq_moe.records.progress import duration
-from simvq_moe.runs.files import SMALL, metrics_of, read_config, read_meta, read_plan
+from simvq_moe.runs.files import SMALL, metrics_of, read_config, read_meta
+from simvq_moe.runs.sweep_file import read_plan
 
 SECONDS_BETWEEN_LOOKS = 2.0
 BARS = "▁▂▃▄▅▆▇█"

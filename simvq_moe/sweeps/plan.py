@@ -19,8 +19,8 @@ from simvq_moe.config.loading import ConfigError, merge_files, suggestion, with_
 from simvq_moe.config.recipes import recipe_file
 from simvq_moe.config.schema import Config
 from simvq_moe.files.regular import write_json
-from simvq_moe.runs.files import Stamp
 from simvq_moe.runs.folder import status_of
+from simvq_moe.runs.sweep_file import Stamp
 from simvq_moe.sweeps.checks import check_outcomes, check_spec
 
 PROCESS = f"{socket.gethostname()}-{os.getpid()}-"

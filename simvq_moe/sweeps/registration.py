@@ -7,8 +7,8 @@ from pathlib import Path
 
 from simvq_moe.config.recipes import recipe_file
 from simvq_moe.files.regular import BrokenFileError
-from simvq_moe.runs.files import Stamp, read_sweep
 from simvq_moe.runs.history import last_change, shown_name
+from simvq_moe.runs.sweep_file import Stamp, read_sweep
 
 
 def unknown(numbers: Sequence[str]) -> str | None:

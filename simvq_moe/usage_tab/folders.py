@@ -1,7 +1,7 @@
 """The runs below a folder that have counted something, read when they are asked for and kept.
 
-A folder may be anybody's: everything is read by the readers of `simvq_moe.runs.files`, and read
-again only when its file has changed.
+A folder may be anybody's: everything is read by the readers of `simvq_moe.runs`, and read again
+only when its file has changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from simvq_moe.analysis.run_folders import PARTS
 from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.records.usage_metrics import Layer, layer_names
-from simvq_moe.runs.files import Windows, read_meta, read_probe, read_windows, shown
+from simvq_moe.runs.counts import Windows, read_probe, read_windows
+from simvq_moe.runs.files import read_meta, shown
 
 T = TypeVar("T")
 

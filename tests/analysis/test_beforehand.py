@@ -12,7 +12,7 @@ from simvq_moe.analysis.arms import Arm, Group, RunRecord
 from simvq_moe.analysis.beforehand import registrations
 from simvq_moe.analysis.predictions import REGISTERED, check_all
 from simvq_moe.files.regular import write_json
-from simvq_moe.runs.files import Stamp
+from simvq_moe.runs.sweep_file import Stamp
 from simvq_moe.sweeps.registration import stamps, unknown
 
 EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T14:00:00+00:00"
