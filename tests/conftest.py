@@ -1,14 +1,31 @@
-"""Fixtures of all tests."""
+"""Shapes and types are checked at run time in all tests; fixtures of all tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
-from simvq_moe.engine.world import World, start_distributed
-from tests.two_ranks import TwoRanks
+
+def modules_with_shapes() -> list[str]:
+    """Names of the modules whose annotations have shapes. In others, whose types pyright knows, the
+    check of each call would take most of the time of the tests."""
+    root = Path(__file__).parents[1]
+    files = (root / "simvq_moe").rglob("*.py")
+    return [
+        ".".join(file.relative_to(root).with_suffix("").parts)
+        for file in files
+        if "\nfrom jaxtyping import" in file.read_text()
+    ]
+
+
+install_import_hook(modules_with_shapes(), "beartype.beartype")
+
+from simvq_moe.engine.world import World, start_distributed  # noqa: E402
+from tests.two_ranks import TwoRanks  # noqa: E402
 
 
 @pytest.fixture(scope="session")

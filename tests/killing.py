@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
@@ -23,6 +24,7 @@ def killed_at(number: int, folder: Path, work: Callable[[], Any]) -> bool:
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which torch does not use
         pid = os.fork()
     if pid == 0:
+        gc.disable()  # it would copy every page that the two processes share
         touched = itertools.count()
 
         def watch(event: str, args: tuple[Any, ...]) -> None:

@@ -98,16 +98,8 @@ def header(picture: Picture) -> Header | Literal["unreadable", "too large"]:
     Raises:
         BrokenFileError: the file can't be read now.
     """
-
-    def read(image: Image.Image, file: Encoded) -> Header:
-        width, height = image.size
-        # Pillow gives the size of a TIFF upright
-        if image.format != "TIFF" and _orientation(image) in SIDEWAYS:
-            width, height = height, width
-        return Header(width, height, stream_key(file))
-
     try:
-        return _decoded(picture, read) or "unreadable"
+        return _decoded(picture, _header) or "unreadable"
     except TooLargeError:
         return "too large"
 
@@ -124,23 +116,32 @@ def rgb(
     Raises:
         BrokenFileError: the file can't be read now.
     """
-
-    def read(image: Image.Image, file: Encoded) -> UInt8[np.ndarray, "height width 3"]:
-        del file
-        image.load()
-        turn = UPRIGHT.get(_orientation(image))
-        upright = image if turn is None else image.transpose(turn)
-        left, right, *size = cut(*upright.size)
-        check_pixels(*size)
-        part = eight_bits(upright).crop((left, 0, right, upright.height)).convert("RGB")
-        if part.size != tuple(size):
-            part = part.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-        return np.asarray(part)
-
     try:
-        return _decoded(picture, read)
+        return _decoded(picture, lambda image, _: _part(image, cut))
     except TooLargeError:
         return None
+
+
+def _header(image: Image.Image, file: Encoded) -> Header:
+    width, height = image.size
+    # Pillow gives the size of a TIFF upright
+    if image.format != "TIFF" and _orientation(image) in SIDEWAYS:
+        width, height = height, width
+    return Header(width, height, stream_key(file))
+
+
+def _part(
+    image: Image.Image, cut: Callable[[int, int], Cut]
+) -> UInt8[np.ndarray, "height width 3"]:
+    image.load()
+    turn = UPRIGHT.get(_orientation(image))
+    upright = image if turn is None else image.transpose(turn)
+    left, right, *size = cut(*upright.size)
+    check_pixels(*size)
+    part = eight_bits(upright).crop((left, 0, right, upright.height)).convert("RGB")
+    if part.size != tuple(size):
+        part = part.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    return np.asarray(part)
 
 
 def check_pixels(width: int, height: int) -> None:
