@@ -17,6 +17,7 @@ MEL, SI_SDR, MSE, PERPLEXITY = "val/mel_distance", "val/si_sdr", "val/mse", "val
 EXPERTS = ("moe", "experts")
 WHITENING = ("whitening", "experts")
 EXPONENT = ("exponent", "experts")
+MUON = ("muon", "experts")
 SELVES = ("self_selecting", "self_selecting")
 IN_THE_TABLE = {
     "expert_out": "shared map after the experts",
@@ -77,10 +78,15 @@ EXPONENTS = {
     "p_075": "p = 0.75",
     "p_1": "**p = 1, whitened**",
 }
+MUONS = {
+    "muon": "Muon on the router",
+    "whitened": "whitened router input, AdamW (control)",
+}
 TABLES = (
     (EXPERTS, "base", IN_THE_TABLE),
     (WHITENING, "base", WHITENED),
     (EXPONENT, "p_0", EXPONENTS),
+    (MUON, "base", MUONS),
 )
 POINTS = "{mean:.1f} {of} ({low:.1f} to {high:.1f}, {agree} of {n} pairs, p {p:.2f})"
 SPREAD = "{mean:+.3f} ({low:+.3f} to {high:+.3f}, {agree} of {n} pairs"
@@ -147,6 +153,16 @@ SENTENCES: tuple[tuple[tuple[str, str], str, str, str, str], ...] = (
         "({low:+.3f} to {high:+.3f}, {agree} of {n} pairs, p {p:.2f})",
     ),
     (EXPONENT, "p_1", "p_075", BYTES, "p = 1 not apart: bits per byte {mean:+.3f} " + RANGE),
+    (
+        MUON,
+        "muon",
+        "base",
+        ENTROPY,
+        "{mean:+.3f} with Muon over AdamW "
+        "({low:+.3f} to {high:+.3f}, {agree} of {n} pairs, p {p:.2f})",
+    ),
+    (MUON, "whitened", "muon", ENTROPY, "stays {mean:.3f} above Muon " + RANGE),
+    (MUON, "whitened", "muon", BYTES, "at bits per byte {mean:+.3f} " + RANGE),
     (SELVES, "map_learned", "learned", ENTROPY, "entropy {mean:+.3f} with the map " + RANGE),
     (SELVES, "map_learned", "learned", BYTES, "bits per byte " + SPREAD),
     (SELVES, "map_frozen", "frozen", ENTROPY, "{mean:+.3f} " + RANGE),
