@@ -1,4 +1,4 @@
-"""The most bytes that a rank has at once, in a step or in an evaluation.
+"""The most bytes that a rank has at once, at the start, in a step or in an evaluation.
 
 A step is at its highest where the forward pass ends, with all that it keeps, or where the backward
 pass ends, with all gradients. What DeepSpeed 0.19 holds of them at each stage was counted on one
@@ -15,6 +15,7 @@ from torch import nn
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.dynamics import LARGEST_COPY
 from simvq_moe.engine.settings import BUCKET
+from simvq_moe.models.language_model import LanguageModel
 
 FLOAT32, FLOAT64 = 4, 8
 LARGEST_LIVE = 10**9
@@ -31,6 +32,8 @@ class Shares:
     """Parameters that it updates."""
     largest: int
     """Parameters of the largest tensor."""
+    piece: int = 0
+    """Parameters of the largest piece that is built at once."""
 
     @property
     def bucket(self) -> int:
@@ -108,6 +111,25 @@ def peak(states: int, held: Gradients, work: Work) -> int:
         work.evaluation,
     )
     return states + held.always + max(moments)
+
+
+def largest_piece(model: nn.Module) -> int:
+    """Parameters of what is built at once: of a language model a block, the embedding or the head,
+    of a tokenizer all."""
+    pieces: list[nn.Module] = [model]
+    if isinstance(model, LanguageModel):
+        pieces = [*model.blocks, model.embedding]
+        pieces += [] if model.head is None else [model.head]
+    return max(sum(p.numel() for p in piece.parameters()) for piece in pieces)
+
+
+def start_bytes(stage: int, shares: Shares, ranks: int) -> int:
+    """Parameters in float32, before the engine has them: at stage 3 on several ranks a rank's share
+    and a piece, which is drawn while its room is there."""
+    whole = shares.local
+    if stage == 3 and ranks > 1:
+        whole = min(whole, shares.owned + 2 * shares.piece)
+    return FLOAT32 * whole
 
 
 def record_bytes(model: nn.Module) -> int:

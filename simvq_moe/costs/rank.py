@@ -29,9 +29,11 @@ from simvq_moe.costs.memory import (
     Shares,
     Work,
     gradients,
+    largest_piece,
     peak,
     record_bytes,
     saved_bytes,
+    start_bytes,
 )
 from simvq_moe.engine.optimizer import parameter_groups
 from simvq_moe.engine.settings import BUCKET, zero_stage
@@ -61,7 +63,7 @@ class RankCosts:
     optimizer_bytes: int
     activation_bytes: int
     memory_bytes: int
-    """The most bytes at once, in a step or in an evaluation."""
+    """The most bytes at once, at the start, in a step or in an evaluation."""
     save_bytes: int
     """Bytes of host memory beside that, of the copy that `train.async_save` writes; on CPUs it is
     the same memory."""
@@ -100,6 +102,7 @@ class Plan:
         self.record_bytes = record_bytes(model)
         self.saved_bytes = saved_bytes(model) if config.train.async_save else 0
         self.largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
+        self.piece = largest_piece(model)
         self.groups = len(parameter_groups(model, config.optimizer))
         self.size = 4 if config.train.dtype == "fp32" else 2
         self.gradient_size = 2 if config.train.dtype == "fp16" else 4
@@ -116,14 +119,15 @@ class Plan:
         """
         train, parallel = self.config.train, self.config.moe.expert_parallel
         stage, size = zero_stage(self.config, ranks), self.size
-        local = self.dense + self.experts // parallel
-        owned = self.dense // ranks + self.experts // ranks
+        shares = self._shares(ranks)
+        local, owned = shares.local, shares.owned
         held = owned if stage else local
         weights = (owned if stage == 3 else local) * size
         whole = local if stage < 2 else owned + min(local, BUCKET)
         optimizer = held * (MOMENT_BYTES + MASTER_BYTES * (stage > 0))
         sent, calls = self._passes(stage)
         per_sample, flops, saved = self._work(samples // train.accumulation)
+        kept = self.frozen_bytes + self.record_bytes
         return RankCosts(
             ranks=ranks,
             tokens=samples * per_sample,
@@ -132,17 +136,20 @@ class Plan:
             gradient_bytes=whole * self.gradient_size,
             optimizer_bytes=optimizer,
             activation_bytes=saved,
-            memory_bytes=peak(
-                weights + self.frozen_bytes + optimizer + self.record_bytes,
-                gradients(
-                    stage,
-                    Shares(local, owned, self.largest),
-                    ranks,
-                    size=size,
-                    grain=self.gradient_size,
-                    accumulates=train.accumulation > 1,
+            memory_bytes=max(
+                self.start_bytes(ranks),
+                peak(
+                    weights + optimizer + kept,
+                    gradients(
+                        stage,
+                        shares,
+                        ranks,
+                        size=size,
+                        grain=self.gradient_size,
+                        accumulates=train.accumulation > 1,
+                    ),
+                    self._passes_of(samples // train.accumulation, saved),
                 ),
-                self._passes_of(samples // train.accumulation, saved),
             ),
             save_bytes=self.saved_bytes // ranks,
             update_bytes=self._updated(stage, ranks, local, held),
@@ -152,6 +159,16 @@ class Plan:
             reductions=calls + self._small_calls(stage),
             exchanges=0 if parallel == 1 else train.accumulation * self._mixtures() * 5,
         )
+
+    def start_bytes(self, ranks: int) -> int:
+        """The most bytes that a rank has at once before the engine has its weights."""
+        start = start_bytes(zero_stage(self.config, ranks), self._shares(ranks), ranks)
+        return start + self.frozen_bytes + self.record_bytes
+
+    def _shares(self, ranks: int) -> Shares:
+        local = self.dense + self.experts // self.config.moe.expert_parallel
+        owned = self.dense // ranks + self.experts // ranks
+        return Shares(local, owned, self.largest, self.piece)
 
     def _passes(self, stage: int) -> tuple[int, int]:
         """Bytes of each parameter that go round a ring in a step, and the collectives of that.

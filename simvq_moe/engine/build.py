@@ -19,7 +19,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.engine.muon import MuonOfRouters
 from simvq_moe.engine.optimizer import make_optimizer, make_schedule, parameter_groups
 from simvq_moe.engine.settings import BUCKET, engine_settings, import_deepspeed
-from simvq_moe.engine.sharding import keep_heads, mark_pieces
+from simvq_moe.engine.sharding import hand_over, keep_heads, mark_pieces
 from simvq_moe.engine.world import World
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     sharded = stage == 3
     if sharded:
         mark_pieces(model)
+        hand_over(model, settings)
     # DeepSpeed asks of every optimizer whether it is Muon, whose module compiles itself when it is
     # imported: a second of torch's compiler for what is never used
     with _variable("TORCHDYNAMO_DISABLE", "1"), _same_stage_in_bf16(deepspeed):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simvq_moe.config.moe import MoEConfig
+from simvq_moe.core.shares import keep_share, opened
 from simvq_moe.core.streams import own_stream
 from simvq_moe.hub import Pretrained
 from simvq_moe.models.attention import Attention
@@ -71,15 +72,17 @@ class LanguageModel(Pretrained):
         self.loss_weights, self.balance = moe.loss_weights, moe.balance
         self.activation_checkpointing = activation_checkpointing
         with own_stream():  # what this draws is drawn again below
-            self.embedding = nn.Embedding(vocabulary, width)
+            self.embedding = keep_share(nn.Embedding(vocabulary, width))
             self.blocks = nn.ModuleList(
-                (MoEBlock if moe_every and i % moe_every == 0 else DenseBlock)(
-                    width, heads, context, moe, vocabulary, qk_norm=qk_norm
+                keep_share(
+                    (MoEBlock if moe_every and i % moe_every == 0 else DenseBlock)(
+                        width, heads, context, moe, vocabulary, qk_norm=qk_norm
+                    )
                 )
                 for i in range(1, layers + 1)
             )
             self.norm = nn.RMSNorm(width)
-            self.head = None if tied_head else nn.Linear(width, vocabulary, bias=False)
+            self.head = None if tied_head else keep_share(nn.Linear(width, vocabulary, bias=False))
         # a part of the model, for it is known with the tokenizer alone
         end = torch.tensor(0) if document_mask else None
         self.register_buffer("end_of_text", end)
@@ -232,12 +235,15 @@ class LanguageModel(Pretrained):
     def _initialize(self, smaller: float) -> None:
         """N(0, 0.02) matrices (GPT-2), those that end a branch smaller by a factor."""
         ending = INITIAL_STD / smaller
-        self.embedding.weight.normal_(std=INITIAL_STD)
+        with opened(self.embedding):
+            self.embedding.weight.normal_(std=INITIAL_STD)
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.reset(INITIAL_STD, ending)
+            with opened(block):
+                block.reset(INITIAL_STD, ending)
         if self.head is not None:
-            self.head.weight.normal_(std=INITIAL_STD)
+            with opened(self.head):
+                self.head.weight.normal_(std=INITIAL_STD)
 
 
 def draw(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from simvq_moe.config.moe import ExpertOptions, MapOptions
 from simvq_moe.core.bank import Bank
-from simvq_moe.core.streams import own_stream
+from simvq_moe.core.streams import normal_part, own_stream
 from simvq_moe.moe.expert_kinds import GeluExpert
 from simvq_moe.moe.maps import NoMap
 
@@ -53,18 +55,19 @@ class Experts(nn.Module):
         part: tuple[int, int] = (0, 1),
     ) -> None:
         nn.Module.__init__(self)  # a subclass has a second parent, which is not to be set up
-        self.num_experts = experts
+        self.num_experts, self.part = experts, part
         size = experts // part[1]
         self.mine = slice(part[0] * size, (part[0] + 1) * size)
         self.expert = expert
         self.hidden, self.width, self.key_rank = hidden, width, key_rank
-        starts = self._starts(width**-0.5, hidden**-0.5)
-        self.up: Bank = in_map.bank(starts["up"])
-        self.down: Bank = out_map.bank(starts["down"])
+        starts = dict(self._starts(width**-0.5, hidden**-0.5))
+        # a bank copies its start, which goes at once
+        self.up: Bank = in_map.bank(starts.pop("up"))
+        self.down: Bank = out_map.bank(starts.pop("down"))
         self.gate: Bank | None = None
         """(experts, hidden, key_rank): what a gate makes of keys; `up` is then the rest."""
         if "gate" in starts:
-            self.gate = NoMap(train_base=in_map.train_base).bank(starts["gate"])
+            self.gate = NoMap(train_base=in_map.train_base).bank(starts.pop("gate"))
         self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
         self.bias = nn.Parameter(torch.zeros(size, width)) if bias else None
         """(experts, width)."""
@@ -116,23 +119,27 @@ class Experts(nn.Module):
         What follows keys keeps their scale.
         """
         banks = {"up": self.up, "down": self.down, "gate": self.gate}
-        for name, start in self._starts(std, ending_std).items():
+        for name, start in self._starts(std, ending_std):
             bank = banks[name]
             assert bank is not None
             bank.base.copy_(start)
+            del start  # before the next one is drawn
 
-    def _starts(self, std: float, ending_std: float) -> dict[str, Tensor]:
+    def _starts(self, std: float, ending_std: float) -> Iterator[tuple[str, Tensor]]:
         """Bases of this rank's banks, the same with and without keys where their shapes agree."""
         experts, hidden, width = self.num_experts, self.hidden, self.width
-        up = torch.empty(experts, first_rows(self.expert, hidden), width).normal_(std=std)
-        down = torch.empty(experts, hidden, width).normal_(std=ending_std)
-        starts = {"up": up, "down": down}
+        up = normal_part((experts, first_rows(self.expert, hidden), width), std, self.part)
+        if not self.key_rank:
+            yield "up", up
+        elif self.expert.is_gated:
+            yield "up", up[:, hidden:]
+        del up
+        yield "down", normal_part((experts, hidden, width), ending_std, self.part)
         if self.key_rank:
+            shape = experts, hidden, self.key_rank
             with torch.random.fork_rng(devices=[]), own_stream():
-                low = torch.empty(experts, hidden, self.key_rank).normal_(std=self.key_rank**-0.5)
-            gated = self.expert.is_gated
-            starts |= {"gate": low, "up": up[:, hidden:]} if gated else {"up": low}
-        return {name: start[self.mine] for name, start in starts.items()}
+                low = normal_part(shape, self.key_rank**-0.5, self.part)
+            yield "gate" if self.expert.is_gated else "up", low
 
     @torch.no_grad()
     def fold_(self, keys: Bank | None = None) -> None:

@@ -99,7 +99,9 @@ def _follow(model: nn.Module, counters: Sequence[UsageCounter]) -> Iterator[Foll
                 # codes in groups are slots each
                 axes = 2 if isinstance(owner, GroupVQ) else 1
                 first = _first_expert(owner, bank)
-                yield Followed(name, BankDynamics(bank, slot_axes=axes, first=first), layer)
+                with gathered(bank):
+                    dynamics = BankDynamics(bank, slot_axes=axes, first=first)
+                yield Followed(name, dynamics, layer)
 
 
 def _first_expert(owner: nn.Module, bank: Bank) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
 
 from simvq_moe.config.loading import ConfigError, to_yaml
 from simvq_moe.config.schema import Config
+from simvq_moe.core.shares import in_shares, move
 from simvq_moe.core.step_state import follow_steps
 from simvq_moe.data.text.streaming import TextStream
 from simvq_moe.engine.agreement import (
@@ -25,6 +26,7 @@ from simvq_moe.engine.agreement import (
     together,
 )
 from simvq_moe.engine.build import make_engine
+from simvq_moe.engine.sharding import in_turn
 from simvq_moe.engine.step_phases import Phase, profiled
 from simvq_moe.engine.world import World
 from simvq_moe.records.progress import Progress
@@ -67,7 +69,8 @@ class Trainer:
         self.reader = BatchReader(config, self.task, world)
         if self.task.starts_from_data:
             # before the engine, which copies the parameters
-            self.task.start(self.reader.first_batch().to(world.device))
+            with in_turn(model):
+                self.task.start(self.reader.first_batch().to(world.device))
         follow_steps(model)
         self.recorder = Recorder(config, self.task, world)
         self.engine = make_engine(model, config, world)
@@ -255,8 +258,10 @@ def _build(config: Config, world: World) -> AnyTask:
         from simvq_moe.moe.expert_parallel import make_groups
 
         make_groups(config.moe.expert_parallel)
-    task = world.main_first(lambda: _build_task(config))
-    task.model.to(world.device)
+    sharded = world.size > 1 and config.train.zero_stage == 3
+    with in_shares(world.rank, world.size) if sharded else nullcontext():
+        task = world.main_first(lambda: _build_task(config))
+    move(task.model, world.device)
     return task
 
 
