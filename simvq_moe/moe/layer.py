@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -264,28 +265,16 @@ def build_mixture(
         width: channels of a token.
         vocabulary: number of vocabulary ids, for routers that go by them.
     """
-    sizes = width, options.hidden, options.experts, options.top_k
     if options.dispatch == "deepspeed_capacity":
         from simvq_moe.moe.deepspeed_baseline import DeepSpeedCapacityMoE
 
+        sizes = width, options.hidden, options.experts, options.top_k
         return DeepSpeedCapacityMoE(
             *sizes, expert=options.expert, capacity_factor=options.capacity_factor
         )
-    return MoE(
-        *sizes,
-        expert=options.expert,
-        shared_experts=options.shared_experts,
-        router=options.router,
-        gates=options.gates,
-        balance=options.balance,
-        expert_out_map=options.expert_out_map,
-        expert_out_bias=options.expert_out_bias,
-        expert_bias=options.expert_bias,
-        expert_in_map=options.expert_in_map,
-        capacity_factor=options.capacity_factor,
-        expert_parallel=options.expert_parallel,
-        vocabulary=vocabulary,
-    )
+    same = {f.name: getattr(options, f.name) for f in fields(options)}
+    del same["dispatch"], same["z_loss_weight"]
+    return MoE(width, vocabulary=vocabulary, **same)
 
 
 def build_dense(width: int, options: MoEConfig) -> FeedForward:

@@ -22,6 +22,7 @@ from simvq_moe.benchmarks.moe import (
     moe_table,
 )
 from simvq_moe.config.loading import ConfigError
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.moe.routers.topk import TopKRouter
 
 SMALL = MoECase(width=16, hidden=8, experts=4, top_k=2, tokens=32)
@@ -40,7 +41,7 @@ def test_routing_is_even_or_gives_half_of_the_tokens_to_one_expert(
     load: Any, expected: list[int], dtype: Any
 ) -> None:
     x, rows, ids = assignments(replace(SMALL, tokens=128, experts=8, load=load, dtype=dtype))
-    router = TopKRouter(16, 8, 2)
+    router = TopKRouter(16, MoEConfig(8, 2))
     with torch.no_grad():
         router.bank.base.copy_(rows)
     chosen = router(x).ids

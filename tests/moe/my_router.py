@@ -9,10 +9,22 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.ranges import Weight
 from simvq_moe.config.registry import register
 from simvq_moe.moe.routers.rows import RowOptions, RowRouter
+
+
+class DirectionRouter(RowRouter):
+    """Logits s cos(x, r_i)."""
+
+    options: DirectionOptions
+
+    def score(
+        self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
+    ) -> Float[Tensor, "tokens experts"]:
+        del token_ids
+        rows = F.normalize(self.bank.rows(x.dtype), dim=-1)
+        return self.options.sharpness * F.normalize(x, dim=-1) @ rows.T
 
 
 @register
@@ -20,26 +32,7 @@ from simvq_moe.moe.routers.rows import RowOptions, RowRouter
 class DirectionOptions(RowOptions):
     """The smallest angles between tokens and rows."""
 
+    router = DirectionRouter
     kind: Literal["direction"] = "direction"
     sharpness: Weight = 4.0
     """Factor on the cosines."""
-
-    def make(self, width: int, layer: MoEConfig) -> DirectionRouter:
-        router = DirectionRouter(
-            width, layer.experts, layer.top_k, gates=layer.convention, options=self
-        )
-        router.sharpness = self.sharpness
-        return router
-
-
-class DirectionRouter(RowRouter):
-    """Logits s cos(x, r_i)."""
-
-    sharpness: float
-
-    def score(
-        self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
-    ) -> Float[Tensor, "tokens experts"]:
-        del token_ids
-        rows = F.normalize(self.bank.rows(x.dtype), dim=-1)
-        return self.sharpness * F.normalize(x, dim=-1) @ rows.T

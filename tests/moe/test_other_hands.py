@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from simvq_moe import MoE
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.core.step_state import after_step
 from simvq_moe.core.usage import counters, counting
 from simvq_moe.moe.maps import DiagonalMap, LinearMap
@@ -175,7 +176,7 @@ def test_a_router_that_one_constant_gate_would_teach_nothing_warns(gates: Any) -
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_distances_far_from_the_origin_choose_the_nearest_row(offset: float) -> None:
     torch.manual_seed(0)
-    router = DistanceRouter(16, 32, 2)
+    router = DistanceRouter(16, MoEConfig(experts=32, top_k=2, router=DistanceOptions()))
     with torch.no_grad():
         router.get_parameter("bank.base").normal_().add_(offset)
     x = torch.randn(200, 16) + offset

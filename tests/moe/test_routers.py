@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from simvq_moe import MoE
-from simvq_moe.config.moe import ExpertOptions, MapOptions, RouterOptions
+from simvq_moe.config.moe import ExpertOptions, MapOptions, MoEConfig, RouterOptions
 from simvq_moe.config.registry import as_options, kinds
 from simvq_moe.core.running_mean import RunningMean
 from simvq_moe.core.step_state import after_step
@@ -237,9 +237,9 @@ def test_experts_start_the_same_whatever_the_router(kind: str, expert: str) -> N
 
 def test_a_noisy_router_repeats_under_a_seed_and_is_the_plain_one_in_evaluation() -> None:
     torch.manual_seed(0)
-    plain = TopKRouter(WIDTH, EXPERTS, TOP_K)
+    plain = TopKRouter(WIDTH, MoEConfig(EXPERTS, TOP_K))
     torch.manual_seed(0)
-    noisy = NoisyTopKRouter(WIDTH, EXPERTS, TOP_K)
+    noisy = NoisyTopKRouter(WIDTH, MoEConfig(EXPERTS, TOP_K, router=NoisyTopKOptions()))
     x = torch.randn(9, WIDTH)
     logits = []
     for seed in (1, 1, 2):
@@ -257,7 +257,7 @@ def test_a_hash_is_balanced_over_the_vocabulary_and_repeats(
     tables = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        tables.append(HashRouter(vocabulary, experts, top_k).table)
+        tables.append(HashRouter(vocabulary, MoEConfig(experts, top_k)).table)
     assert_close(tables[1], tables[0], rtol=0, atol=0)
     if top_k < experts:
         assert (tables[2] != tables[0]).any()
@@ -357,7 +357,7 @@ def test_a_distance_router_starts_with_the_moments_of_its_input(kind: Any) -> No
     torch.manual_seed(0)
     frozen = replace(as_options(MapOptions, kind, "map"), train_base=False)
     options = DistanceOptions(map=frozen, init="data")
-    router = DistanceRouter(WIDTH, 4000, TOP_K, options=options).double()
+    router = DistanceRouter(WIDTH, MoEConfig(4000, TOP_K, router=options)).double()
     scales = torch.arange(1, WIDTH + 1)
     x = torch.randn(4000, WIDTH, dtype=torch.float64) * scales + 3
     router.start(x)

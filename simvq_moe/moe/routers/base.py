@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from simvq_moe.config.moe import Gates, MoEConfig, RouterOptions
 from simvq_moe.core.bank import Bank
-from simvq_moe.core.choices import check_choice
 from simvq_moe.core.ids import as_ids
 from simvq_moe.core.running_mean import RunningMean
 from simvq_moe.core.whitening import Whitening
@@ -34,17 +33,12 @@ class ScoringOptions(RouterOptions):
     centre: bool = False
     """Take a running mean over tokens off the router's input; momentum 0.99 a step."""
 
-    router: ClassVar[Callable[..., Router]]
-    """The class of the router: of the width, the experts, top_k, `gates`, and these `options`."""
-
-    def make(self, width: int, layer: MoEConfig) -> Router:
-        """The router, before its input is centred."""
-        sizes = width, layer.experts, layer.top_k
-        return self.router(*sizes, gates=layer.convention, options=self)
+    router: ClassVar[Callable[[int, MoEConfig], Router]]
+    """The class of the router: of the channels of a token, and the layer that has these options."""
 
     def build(self, width: int, layer: MoEConfig, vocabulary: int | None) -> Router:
         del vocabulary
-        router = self.make(width, layer)
+        router = self.router(width, layer)
         router.centre = self.centring(width)
         return router
 
@@ -74,25 +68,26 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Top-k of what `score` gives; subclasses give `score`, or change `choose` and `own_losses`.
 
-    Everything is computed in float32 at least, also under autocast.
+    Everything is computed in float32 at least, also under autocast. Gates follow the layer's
+    convention. "softmax_topk": softmax over all experts, then the choice; "topk_softmax": softmax
+    over the chosen, so that the gates sum to 1 (both in arXiv:1701.06538 and its heirs); "sigmoid":
+    sigmoids of the chosen over their sum (DeepSeek-V3, arXiv:2412.19437, eq. 13 to 15).
 
     Args:
-        experts: number of experts.
-        top_k: experts of a token.
-        gates: "softmax_topk": softmax over all experts, then the choice; "topk_softmax": softmax
-            over the chosen, so that the gates sum to 1 (both in arXiv:1701.06538 and its heirs);
-            "sigmoid": sigmoids of the chosen over their sum (DeepSeek-V3, arXiv:2412.19437,
-            eq. 13 to 15).
+        layer: options of the layer, of which the router has its sizes, its gates and its own.
     """
+
+    options: Any
+    """The router's own options, as it was built; a subclass names their type."""
 
     leaves_open = False
     """Whether a choice may be `NOBODY`."""
 
-    def __init__(self, experts: int, top_k: int, *, gates: Gates = "topk_softmax") -> None:
+    def __init__(self, layer: MoEConfig) -> None:
         super().__init__()
-        check_choice("gates", gates, Gates)
-        self.num_experts, self.top_k = experts, top_k
-        self.gates: Gates = gates
+        self.num_experts, self.top_k = layer.experts, layer.top_k
+        self.gates: Gates = layer.convention
+        self.options = layer.router
         self.centre: RunningMean | Whitening | None = None
         """What follows the layer's input; its mean is taken off what is scored, and a map of it
         `turn`s the rows that score."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.config.moe import Gates
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.ranges import Channels
 from simvq_moe.config.registry import register
 from simvq_moe.moe.products import Product, is_learned, number_of_rows, products_of_map
@@ -23,27 +23,14 @@ START_TEMPERATURE = 0.3
 class CosineRouter(RowRouter):
     """Logits cos(P x, r_i) / t, with P narrow and t learned (X-MoE, arXiv:2204.09179).
 
-    t = 0.3 e^s from s = 0.
-
-    Args:
-        width: channels of a token.
-        experts, top_k, gates: see `Router`.
-        options: rows of P, half as many as experts if not set as there, and the bank of
-            prototypes R = Q W, which are as wide.
+    t = 0.3 e^s from s = 0. P has half as many rows as there are experts if not set, as there, and
+    the prototypes R = Q W are as wide.
     """
 
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        top_k: int,
-        *,
-        gates: Gates = "topk_softmax",
-        options: CosineOptions | None = None,
-    ) -> None:
-        options = options or CosineOptions()
-        narrow = options.projection or max(1, experts // 2)
-        super().__init__(narrow, experts, top_k, gates=gates, options=options)
+    def __init__(self, width: int, layer: MoEConfig) -> None:
+        assert isinstance(layer.router, CosineOptions)
+        narrow = layer.router.projection or max(1, layer.experts // 2)
+        super().__init__(narrow, layer)
         self.projection = nn.Parameter(torch.randn(narrow, width) / width**0.5)
         # one element, for DeepSpeed can't send a parameter without an axis
         self.log_temperature = nn.Parameter(torch.zeros(1))

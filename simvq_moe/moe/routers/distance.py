@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.config.moe import Gates, MoEConfig
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.ranges import Weight
 from simvq_moe.config.registry import register
 from simvq_moe.core.moments import moments
@@ -29,25 +29,13 @@ class DistanceRouter(RowRouter):
     do. Rows start as SimVQ's codes, of length about 1, whatever the scale of the model's weights.
     Losses: "router_codebook", |r - sg x|^2, and "router_commitment", |x - sg r|^2, each the mean
     over tokens, choices and channels.
-
-    Args:
-        width: channels of a token.
-        experts, top_k, gates: see `Router`.
-        options: of the bank of rows R = Q W + b, b where data start it, and what they learn from.
     """
 
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        top_k: int,
-        *,
-        gates: Gates = "topk_softmax",
-        options: DistanceOptions | None = None,
-    ) -> None:
-        options = options or DistanceOptions()
-        super().__init__(width, experts, top_k, gates=gates, options=options)
-        self.by_codebook_alone = options.learns_from == "codebook"
+    options: DistanceOptions
+
+    @property
+    def by_codebook_alone(self) -> bool:
+        return self.options.learns_from == "codebook"
 
     def score(
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None

@@ -22,25 +22,10 @@ class ExpertChoiceRouter(TopKRouter):
     As many as ceil(tokens top_k / experts), by S = softmax over experts of x R^T; the gates are S.
     Every load is even. A token may go to no expert or to all. The choice is not causal: whether a
     token is taken depends on later ones and on other sequences of this rank's batch, so losses of
-    language models flatter, and generation differs.
-
-    Args:
-        width, experts, top_k, gates, options: see `TopKRouter`; top_k is the mean number of experts
-            of a token.
+    language models flatter, and generation differs. top_k is the mean number of experts of a token.
     """
 
     leaves_open = True
-
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        top_k: int,
-        *,
-        gates: Gates = "softmax_topk",
-        options: RowProductOptions | None = None,
-    ) -> None:
-        super().__init__(width, experts, top_k, gates=gates, options=options)
 
     def choose(
         self, logits: Float[Tensor, "tokens experts"]

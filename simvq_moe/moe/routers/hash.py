@@ -41,7 +41,7 @@ class HashOptions(RouterOptions):
 
     def build(self, width: int, layer: MoEConfig, vocabulary: int | None) -> HashRouter:
         del width
-        return HashRouter(vocabulary, layer.experts, layer.top_k, gates=layer.convention)
+        return HashRouter(vocabulary, layer)
 
 
 class HashRouter(Router):
@@ -52,9 +52,7 @@ class HashRouter(Router):
 
     Args:
         vocabulary: number of vocabulary ids.
-        experts: number of experts.
-        top_k: experts of a token, all different.
-        gates: a convention whose gates sum to 1, which makes them equal.
+        layer: see `Router`; a token's experts are all different.
 
     Raises:
         ValueError: there is no vocabulary.
@@ -62,18 +60,11 @@ class HashRouter(Router):
 
     table: Tensor
 
-    def __init__(
-        self,
-        vocabulary: int | None,
-        experts: int,
-        top_k: int,
-        *,
-        gates: Gates = "topk_softmax",
-    ) -> None:
-        super().__init__(experts, top_k, gates=gates)
+    def __init__(self, vocabulary: int | None, layer: MoEConfig) -> None:
+        super().__init__(layer)
         if not vocabulary:
             raise ValueError("router 'hash' is a table over the vocabulary: give its size")
-        self.register_buffer("table", torch.empty(vocabulary, top_k, dtype=torch.int64))
+        self.register_buffer("table", torch.empty(vocabulary, layer.top_k, dtype=torch.int64))
         self.reset(1.0)
 
     def forward(

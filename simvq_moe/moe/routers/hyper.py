@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.config.moe import Gates
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.registry import register
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.moe.products import Product
@@ -27,35 +27,22 @@ class HyperRouter(Router):
     """Logits x R^T with R = H(e), e learned and H frozen (HyperRouter, arXiv:2312.07035).
 
     H(e) = relu(e A) B, with A (width, hidden) and B (hidden, experts x width) random. hidden is
-    width, at most 256, and there are no biases (ours). Nothing is left to fold: what a checkpoint
-    holds of a layer is e, A and B.
-
-    Args:
-        width: channels of a token, and of e.
-        experts, top_k, gates: see `Router`.
-        options: of biases, which start from 0.
+    width, at most 256, and there are no biases within H (ours). Nothing is left to fold: what a
+    checkpoint holds of a layer is e, A and B.
     """
 
+    options: HyperOptions
     A: Tensor
     B: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        top_k: int,
-        *,
-        gates: Gates = "topk_softmax",
-        options: HyperOptions | None = None,
-    ) -> None:
-        super().__init__(experts, top_k, gates=gates)
+    def __init__(self, width: int, layer: MoEConfig) -> None:
+        super().__init__(layer)
         hidden = min(width, LARGEST_HIDDEN)
         self.embedding = nn.Parameter(torch.empty(width))
         # buffers, so that no optimizer and no change of the parameters' precision touches them
         self.register_buffer("A", torch.empty(width, hidden))
-        self.register_buffer("B", torch.empty(hidden, experts * width))
-        has_bias = options is not None and options.bias
-        self.bias = nn.Parameter(torch.zeros(experts)) if has_bias else None
+        self.register_buffer("B", torch.empty(hidden, layer.experts * width))
+        self.bias = nn.Parameter(torch.zeros(layer.experts)) if self.options.bias else None
         self.reset(width**-0.5)
 
     def rows(self, dtype: torch.dtype | None = None) -> Float[Tensor, "experts width"]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.config.moe import Gates
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening
@@ -22,24 +22,14 @@ from simvq_moe.moe.routers.topk import RowProductOptions, TopKRouter
 class NoisyTopKRouter(TopKRouter):
     """Logits x R^T + N(0, 1) softplus(x N^T), the noise in training only (arXiv:1701.06538, eq. 4).
 
-    N starts at 0, as in the paper's appendix A, which is noise of width ln 2.
-
-    Args:
-        width, experts, top_k, gates, options: see `TopKRouter`; with a bias N has one as well.
+    N starts at 0, as in the paper's appendix A, which is noise of width ln 2. With a bias N has one
+    as well.
     """
 
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        top_k: int,
-        *,
-        gates: Gates = "topk_softmax",
-        options: RowProductOptions | None = None,
-    ) -> None:
-        super().__init__(width, experts, top_k, gates=gates, options=options)
-        self.noise = nn.Parameter(torch.zeros(experts, width))
-        self.noise_bias = None if self.bias is None else nn.Parameter(torch.zeros(experts))
+    def __init__(self, width: int, layer: MoEConfig) -> None:
+        super().__init__(width, layer)
+        self.noise = nn.Parameter(torch.zeros(layer.experts, width))
+        self.noise_bias = None if self.bias is None else nn.Parameter(torch.zeros(layer.experts))
 
     def score(
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from simvq_moe.config.moe import Gates, MapOptions, MoEConfig, WhiteningOptions
+from simvq_moe.config.moe import MapOptions, MoEConfig, WhiteningOptions
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.running_mean import RunningMean
 from simvq_moe.core.whitening import Whitening
@@ -83,27 +83,20 @@ class RowOptions(ScoringOptions):
 class RowRouter(Router):
     """A router that compares tokens with one row of a bank for each expert.
 
+    They are the bank R = Q W, and a vector is added to all of them where data start it; rows of Q
+    start from N(0, 1/base_width).
+
     Args:
         width: channels of a row.
-        experts, top_k, gates: see `Router`.
-        options: of the bank R = Q W, and of a vector added to all rows where data start it; rows
-            start from N(0, 1/base_width).
+        layer: see `Router`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        top_k: int,
-        *,
-        gates: Gates = "topk_softmax",
-        options: RowOptions | None = None,
-    ) -> None:
-        super().__init__(experts, top_k, gates=gates)
-        options = options or RowOptions()
-        base_width = options.map.base_channels(width)
-        rows = torch.randn(experts, base_width) / base_width**0.5
-        self.bank: Bank = options.map.bank(rows, width=width, bias=options.starts_from_data)
+    def __init__(self, width: int, layer: MoEConfig) -> None:
+        super().__init__(layer)
+        map_ = self.options.map
+        base_width = map_.base_channels(width)
+        rows = torch.randn(layer.experts, base_width) / base_width**0.5
+        self.bank: Bank = map_.bank(rows, width=width, bias=self.options.starts_from_data)
 
     def products(self, batch_tokens: int) -> Iterator[Product]:
         yield from super().products(batch_tokens)

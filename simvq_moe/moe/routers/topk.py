@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from simvq_moe.config.moe import Gates
+from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening
@@ -24,26 +24,13 @@ class RowProductOptions(RowOptions, ProductOptions):
 
 
 class TopKRouter(RowRouter):
-    """Logits x R^T, plus one learned number an expert if wanted.
+    """Logits x R^T, plus one learned number an expert if wanted, which starts from 0."""
 
-    Args:
-        width: channels of a token.
-        experts, top_k, gates: see `Router`.
-        options: of the bank of rows R = Q W, and of biases, which start from 0.
-    """
+    options: RowProductOptions
 
-    def __init__(
-        self,
-        width: int,
-        experts: int,
-        top_k: int,
-        *,
-        gates: Gates = "topk_softmax",
-        options: RowProductOptions | None = None,
-    ) -> None:
-        options = options or RowProductOptions()
-        super().__init__(width, experts, top_k, gates=gates, options=options)
-        self.bias = nn.Parameter(torch.zeros(experts)) if options.bias else None
+    def __init__(self, width: int, layer: MoEConfig) -> None:
+        super().__init__(width, layer)
+        self.bias = nn.Parameter(torch.zeros(layer.experts)) if self.options.bias else None
 
     def score(
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
