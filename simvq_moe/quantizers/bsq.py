@@ -39,10 +39,8 @@ class BSQ(LFQ):
 class BSQOptions(LFQOptions):
     """The sign of each channel of a latent on the unit sphere (2406.07548)."""
 
+    quantizer = BSQ
     kind: Literal["bsq"] = "bsq"  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def level(self) -> BSQ:
-        return BSQ(self.width, **self.weights())
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
         yield from super().problems(at, config)

@@ -52,10 +52,8 @@ def to_sphere(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]
 class CosineVQOptions(VQOptions):
     """Free rows, compared at length 1 (VQGAN-FC, 2110.04627)."""
 
+    quantizer = CosineVQ
     kind: Literal["cosine_vq"] = "cosine_vq"  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def level(self) -> CosineVQ:
-        return CosineVQ(self.codes, self.width, **self.starts(), **self.weights())
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
         yield from super().problems(at, config)

@@ -14,7 +14,7 @@ from simvq_moe.config.ranges import Share
 from simvq_moe.config.registry import register
 from simvq_moe.core.choices import check_choice
 from simvq_moe.quantizers.base import random_codebook
-from simvq_moe.quantizers.options import LearnedOptions, restart_problems
+from simvq_moe.quantizers.options import RestartingOptions
 from simvq_moe.quantizers.parts.averaged import AveragedCodebook
 from simvq_moe.quantizers.parts.kmeans import assigned, kmeans
 from simvq_moe.quantizers.parts.restart import check_restart, restart_codes
@@ -108,31 +108,15 @@ class EMAVQ(AveragedCodebook):
 
 @register
 @dataclass(frozen=True)
-class EMAVQOptions(LearnedOptions):
+class EMAVQOptions(RestartingOptions):
     """Moving averages of the latents of each code, without a gradient (1711.00937, A.1)."""
 
+    quantizer = EMAVQ
     kind: Literal["ema"] = "ema"
-    init: Literal["default", "kmeans"] = "default"
-    """kmeans: the codes start from the centres of the first batch."""
     decay: Share = 0.99
     """Weight of the past in the averages; less than 1."""
-    restart: Share = 0.0
-    """A code drawn less often a step than this, on average, restarts at a latent of the batch; less
-    than 1, and 0: never."""
-
-    def level(self) -> EMAVQ:
-        return EMAVQ(
-            self.codes,
-            self.width,
-            decay=self.decay,
-            restart=self.restart,
-            init="random" if self.init == "default" else self.init,
-            gradient=self.gradient,
-            commitment_weight=self.commitment_weight,
-        )
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
         yield from super().problems(at, config)
-        yield from restart_problems(at, self.restart)
         if not self.decay < 1:
             yield f"{at}.decay {self.decay} is not below 1: use less, or the codes never move"

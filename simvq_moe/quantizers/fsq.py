@@ -118,6 +118,7 @@ class FSQ(Grid):
 class FSQOptions(LevelOptions):
     """A grid of `levels` values a channel, without a table (2309.15505)."""
 
+    quantizer = FSQ
     kind: Literal["fsq"] = "fsq"
     levels: tuple[Annotated[int, Range(2, 2**16)], ...] = ()
     """Values of each channel; width is their number and codes their product."""
@@ -126,8 +127,8 @@ class FSQOptions(LevelOptions):
     def example(cls) -> FSQOptions:
         return cls(levels=(8, 8, 8), width=3, codes=512)
 
-    def level(self) -> FSQ:
-        return FSQ(self.levels)
+    def arguments(self) -> dict[str, Any]:
+        return {"levels": self.levels}
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
         yield from super().problems(at, config)

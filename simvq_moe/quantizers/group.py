@@ -115,6 +115,7 @@ def map_by_group(
 class GroupVQOptions(CodebookOptions):
     """Frozen rows, and a learned map for each block of them (Group-VQ, 2510.13331)."""
 
+    quantizer = GroupVQ
     kind: Literal["group_vq"] = "group_vq"
     groups: Annotated[int, Range(1, 2**12)] | None = None
     """Number of blocks of codes, each with a map of its own; it must be set."""
@@ -124,11 +125,6 @@ class GroupVQOptions(CodebookOptions):
     @classmethod
     def example(cls) -> GroupVQOptions:
         return cls(groups=4)
-
-    def level(self) -> GroupVQ:
-        assert self.groups is not None
-        init = "identity" if self.init == "default" else self.init
-        return GroupVQ(self.codes, self.width, groups=self.groups, init=init, **self.weights())
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
         yield from super().problems(at, config)

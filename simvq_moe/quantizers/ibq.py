@@ -115,6 +115,7 @@ class IBQ(VQ):
 class IBQOptions(LevelOptions):
     """Rows that all have a gradient, through the softmax of their scores (2412.02692)."""
 
+    quantizer = IBQ
     kind: Literal["ibq"] = "ibq"
     codebook_weight: Weight = 0.25
     """Weight of |e - sg z|^2."""
@@ -126,14 +127,3 @@ class IBQOptions(LevelOptions):
     """Weight of the entropy of the mean assignment, relative to that of a token's."""
     temperature: Annotated[float, Range(1e-6, FACTOR)] = 0.01
     """Softness of the assignment whose entropies these are."""
-
-    def level(self) -> IBQ:
-        return IBQ(
-            self.codes,
-            self.width,
-            codebook_weight=self.codebook_weight,
-            commitment_weight=self.commitment_weight,
-            entropy_weight=self.entropy_weight,
-            diversity_weight=self.diversity_weight,
-            temperature=self.temperature,
-        )

@@ -120,6 +120,7 @@ class LFQOptions(LevelOptions):
     An entropy term spreads the codes. Without a table, nothing is searched.
     """
 
+    quantizer = LFQ
     kind: Literal["lfq"] = "lfq"
     commitment_weight: Weight = 0.25
     """Weight of |z - sg e|^2."""
@@ -134,17 +135,8 @@ class LFQOptions(LevelOptions):
     def example(cls: type[Own]) -> Own:
         return cls(width=9, codes=512)
 
-    def level(self) -> LFQ:
-        return LFQ(self.width, **self.weights())
-
-    def weights(self) -> dict[str, Any]:
-        """How the class is told the weights of its losses."""
-        return {
-            "commitment_weight": self.commitment_weight,
-            "entropy_weight": self.entropy_weight,
-            "diversity_weight": self.diversity_weight,
-            "temperature": self.temperature,
-        }
+    def arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in super().arguments().items() if name != "codes"}
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
         yield from super().problems(at, config)

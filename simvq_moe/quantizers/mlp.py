@@ -59,7 +59,5 @@ class MLPVQ(Quantizer):
 class MLPVQOptions(CodebookOptions):
     """Frozen rows under one shared perceptron, to see what linearity does."""
 
+    quantizer = MLPVQ
     kind: Literal["mlp_vq"] = "mlp_vq"
-
-    def level(self) -> MLPVQ:
-        return MLPVQ(self.codes, self.width, **self.weights())

@@ -112,6 +112,7 @@ class NSVQOptions(VQOptions):
     """Free rows that follow the encoder's drift: those that are not chosen are pulled by a soft
     assignment, at first all and at last none (NS-VQ, 2602.18896)."""
 
+    quantizer = NSVQ
     kind: Literal["ns_vq"] = "ns_vq"  # pyright: ignore[reportIncompatibleVariableOverride]
     neighbour_weight: Weight = 0.01
     """Pull on a code that was not chosen, of a chosen one's, where all codes are equally near."""
@@ -119,14 +120,3 @@ class NSVQOptions(VQOptions):
     """Softness of that assignment at the start, in squared distances."""
     halving: Count = 100
     """Steps after which the temperature is half of what it was."""
-
-    def level(self) -> NSVQ:
-        return NSVQ(
-            self.codes,
-            self.width,
-            neighbour_weight=self.neighbour_weight,
-            temperature=self.temperature,
-            halving=self.halving,
-            **self.starts(),
-            **self.weights(),
-        )

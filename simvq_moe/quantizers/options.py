@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
 from simvq_moe.config.quantizer import QuantizerOptions
 from simvq_moe.config.ranges import Share, Weight
@@ -22,9 +21,18 @@ class LevelOptions(QuantizerOptions):
     """Probability that an item of a training batch goes through a random number of the first levels
     alone, so that fewer levels decode too; 0: none does."""
 
-    @abstractmethod
+    quantizer: ClassVar[Callable[..., AnyQuantizer]]
+    """The class of a level; its arguments have the names of the fields."""
+
     def level(self) -> AnyQuantizer:
         """A quantizer by itself."""
+        return self.quantizer(**self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """What the class is told: all fields but those of several levels, and no "default"."""
+        ours = ("kind", "residual_levels", "level_dropout")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ours}
+        return {name: value for name, value in given.items() if value != "default"}
 
     def gradient_of_levels(self) -> ResidualGradient:
         """How the gradient of several levels' output reaches the latents."""
@@ -70,28 +78,35 @@ class LearnedOptions(LevelOptions):
 
 
 @dataclass(frozen=True)
+class RestartingOptions(LearnedOptions):
+    """Options of free rows, which can start from data and start again."""
+
+    init: Literal["default", "kmeans"] = "default"
+    """kmeans: the codes start from the centres of the first batch."""
+    restart: Share = 0.0
+    """A code drawn less often a step than this, on average, restarts at a latent of the batch; less
+    than 1, and 0: never."""
+
+    def problems(self, at: str, config: Any) -> Iterator[str]:
+        yield from super().problems(at, config)
+        if not self.restart < 1:
+            yield (
+                f"{at}.restart {self.restart} is not below 1, the draws a step that a restarted "
+                "code is given: use less, such as 0.1"
+            )
+
+
+@dataclass(frozen=True)
 class CodebookOptions(LearnedOptions):
     """Options of codes that are learned by a gradient."""
 
     codebook_weight: Weight = 1.0
     """Weight of |e - sg z|^2."""
 
-    def weights(self) -> dict[str, Any]:
-        """How the class is told what all codebooks have."""
-        return {
-            "gradient": self.gradient,
-            "codebook_weight": self.codebook_weight,
-            "commitment_weight": self.commitment_weight,
-        }
 
-
-def restart_problems(at: str, restart: float) -> Iterator[str]:
-    """A threshold below which a code restarts, which can't be as much as it restarts with."""
-    if not restart < 1:
-        yield (
-            f"{at}.restart {restart} is not below 1, the draws a step that a restarted code is "
-            "given: use less, such as 0.1"
-        )
+def shared_fields(options: QuantizerOptions, base: type[QuantizerOptions]) -> dict[str, Any]:
+    """What options say in the fields of a base of theirs, but for their kind."""
+    return {f.name: getattr(options, f.name) for f in fields(base) if f.name != "kind"}
 
 
 def level_problems(at: str, options: QuantizerOptions) -> Iterator[str]:

@@ -16,7 +16,7 @@ from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.collectives import total
 from simvq_moe.quantizers.base import random_codebook
-from simvq_moe.quantizers.options import LearnedOptions
+from simvq_moe.quantizers.options import LearnedOptions, shared_fields
 from simvq_moe.quantizers.parts.averaged import AveragedCodebook
 from simvq_moe.quantizers.vq import VQ, VQOptions, plain_vq
 
@@ -103,23 +103,13 @@ class RunningMapOptions(LearnedOptions):
     """Frozen rows under the root of the latents' running covariance, and their mean: the map of
     SimVQ from data, kept up with the encoder, without anything learned."""
 
+    quantizer = RunningMapVQ
     kind: Literal["running_map"] = "running_map"
     decay: Share = 0.99
     """Weight of the past in the running moments, a step; less than 1."""
 
-    def level(self) -> RunningMapVQ:
-        return RunningMapVQ(
-            self.codes,
-            self.width,
-            decay=self.decay,
-            gradient=self.gradient,
-            commitment_weight=self.commitment_weight,
-        )
-
     def folded(self) -> QuantizerOptions:
-        shared = ("codes", "width", "residual_levels", "level_dropout", "gradient")
-        shared += ("commitment_weight",)
-        return VQOptions(**{name: getattr(self, name) for name in shared})
+        return VQOptions(**shared_fields(self, LearnedOptions))
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
         yield from super().problems(at, config)

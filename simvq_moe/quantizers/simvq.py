@@ -19,7 +19,7 @@ from simvq_moe.core.collectives import copy_from_rank_0
 from simvq_moe.core.moments import moments
 from simvq_moe.core.search.nearest import nearest
 from simvq_moe.quantizers.base import Quantizer, random_codebook
-from simvq_moe.quantizers.options import CodebookOptions
+from simvq_moe.quantizers.options import CodebookOptions, shared_fields
 from simvq_moe.quantizers.vq import VQ, VQOptions, plain_vq
 
 MapInit = Literal["identity", "data"]
@@ -100,6 +100,7 @@ class SimVQ(Quantizer):
 class SimVQOptions(CodebookOptions):
     """Frozen rows under one learned map, which moves all codes in every step (2411.02038)."""
 
+    quantizer = SimVQ
     kind: Literal["simvq"] = "simvq"
     transform: Literal["none", "diagonal", "linear"] = "linear"
     """Shape of the shared map W."""
@@ -112,22 +113,8 @@ class SimVQOptions(CodebookOptions):
     init: Literal["default", "data"] = "default"
     """data: W and a bias start from the covariance and mean of the first batch."""
 
-    def level(self) -> SimVQ:
-        return SimVQ(
-            self.codes,
-            self.width,
-            transform=self.transform,
-            train_base=self.train_base,
-            bias=self.bias,
-            base_width=self.base_width,
-            init="identity" if self.init == "default" else self.init,
-            **self.weights(),
-        )
-
     def folded(self) -> QuantizerOptions:
-        shared = ("codes", "width", "residual_levels", "level_dropout")
-        kept = {name: getattr(self, name) for name in shared}
-        return VQOptions(**kept, **self.weights())
+        return VQOptions(**shared_fields(self, CodebookOptions))
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
         yield from super().problems(at, config)

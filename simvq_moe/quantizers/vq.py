@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,13 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.config.ranges import Share
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank, wide
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.collectives import total
 from simvq_moe.quantizers.base import Quantized, Quantizer, random_codebook
-from simvq_moe.quantizers.options import CodebookOptions, restart_problems
+from simvq_moe.quantizers.options import CodebookOptions, RestartingOptions
 from simvq_moe.quantizers.parts.kmeans import kmeans
 from simvq_moe.quantizers.parts.restart import check_restart, restart_codes
 
@@ -146,24 +145,8 @@ def plain_vq(quantizer: Quantizer, bank: Bank) -> VQ:
 
 @register
 @dataclass(frozen=True)
-class VQOptions(CodebookOptions):
+class VQOptions(RestartingOptions, CodebookOptions):
     """Free rows, learned by gradient: a code moves only when it is chosen (VQ-VAE, 1711.00937)."""
 
+    quantizer = VQ
     kind: Literal["vq"] = "vq"
-    init: Literal["default", "kmeans"] = "default"
-    """kmeans: the codes start from the centres of the first batch."""
-    restart: Share = 0.0
-    """A code drawn less often a step than this, on average, restarts at a latent of the batch; less
-    than 1, and 0: never."""
-
-    def level(self) -> VQ:
-        return VQ(self.codes, self.width, **self.starts(), **self.weights())
-
-    def starts(self) -> dict[str, Any]:
-        """How the class is told where codes start, and start again."""
-        init = "random" if self.init == "default" else self.init
-        return {"init": init, "restart": self.restart}
-
-    def problems(self, at: str, config: Any) -> Iterator[str]:
-        yield from super().problems(at, config)
-        yield from restart_problems(at, self.restart)

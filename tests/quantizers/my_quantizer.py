@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,8 +17,8 @@ from simvq_moe.quantizers import VQ, CodebookOptions
 class ShrunkVQ(VQ):
     """Latents are shrunk before they are compared with the codes."""
 
-    def __init__(self, codes: int, width: int, *, factor: float) -> None:
-        super().__init__(codes, width)
+    def __init__(self, codes: int, width: int, *, factor: float, **options: Any) -> None:
+        super().__init__(codes, width, **options)
         self.factor = factor
 
     def prepare(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
@@ -30,9 +30,7 @@ class ShrunkVQ(VQ):
 class ShrunkVQOptions(CodebookOptions):
     """Free rows that meet shrunk latents."""
 
+    quantizer = ShrunkVQ
     kind: Literal["shrunk_vq"] = "shrunk_vq"
     factor: Annotated[float, Range(0.1, 10)] = 1.0
     """Largest absolute value of a latent."""
-
-    def level(self) -> ShrunkVQ:
-        return ShrunkVQ(self.codes, self.width, factor=self.factor)
