@@ -8,16 +8,9 @@ content, so that a changed corpus is encoded anew and an equal one never is.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,30 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simvq_moe.data.held_out import held_out_by_content
-from simvq_moe.data.rows.base import (
-    BUFFER,
-    TEXT_FIELD,
-    CorruptDataError,
-    Defect,
-    Rows,
-    UnreachableError,
-)
+from simvq_moe.data.rows.base import TEXT_FIELD, CorruptDataError
 from simvq_moe.data.rows.saved_sets import own_splits
 from simvq_moe.data.text import tokens
-from simvq_moe.data.text.documents import (
-    EMBEDDED,
-    WAY_OUT,
-    Defects,
-    File,
-    OnCorrupt,
-    check_readable,
-    content_name,
-    first_defect,
-    list_files,
-    nothing_readable,
-    read_rows,
-)
-from simvq_moe.data.text.domains import domain_of, number_domains
+from simvq_moe.data.text.cache import build_once
+from simvq_moe.data.text.documents import EMBEDDED, OnCorrupt, check_readable, list_files
+from simvq_moe.data.text.domains import number_domains
+from simvq_moe.data.text.reading import Reading, Scanned
 from simvq_moe.data.text.tokenizer import (
     BYTES,
     END_OF_TEXT,
@@ -59,8 +35,7 @@ from simvq_moe.data.text.tokenizer import (
 )
 from simvq_moe.data.text.tokens import Corpus, is_token_folder, load_tokens, write_tokens
 from simvq_moe.errors import ConfigError
-from simvq_moe.files.locks import alone, in_turn
-from simvq_moe.files.regular import printable, sync_folder
+from simvq_moe.files.regular import printable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,15 +49,6 @@ LAYOUT = "2"
 """Names the way in which token files are made; a new one makes old caches unused."""
 BY_CONTENT = " by content"
 """Says the same of sources with files of text, whose names decided their sides before."""
-
-COLUMNS = ("key", "name", "domain", "text")
-ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 1024, 2**24
-"""Documents that wait in memory until they are written, or one more than so long together."""
-
-BUILDING = "building-"
-"""Beginning of the name of a folder that is being built in the cache; its builder holds it."""
-SECONDS_TO_BUILD = 7 * 86_400.0
-"""After which a folder without a lock is taken for left over."""
 
 log = logging.getLogger(__name__)
 
@@ -119,51 +85,74 @@ def token_windows(
         ConfigError: the source doesn't exist, holds nothing readable, is broken, or is too small
             for the vocabulary or for one window.
     """
+    _check_own_part(source, held_out_source)
+    if is_token_folder(source):
+        return load_tokens(Path(source), source=source, vocabulary=vocabulary, context=context)
+    check_vocabulary(vocabulary)
+    given = None if tokenizer is None else load_tokenizer(tokenizer, vocabulary)
+    source, held_out_source = own_splits(source, held_out_source)
+    reading = Reading(text_field, on_corrupt)
+    try:
+        whole = reading.scan(source)
+        held_out = None if held_out_source is None else reading.scan(held_out_source)
+        encoding = _Encoding(vocabulary, given, reading, whole, held_out)
+        folder = Path(cache_dir) / f"text-{encoding.name}"
+        if not folder.exists():
+            log.info("encoding %s into %s", source, folder)
+            build_once(folder, encoding.write)
+    except CorruptDataError as error:
+        raise ConfigError(f"data.source {source!r} can't be read: {error}") from None
+    corpus = load_tokens(folder, source=source, vocabulary=vocabulary, context=context)
+    return replace(corpus, digest=folder.name)
+
+
+def _check_own_part(source: str, held_out_source: str | None) -> None:
+    """Refuse a held-out source beside token files, or of them."""
     for one, key in ((source, "data.source"), (held_out_source, "data.held_out_source")):
         if held_out_source is not None and one is not None and is_token_folder(one):
             raise ConfigError(
                 f"{key} {one!r} is a folder of token files, which has a held-out part of its own: "
                 "drop data.held_out_source"
             )
-    if is_token_folder(source):
-        return load_tokens(Path(source), source=source, vocabulary=vocabulary, context=context)
-    check_vocabulary(vocabulary)
-    given = None if tokenizer is None else load_tokenizer(tokenizer, vocabulary)
-    source, held_out_source = own_splits(source, held_out_source)
-    try:
-        reading = _Reading(text_field, on_corrupt)
-        files, digest = reading.scan(source)
-        key = f"{LAYOUT} {vocabulary} {digest}{digest_of_tokenizer(given)}"
-        key += " skip" if on_corrupt == "skip" else ""
-        key += "" if all(file.has_rows for file in files) else BY_CONTENT
-        key += "" if text_field == TEXT_FIELD else f" field {text_field}"
-        held_out_files: list[File] | None = None
-        if held_out_source is not None:
-            held_out_files, digest = reading.scan(held_out_source)
-            key += f" held out {digest}"
-        folder = Path(cache_dir) / f"text-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if not folder.exists():
-            log.info("encoding %s into %s", source, folder)
 
-            def fill(built: Path, scratch: Path) -> None:
-                documents = reading.read(files, scratch / "source")
-                if held_out_files is None:
-                    train, held_out = _split(documents, embedded=source == EMBEDDED)
-                else:
-                    held_out = reading.read(held_out_files, scratch / "held_out")
-                    train = _not_among(documents, held_out, source, str(held_out_source))
-                texts = (batch["text"] for batch in tokens.batches(train, 64))
-                write_corpus(
-                    *(built, given or train_tokenizer(texts, vocabulary)),
-                    {"train": train, "held_out": held_out},
-                    {"source": source, "files": len(files)},
-                )
 
-            build_once(folder, fill)
-    except CorruptDataError as error:
-        raise ConfigError(f"data.source {source!r} can't be read: {error}") from None
-    corpus = load_tokens(folder, source=source, vocabulary=vocabulary, context=context)
-    return replace(corpus, digest=folder.name)
+@dataclass(frozen=True)
+class _Encoding:
+    """What is encoded, and how."""
+
+    vocabulary: int
+    given: Tokenizer | None
+    """None: a tokenizer is trained on the training documents."""
+    reading: Reading
+    whole: Scanned
+    held_out: Scanned | None
+    """None: a part of the whole is held out."""
+
+    @property
+    def name(self) -> str:
+        """What tells its token files from those of every other."""
+        key = f"{LAYOUT} {self.vocabulary} {self.whole.digest}{digest_of_tokenizer(self.given)}"
+        key += " skip" if self.reading.on_corrupt == "skip" else ""
+        key += "" if all(file.has_rows for file in self.whole.files) else BY_CONTENT
+        key += "" if self.reading.field == TEXT_FIELD else f" field {self.reading.field}"
+        key += "" if self.held_out is None else f" held out {self.held_out.digest}"
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def write(self, built: Path, scratch: Path) -> None:
+        """Write the token files into `built`."""
+        source = self.whole.source
+        documents = self.reading.read(self.whole.files, scratch / "source")
+        if self.held_out is None:
+            train, held_out = _split(documents, embedded=source == EMBEDDED)
+        else:
+            held_out = self.reading.read(self.held_out.files, scratch / "held_out")
+            train = _not_among(documents, held_out, source, self.held_out.source)
+        texts = (batch["text"] for batch in tokens.batches(train, 64))
+        write_corpus(
+            *(built, self.given or train_tokenizer(texts, self.vocabulary)),
+            {"train": train, "held_out": held_out},
+            {"source": source, "files": len(self.whole.files)},
+        )
 
 
 def check_source(
@@ -193,61 +182,6 @@ def digest_of_tokenizer(given: Tokenizer | None) -> str:
     return "" if given is None else hashlib.sha256(given.to_str().encode()).hexdigest()
 
 
-def build_once(folder: Path, fill: Callable[[Path, Path], None]) -> None:
-    """Make a folder of the cache: aside, then renamed into place, so that nobody sees half of it.
-
-    Args:
-        fill: writes into its first argument, and what is needed for that into the second.
-    """
-    fresh = not folder.parent.exists()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _aside(folder.parent) as aside, _quiet():
-            built = Path(aside, "built")
-            built.mkdir()
-            fill(built, Path(aside, "scratch"))
-            for path in built.rglob("*"):
-                if path.is_file():
-                    with path.open("rb+") as file:
-                        os.fsync(file.fileno())
-            sync_folder(built)
-            try:
-                built.rename(folder)
-            except OSError:
-                # another process was faster, and its folder is as good
-                if not folder.exists():
-                    raise
-            sync_folder(folder.parent)
-    except (ConfigError, CorruptDataError):
-        if fresh:
-            with suppress(OSError):
-                folder.parent.rmdir()
-        raise
-
-
-@contextmanager
-def _aside(cache: Path) -> Iterator[Path]:
-    """A folder to build in, held by this process; what ended processes were building is removed.
-
-    It is made and held in one turn of the cache: between the two it would look left over.
-    """
-    with ExitStack() as kept:
-        with in_turn(cache):
-            _remove_left_over(cache)
-            made = tempfile.TemporaryDirectory(prefix=BUILDING, dir=cache)
-            aside = Path(kept.enter_context(made))
-            kept.enter_context(in_turn(aside))
-        yield aside
-
-
-def _remove_left_over(cache: Path) -> None:
-    """Remove what processes that have ended were building: a living one holds its folder."""
-    for aside in cache.glob(f"{BUILDING}*"):
-        with suppress(ConfigError, OSError), alone(aside, "it is being built") as held:
-            if held or time.time() - aside.stat().st_mtime > SECONDS_TO_BUILD:
-                shutil.rmtree(aside)
-
-
 def write_corpus(
     folder: Path, tokenizer: Tokenizer, parts: dict[str, Dataset], of_source: dict[str, Any]
 ) -> None:
@@ -262,94 +196,6 @@ def write_corpus(
     domains = number_domains(list(parts["held_out"]["domain"]), end)
     domains.save(folder / tokens.DOMAINS)
     (folder / tokens.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """How the files of a source are read."""
-
-    field: str
-    """Column or field of rows with the document."""
-    on_corrupt: OnCorrupt
-
-    def scan(self, source: str) -> tuple[list[File], str]:
-        """The readable files, and a digest of their names and contents."""
-        defects, without = Defects(self.on_corrupt), None
-        digest, readable, skipped = hashlib.sha256(), [], []
-        for file in list_files(source):
-            defect = first_defect(file.path, self.field)
-            if defect is not None and not defect.of_another_kind:
-                defects.meet(defect)
-            content = _digest(file) if defect is None or not defect.of_another_kind else None
-            if content is None:
-                skipped.append(file)
-                without = without or (defect if file.has_rows else None)
-                continue
-            readable.append(file)
-            digest.update(os.fsencode(f"{file.name}\0{content}\n"))
-        if not readable:
-            raise nothing_readable(source, without)
-        if skipped:
-            names = [printable(file.name) for file in skipped[:5]]
-            some = ", ".join(names) + (", ..." if skipped[5:] else "")
-            log.warning("%s: skipped %d files without UTF-8 text: %s", source, len(skipped), some)
-        return readable, digest.hexdigest()
-
-    def read(self, files: list[File], scratch: Path) -> Dataset:
-        """Every document, with its domain, its content's key and its file's name.
-
-        Through a file, because they may not fit into memory; `Dataset.from_generator` would need a
-        file system with locks.
-        """
-        import pyarrow as pa
-        from datasets import Dataset
-
-        schema = pa.schema([(name, pa.string()) for name in COLUMNS])
-        scratch.mkdir(parents=True)
-        path = scratch / "documents.arrow"
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            rows, length = [], 0
-            for document in self._documents(files):
-                rows.append(document)
-                length += len(document["text"])
-                if length > CHARACTERS_AT_ONCE or len(rows) == ROWS_AT_ONCE:
-                    writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-                    rows, length = [], 0
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-        return Dataset.from_file(str(path))
-
-    def _documents(self, files: list[File]) -> Iterator[dict[str, str]]:
-        defects, any_text = Defects(self.on_corrupt), False
-        for file in files:
-            domain = domain_of(file.name, rows=file.has_rows)
-            for _, found in read_rows(file.path, Rows(field=self.field)):
-                if isinstance(found, Defect):
-                    defects.meet(found)
-                else:
-                    key = content_name(found)
-                    # a name of bytes that are no UTF-8 is no string of a data set
-                    name = printable(file.name)
-                    yield {"key": key, "name": name, "domain": domain, "text": found}
-                    any_text = True
-        if not any_text:  # `datasets` can't hold nothing
-            raise CorruptDataError(f"it holds no readable text: {WAY_OUT}")
-
-
-def _digest(file: File) -> str | None:
-    """SHA-256 of the content; None: a document that isn't UTF-8."""
-    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
-    try:
-        with file.path.open("rb", buffering=0) as opened:
-            while block := opened.read(BUFFER):
-                digest.update(block)
-                if not file.has_rows:
-                    decoder.decode(block)
-        decoder.decode(b"", final=True)
-    except OSError as error:
-        raise UnreachableError(file.path, error) from None
-    except UnicodeDecodeError:
-        return None
-    return digest.hexdigest()
 
 
 def _split(documents: Dataset, *, embedded: bool) -> tuple[Dataset, Dataset]:
@@ -385,18 +231,3 @@ def _not_among(documents: Dataset, held_out: Dataset, source: str, held_out_sour
         here, there = printable(source), printable(held_out_source)
         log.info("%s: %d documents are in %s as well, and held out", here, left_out, there)
     return documents.select(kept)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of `datasets`, which are its own global switch."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

@@ -22,12 +22,8 @@ from jaxtyping import Int64
 
 from simvq_moe.data.order import Share, StepBatches, place_of
 from simvq_moe.data.rows.base import TEXT_FIELD, CorruptDataError, Defect
-from simvq_moe.data.text.corpora import (
-    build_once,
-    check_vocabulary,
-    digest_of_tokenizer,
-    write_corpus,
-)
+from simvq_moe.data.text.cache import build_once
+from simvq_moe.data.text.corpora import check_vocabulary, digest_of_tokenizer, write_corpus
 from simvq_moe.data.text.documents import Defects, OnCorrupt
 from simvq_moe.data.text.sources import Cursor, Document, Source, is_count, open_source
 from simvq_moe.data.text.tokenizer import BYTES, load_tokenizer, open_tokenizer, train_tokenizer
@@ -77,25 +73,25 @@ def text_stream(
     opened = tuple(open_source(source, text_field) for source in sources)
     shares = np.array(weights or [1.0] * len(sources), dtype=np.float64)
     shares /= shares.sum()
-    given = None if tokenizer is None else load_tokenizer(tokenizer, vocabulary)
-    if given is None and vocabulary == BYTES:
-        given = train_tokenizer([], BYTES)
+    if tokenizer is not None:
+        given = load_tokenizer(tokenizer, vocabulary)
+    else:
+        given = train_tokenizer([], BYTES) if vocabulary == BYTES else None
     settings = [held_out_share, held_out_documents, vocabulary, digest_of_tokenizer(given)]
     settings += [] if text_field == TEXT_FIELD else [text_field]
     key = json.dumps([LAYOUT, [s.digest for s in opened], shares.tolist(), *settings])
     folder = Path(cache_dir) / f"stream-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.exists():
         log.info("taking held-out documents of %s into %s", ", ".join(sources), folder)
+        numbers = np.maximum(1, np.round(shares * held_out_documents)).astype(int)
 
         def fill(built: Path, scratch: Path) -> None:
             del scratch
-            of_source = {"sources": list(sources)}
-            numbers = np.maximum(1, np.round(shares * held_out_documents)).astype(int)
             first = [
                 _first_documents(source, number, held_out_share, Defects(on_corrupt))
                 for source, number in zip(opened, numbers.tolist(), strict=True)
             ]
-            _write_held_out(built, first, given, vocabulary, of_source)
+            _write_held_out(built, first, given, vocabulary, {"sources": list(sources)})
 
         try:
             build_once(folder, fill)
