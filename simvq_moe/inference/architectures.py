@@ -20,14 +20,15 @@ OLMoE normalizes queries over all heads at once and DeepSeek-V3 compresses them:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from simvq_moe.config.schema import Config
+from simvq_moe.config.moe import MoEConfig
+from simvq_moe.config.schema import Config, LanguageModelConfig
 from simvq_moe.models.attention import ROTARY_BASE
 
 EPSILON = torch.finfo(torch.float32).eps
@@ -43,6 +44,8 @@ class Architecture:
 
     model_type: str
     class_name: str
+    settings: Callable[[MoEConfig, LanguageModelConfig], dict[str, Any]]
+    """What its configuration says beside what all have."""
     mixture: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """Names of an expert's projections: gate, value and last."""
@@ -56,29 +59,90 @@ class Architecture:
     """Rotations turn neighbouring channels, where ours turn channel i with i + half."""
 
 
-LLAMA = Architecture("llama", "LlamaForCausalLM")
+LLAMA = Architecture(
+    "llama",
+    "LlamaForCausalLM",
+    settings=lambda _moe, _lm: {"attention_bias": False, "mlp_bias": False},
+)
+QWEN3 = Architecture(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    settings=lambda _moe, _lm: {"attention_bias": False, "use_sliding_window": False},
+)
+QWEN3_MOE = Architecture(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    settings=lambda moe, lm: {
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.hidden,
+        "norm_topk_prob": moe.convention != "softmax_topk",
+        "decoder_sparse_step": lm.moe_every,
+        "attention_bias": False,
+        "use_sliding_window": False,
+    },
+)
 MIXTRAL = Architecture(
-    "mixtral", "MixtralForCausalLM", mixture="block_sparse_moe", projections=("w1", "w3", "w2")
+    "mixtral",
+    "MixtralForCausalLM",
+    settings=lambda moe, _lm: {
+        "num_local_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "intermediate_size": moe.hidden,
+        "sliding_window": None,
+    },
+    mixture="block_sparse_moe",
+    projections=("w1", "w3", "w2"),
 )
 ERNIE = Architecture(
     "ernie4_5_moe",
     "Ernie4_5_MoeForCausalLM",
+    settings=lambda moe, lm: {
+        "moe_k": moe.top_k,
+        "moe_intermediate_size": moe.hidden,
+        "moe_num_experts": moe.experts,
+        "moe_num_shared_experts": moe.shared_experts,
+        "moe_layer_interval": lm.moe_every,
+        "moe_layer_start_index": 0,
+        "use_bias": False,
+    },
     biases="moe_statics.e_score_correction_bias",
     shared="shared_experts",
     interleaved=True,
 )
 QWEN2 = Architecture(
-    # its gate of shared experts is sigmoid(x w), 1/2 for w = 0
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
+    settings=lambda moe, lm: {
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.hidden,
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": moe.shared_experts * moe.hidden,
+        "decoder_sparse_step": lm.moe_every,
+        "qkv_bias": False,
+    },
     shared="shared_expert",
-    shared_scale=0.5,
+    shared_scale=0.5,  # its gate of shared experts is sigmoid(x w), 1/2 for w = 0
 )
-QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM")
-QWEN3_MOE = Architecture("qwen3_moe", "Qwen3MoeForCausalLM")
 GLM = Architecture(
     "glm4_moe",
     "Glm4MoeForCausalLM",
+    settings=lambda moe, lm: {
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.hidden,
+        "n_shared_experts": moe.shared_experts,
+        "first_k_dense_replace": lm.moe_every - 1,  # dense blocks before the first mixture
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "partial_rotary_factor": 1.0,
+        "use_qk_norm": lm.qk_norm,
+        "attention_bias": False,
+        "num_nextn_predict_layers": 0,
+    },
     biases="gate.e_score_correction_bias",
     shared="shared_experts",
 )
@@ -159,7 +223,6 @@ def misfits(config: Config) -> Iterator[str]:
 def settings_of(config: Config) -> dict[str, Any]:
     """Settings of the architecture's configuration, all but the ids of special tokens."""
     moe, lm = config.moe, config.language_model
-    of = architecture_of(config)
     common = {
         "vocab_size": config.data.vocabulary,
         "hidden_size": lm.width,
@@ -174,57 +237,7 @@ def settings_of(config: Config) -> dict[str, Any]:
         "rms_norm_eps": EPSILON,
         "tie_word_embeddings": lm.tied_head,
     }
-    mixtures = {"num_experts_per_tok": moe.top_k, "moe_intermediate_size": moe.hidden}
-    own: dict[Architecture, dict[str, Any]] = {
-        LLAMA: {"attention_bias": False, "mlp_bias": False},
-        QWEN3: {"attention_bias": False, "use_sliding_window": False},
-        QWEN3_MOE: mixtures
-        | {
-            "num_experts": moe.experts,
-            "norm_topk_prob": moe.convention != "softmax_topk",
-            "decoder_sparse_step": lm.moe_every,
-            "attention_bias": False,
-            "use_sliding_window": False,
-        },
-        MIXTRAL: {
-            "num_local_experts": moe.experts,
-            "num_experts_per_tok": moe.top_k,
-            "intermediate_size": moe.hidden,
-            "sliding_window": None,
-        },
-        ERNIE: {
-            "moe_k": moe.top_k,
-            "moe_intermediate_size": moe.hidden,
-            "moe_num_experts": moe.experts,
-            "moe_num_shared_experts": moe.shared_experts,
-            "moe_layer_interval": lm.moe_every,
-            "moe_layer_start_index": 0,
-            "use_bias": False,
-        },
-        QWEN2: mixtures
-        | {
-            "num_experts": moe.experts,
-            "norm_topk_prob": False,
-            "shared_expert_intermediate_size": moe.shared_experts * moe.hidden,
-            "decoder_sparse_step": lm.moe_every,
-            "qkv_bias": False,
-        },
-        GLM: mixtures
-        | {
-            "n_routed_experts": moe.experts,
-            "n_shared_experts": moe.shared_experts,
-            "first_k_dense_replace": _dense_first(config),
-            "n_group": 1,
-            "topk_group": 1,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 1.0,
-            "partial_rotary_factor": 1.0,
-            "use_qk_norm": lm.qk_norm,
-            "attention_bias": False,
-            "num_nextn_predict_layers": 0,
-        },
-    }
-    return common | own[of]
+    return common | architecture_of(config).settings(moe, lm)
 
 
 def weights_of(config: Config, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -316,11 +329,6 @@ def _part(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
         for key, tensor in weights.items()
         if key.startswith(beginning)
     }
-
-
-def _dense_first(config: Config) -> int:
-    """Dense blocks before the first mixture."""
-    return config.language_model.moe_every - 1
 
 
 def _dense_blocks_come_first(config: Config) -> bool:

@@ -215,21 +215,8 @@ def add_shared_maps(
         ValueError: the architecture is unknown; the model has maps; a map is "separate";
             weights are quantized or split over devices.
     """
-    settings: dict[str, Any] = {
-        "expert_out_map": expert_out_map,
-        "train_expert_out_base": train_expert_out_base,
-        "expert_in_map": expert_in_map,
-        "train_expert_in_base": train_expert_in_base,
-        "router_map": router_map,
-        "train_router_base": train_router_base,
-        "map_rank": map_rank,
-        "whiten_router_input": whiten_router_input,
-        "whitening_exponent": whitening_exponent,
-        "whitening_decay": whitening_decay,
-        "whitening_floor": whitening_floor,
-        "whitening_every": whitening_every,
-        "whitening_rank": whitening_rank,
-    }
+    settings: dict[str, Any] = dict(locals())  # the arguments
+    del settings["model"]
     whitening: dict[str, Any] | None = None
     if whiten_router_input != "none":
         names = ("exponent", "decay", "floor", "every", "rank")
