@@ -25,6 +25,7 @@ def modules_with_shapes() -> list[str]:
 install_import_hook(modules_with_shapes(), "beartype.beartype")
 
 from simvq_moe.engine.world import World, start_distributed  # noqa: E402
+from tests.shape_checks import without_shape_checks  # noqa: E402
 from tests.two_ranks import TwoRanks  # noqa: E402
 
 
@@ -33,6 +34,13 @@ def world() -> World:
     """This process as the only rank, with DeepSpeed ready."""
     torch.set_num_threads(1)  # as in the processes that tests start, for equal bits
     return start_distributed()
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without checks of shapes."""
+    with without_shape_checks():
+        yield
 
 
 @pytest.fixture(scope="session")

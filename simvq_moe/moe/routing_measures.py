@@ -204,35 +204,42 @@ def _mutual_information(counts: Int[Tensor, "rows columns"]) -> float:
 
 
 def geometry(
-    x: Float[Tensor, "tokens width"], logits: Float[Tensor, "tokens experts"]
+    x: Float[Tensor, "tokens width"],
+    logits: Float[Tensor, "tokens experts"],
+    rows: Float[Tensor, "experts width"] | None = None,
 ) -> dict[str, float]:
-    """How many directions a router's input and its logits have, by their covariance over tokens.
+    """How many directions a router's input and its logits have, by their covariance over tokens,
+    and how its rows, if it has any, lie along them.
 
     input_rank and logits_rank: effective rank, exp of the entropy of the eigenvalues' shares
     (Roy and Vetterli, EUSIPCO 2007); logits lose one to the mean over experts, which no choice
     see. input_condition: largest eigenvalue over the least. input_mean_share: squared length of
-    the mean over the mean squared length.
+    the mean over the mean squared length. row_exponent: see there.
     """
     x, logits = x.double(), logits.double()
-    variances = torch.linalg.eigvalsh(_covariance(x)).clamp_min(0)
-    compared = torch.linalg.eigvalsh(_covariance(logits - logits.mean(1, keepdim=True)))
+    of_input = covariance(x)
+    variances = torch.linalg.eigvalsh(of_input).clamp_min(0)
+    compared = torch.linalg.eigvalsh(covariance(logits - logits.mean(1, keepdim=True)))
     length = x.square().sum(1).mean()
-    return {
+    found = {
         "input_rank": _effective_rank(variances),
         "input_condition": float(variances[-1] / variances[0]),
         "input_mean_share": float(x.mean(0).square().sum() / length),
         "logits_rank": _effective_rank(compared.clamp_min(0)),
     }
+    return found if rows is None else found | {"row_exponent": row_exponent(of_input, rows)}
 
 
-def row_exponent(x: Float[Tensor, "tokens width"], rows: Float[Tensor, "experts width"]) -> float:
+def row_exponent(
+    of_input: Float[Tensor, "width width"], rows: Float[Tensor, "experts width"]
+) -> float:
     """p, by least squares, in |R u| ~ lambda^p over the eigenvectors u of the input's covariance.
 
     Above 0 rows are strong where the input already varies; below 0 they tell weak directions apart.
     Eigenvectors with less than 1e-6 of the largest eigenvalue lambda are left out, because that is
     rounding; nan where fewer than two are left.
     """
-    variances, axes = torch.linalg.eigh(_covariance(x.double()))
+    variances, axes = torch.linalg.eigh(of_input)
     strengths = (rows.double() @ axes).norm(dim=0)
     kept = (variances > 1e-6 * variances[-1]) & (strengths > 0)
     a, b = variances[kept].log(), strengths[kept].log()
@@ -242,7 +249,7 @@ def row_exponent(x: Float[Tensor, "tokens width"], rows: Float[Tensor, "experts 
     return float((a * b).sum() / a.square().sum())
 
 
-def _covariance(x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "channels channels"]:
+def covariance(x: Float[Tensor, "tokens channels"]) -> Float[Tensor, "channels channels"]:
     centred = x - x.mean(0)
     return centred.T @ centred / len(x)
 

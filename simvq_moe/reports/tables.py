@@ -207,6 +207,12 @@ def task_table(group: GroupResult) -> Table:
     return table if len(table.header) > 1 else Table(table.header, [])
 
 
+def task_tables(groups: Sequence[GroupResult]) -> list[tuple[GroupResult, Table]]:
+    """The groups in which a task was run, each with its table."""
+    every = [(group, task_table(group)) for group in groups]
+    return [(group, table) for group, table in every if table.rows]
+
+
 def _measured_table(group: GroupResult, metrics: Sequence[str]) -> Table:
     """A column for each metric that any run of the group has."""
     found = [

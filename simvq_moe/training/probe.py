@@ -354,9 +354,6 @@ def _geometry(
     layer: Mixture, x: Float[Tensor, "tokens width"], routing: Routing
 ) -> dict[str, float]:
     """Directions of the router's input and logits, and how its rows lie along them, if it has."""
-    found = of.geometry(x, routing.logits)
-    rows = layer.rows_of_products()
-    if rows is not None:
-        found["row_exponent"] = of.row_exponent(x, rows)
+    found = of.geometry(x, routing.logits, layer.rows_of_products())
     # a table of experts has no logits that vary
     return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jaxtyping
 import pytest
 import torch
 from torch._dynamo.utils import counters as dynamo_counters
+
+from tests.shape_checks import without_shape_checks
 
 of_tracing = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning",
@@ -19,8 +20,7 @@ of_tracing = pytest.mark.filterwarnings(
 @pytest.fixture
 def untyped() -> Iterator[None]:
     """torch.compile can't trace the checks of annotations that the other tests are run under."""
-    jaxtyping.config.update("jaxtyping_disable", True)
     torch.compiler.reset()
     dynamo_counters.clear()
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with without_shape_checks():
+        yield

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -90,11 +88,3 @@ def test_a_compiled_layer_is_the_same(dtype: torch.dtype) -> None:
     got = torch.autograd.grad(compiled(x).sin().sum(), inputs)
     assert_close(compiled(x), moe(x))
     assert_close(got, expected)
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Without run-time checks of shapes, which a compiler cannot trace."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +22,7 @@ from simvq_moe.moe.routers.cosine import CosineOptions
 from simvq_moe.moe.routers.distance import DistanceOptions, DistanceRouter
 from simvq_moe.moe.routers.topk import TopKOptions
 from simvq_moe.moe.routing_measures import label_counts
+from tests.shape_checks import without_shape_checks
 
 WIDTH, EXPERTS, VOCABULARY = 8, 4, 11
 KINDS: dict[str, dict[str, Any]] = {
@@ -133,12 +133,11 @@ def test_token_ids_of_every_integer_dtype_are_meant() -> None:
     expected = layer(x, IDS)
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16):
         assert torch.equal(layer(x, IDS.to(dtype)), expected)
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(ValueError, match=r"token_ids of torch\.bool: give integers"):
-            layer(x, IDS > 3)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with (
+        without_shape_checks(),
+        pytest.raises(ValueError, match=r"token_ids of torch\.bool: give integers"),
+    ):
+        layer(x, IDS > 3)
 
 
 def test_narrow_ids_and_labels_do_not_overflow() -> None:
@@ -147,15 +146,12 @@ def test_narrow_ids_and_labels_do_not_overflow() -> None:
     assert torch.equal(label_counts(ids.to(torch.uint8), labels.to(torch.int8), 4, 120), expected)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_words_that_are_no_choice_are_refused_with_the_choices() -> None:
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        for name in ("router", "gates", "balance", "expert", "expert_in_map", "expert_out_map"):
-            unknown: dict[str, Any] = {name: "mine"}
-            with pytest.raises(ValueError, match=rf"{name} 'mine': .* one of '\w+', '\w+'"):
-                MoE(WIDTH, 6, EXPERTS, 2, **unknown)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    for name in ("router", "gates", "balance", "expert", "expert_in_map", "expert_out_map"):
+        unknown: dict[str, Any] = {name: "mine"}
+        with pytest.raises(ValueError, match=rf"{name} 'mine': .* one of '\w+', '\w+'"):
+            MoE(WIDTH, 6, EXPERTS, 2, **unknown)
 
 
 @pytest.mark.parametrize("gates", ["topk_softmax", "sigmoid"])

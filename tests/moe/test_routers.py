@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from simvq_moe.moe.routers.self_selecting import SelfSelectingOptions
 from simvq_moe.moe.routers.topk import TopKOptions, TopKRouter
 from simvq_moe.moe.whitening import ChannelVariances, FullCovariance, LargestDirections
 from tests.moe import naive
+from tests.shape_checks import without_shape_checks
 from tests.two_ranks import TwoRanks
 
 WIDTH, HIDDEN, EXPERTS, TOP_K, VOCABULARY, TOKENS = 8, 6, 5, 2, 23, 7
@@ -203,14 +203,11 @@ def test_the_folded_layer_is_the_same_without_maps(case: str, training: bool) ->
 def test_a_compiled_router_is_one_graph_with_the_same_results(case: str) -> None:
     moe, (x, ids) = layer(**CASES[case]), batch()
     twin = copy.deepcopy(moe.router)
-    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks cannot be traced
-    try:
+    with without_shape_checks():
         torch.compiler.reset()  # of one function only so many graphs are kept
         compiled: Any = torch.compile(entered, backend="aot_eager", fullgraph=True)
         torch.manual_seed(3)
         got = compiled(twin, x, ids)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
     torch.manual_seed(3)
     assert_close(tuple(got), tuple(entered(moe.router, x, ids)))
     assert_close(dict(twin.named_buffers()), dict(moe.router.named_buffers()))

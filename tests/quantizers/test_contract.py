@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,6 +36,7 @@ from simvq_moe.quantizers import (
     RunningMapVQ,
 )
 from simvq_moe.quantizers.interchange import state_for
+from tests.shape_checks import without_shape_checks
 
 FAMILIES: dict[str, Callable[..., AnyQuantizer]] = {
     "vq": lambda **o: VQ(12, 4, **o),
@@ -107,14 +107,6 @@ def test_residual_levels_of_a_kind_are_built_or_refused_by_its_key(kind: str) ->
 
 def of_config(kind: str, **given: Any) -> QuantizerOptions:
     return replace(kinds(QuantizerOptions)[kind].example(), **given)
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Shape checks off: a compiler cannot trace them."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -399,13 +391,10 @@ def test_ids_of_every_integer_dtype_are_meant_and_others_are_refused(name: str) 
     kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
     for dtype in kinds:
         assert torch.equal(quantizer.decode(ids.to(dtype)), expected)
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
+    with without_shape_checks():
         for dtype in (torch.bool, torch.float32):
             with pytest.raises(ValueError, match=r"ids of torch\..*: give integers"):
                 quantizer.decode(ids.to(dtype))
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

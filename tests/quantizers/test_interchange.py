@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch.testing import assert_close
 
 from simvq_moe import VQ, SimVQ
 from simvq_moe.quantizers.interchange import simvq_from, state_for
+from tests.shape_checks import without_shape_checks
 
 peer: Any = pytest.importorskip("vector_quantize_pytorch")
 
@@ -71,12 +71,9 @@ def test_encode_and_decode_export_to_plain_operators(folded: bool) -> None:
     quantizer = SimVQ(20, 4, bias=True).eval()
     kept = quantizer.fold().eval() if folded else quantizer
     z, tokens = torch.randn(3, 7, 4), torch.export.Dim("tokens", min=2)
-    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks cannot be traced
-    try:
+    with without_shape_checks():
         encode = torch.export.export(_Encode(kept), (z,), dynamic_shapes=({1: tokens},))
         decode = torch.export.export(_Decode(kept), (kept.encode(z),))
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
     other = torch.randn(3, 11, 4)
     assert torch.equal(encode.module()(other), quantizer.encode(other))
     assert_close(decode.module()(quantizer.encode(z)), quantizer(z).z_q)
