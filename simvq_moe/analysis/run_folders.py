@@ -48,11 +48,6 @@ class Found:
     """Runs and sweeps that can't be read and so belong to no group."""
 
 
-def find_groups(paths: Sequence[Path], baseline: str | None = None) -> list[Group]:
-    """The groups of `find`."""
-    return find(paths, baseline).groups
-
-
 def find(paths: Sequence[Path], baseline: str | None = None) -> Found:
     """The comparisons in sweeps and run directories at or below the paths, in that order.
 

@@ -26,7 +26,6 @@ NO_PICTURE = (
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
 """What Pillow raises for bytes that are none."""
-LARGEST_SOUND = 200_000
 CLIPS = 2
 VERSIONS = 8
 """Versions of a clip, at most."""

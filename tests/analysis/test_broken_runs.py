@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from simvq_moe import cli
-from simvq_moe.analysis.run_folders import find, find_groups, read_run
+from simvq_moe.analysis.run_folders import find, read_run
 from simvq_moe.errors import ConfigError
 from simvq_moe.reports.dashboard import link_runs
 from simvq_moe.reports.report import report
@@ -276,15 +276,15 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(side: int, tmp_path: Path):
 
 def test_the_first_path_is_the_baseline_or_the_one_that_is_named(tmp_path: Path):
     runs = [write_small_run(tmp_path / name) for name in ("b", "a", "c")]
-    (group,) = find_groups(runs)
+    (group,) = find(runs).groups
     assert group.baseline == "b"
     assert "given first" in group.notes
     assert [arm.name for arm in group.arms] == ["b", "a", "c"]
-    assert find_groups([tmp_path])[0].baseline == "a"
-    assert find_groups(runs, "c")[0].baseline == "c"
-    assert find_groups([tmp_path], str(runs[2]))[0].baseline == "c"
+    assert find([tmp_path]).groups[0].baseline == "a"
+    assert find(runs, "c").groups[0].baseline == "c"
+    assert find([tmp_path], str(runs[2])).groups[0].baseline == "c"
     with pytest.raises(ConfigError, match="--baseline d is no arm of these runs: they are a, b, c"):
-        find_groups(runs, "d")
+        find(runs, "d")
 
 
 def test_runs_of_unequal_length_are_warned_of_in_every_form(tmp_path: Path):
@@ -302,6 +302,6 @@ def test_a_run_within_another_runs_folder_is_found(tmp_path: Path):
     outer = tmp_path / "a"
     for file in ("config.yaml", "meta.json", "metrics.jsonl"):
         (outer / file).write_bytes((outer / "b" / file).read_bytes())
-    (group,) = find_groups([tmp_path])
+    (group,) = find([tmp_path]).groups
     assert sum(len(arm.runs) for arm in group.arms) == 2
     assert "a/b" in watched(tmp_path)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from simvq_moe.analysis.comparison import compute
-from simvq_moe.analysis.run_folders import find_groups
+from simvq_moe.analysis.run_folders import find
 from tests.reports.synthetic import FakeArm, write_sweep
 
 VQ, BETTER = FakeArm("vq", "VQ", 3.0e-3, 0.3), FakeArm("better", "better", 2.0e-3, 0.3)
@@ -20,7 +20,7 @@ def with_primary(
 ) -> dict[str, Any]:
     arms = (VQ, better, FakeArm("control", "narrow", 2.5e-3, 0.3, control=True))
     write_sweep(tmp_path / "s", seeds=seeds, noise=noise, codes=arms, experts=(), primary=PRIMARY)
-    return compute(find_groups([tmp_path / "s"]), tmp_path).as_json()["groups"][0]
+    return compute(find([tmp_path / "s"]).groups, tmp_path).as_json()["groups"][0]
 
 
 def test_a_primary_test_alone_is_adjusted_and_answers_first(tmp_path: Path):
@@ -60,5 +60,5 @@ def test_too_few_pairs_say_how_many_would_do(tmp_path: Path):
 
 def test_a_primary_test_without_a_run_is_named(tmp_path: Path):
     write_sweep(tmp_path / "s", codes=(VQ, BETTER), experts=(), primary={"gone": "val/mse"})
-    group = compute(find_groups([tmp_path / "s"]), tmp_path).as_json()["groups"][0]
+    group = compute(find([tmp_path / "s"]).groups, tmp_path).as_json()["groups"][0]
     assert group["verdict"] == ["The primary test of gone on MSE has no pair of finished runs."]

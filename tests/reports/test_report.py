@@ -15,7 +15,7 @@ import soundfile
 from scipy import stats as reference
 
 from simvq_moe.analysis.comparison import compute
-from simvq_moe.analysis.run_folders import find_groups, read_run
+from simvq_moe.analysis.run_folders import find, read_run
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.core.usage import null_usage, usage
 from simvq_moe.records.printing import difference, mean_and_sd, number, percent, probability
@@ -149,7 +149,7 @@ SAME = (FakeArm("vq", "VQ", 3.0e-3, 0.3), FakeArm("same", "same", 3.0e-3, 0.3))
 
 def only_pair(tmp_path: Path, arms: tuple[FakeArm, ...]) -> tuple[dict[str, Any], str]:
     sweep = write_sweep(tmp_path / "sweep", seeds=8, noise=0.05, codes=arms, experts=())
-    group = compute(find_groups([sweep]), tmp_path).as_json()["groups"][0]
+    group = compute(find([sweep]).groups, tmp_path).as_json()["groups"][0]
     pair = next(p for p in group["paired"] if p["metric"] == "val/mse")
     return pair, group["verdict"][0]
 
@@ -224,7 +224,7 @@ def test_runs_without_a_sweep_are_grouped_by_task_and_arm(tmp_path: Path):
         for arm in KNOWN:
             write_run(tmp_path / f"runs/{arm.name}{seed}", arm, seed)
         write_run(tmp_path / f"runs/moe{seed}", KNOWN[0], seed, experts=True)
-    groups = find_groups([tmp_path / "runs"])
+    groups = find([tmp_path / "runs"]).groups
     assert [group.name for group in groups] == ["image_tokenizer", "language_model"]
     assert groups[0].baseline == "better"
     assert "sorts first" in groups[0].notes
@@ -236,7 +236,7 @@ def test_runs_without_a_sweep_are_grouped_by_task_and_arm(tmp_path: Path):
 def test_runs_of_the_same_arm_and_seed_are_kept_apart(tmp_path: Path):
     write_run(tmp_path / "runs/first", KNOWN[0], 0)
     write_run(tmp_path / "runs/second", KNOWN[0], 0)
-    (group,) = find_groups([tmp_path / "runs"])
+    (group,) = find([tmp_path / "runs"]).groups
     assert [arm.name for arm in group.arms] == ["vq (first)", "vq (second)"]
 
 
@@ -391,7 +391,7 @@ def test_holm_goes_over_the_primary_tests_of_all_questions_of_a_sweep(tmp_path: 
     content = json.loads(file.read_text())
     content["groups"][1]["primary"] = {"aux": "val/bits_per_byte"}
     file.write_text(json.dumps(content))
-    results = compute(find_groups([tmp_path]), tmp_path)
+    results = compute(find([tmp_path]).groups, tmp_path)
     tests = [pair for group in results.groups for pair in group.paired if pair.primary]
     assert [pair.arm for pair in tests] == ["simvq", "aux"]
     assert [pair.tests for pair in tests] == [2, 2]
