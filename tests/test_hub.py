@@ -15,10 +15,10 @@ from simvq_moe import FSQ, VQ, MoE, SimVQ
 from simvq_moe.config.moe import MoEConfig
 from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.hub import CARD, CONFIG, WEIGHTS, Pretrained
-from simvq_moe.models.audio_discriminators import Discriminators
-from simvq_moe.models.audio_tokenizer import AudioTokenizer
-from simvq_moe.models.image_discriminator import PatchDiscriminator
-from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.models.audio.discriminators import Discriminators
+from simvq_moe.models.audio.tokenizer import AudioTokenizer
+from simvq_moe.models.image.discriminator import PatchDiscriminator
+from simvq_moe.models.image.tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
 
 

@@ -1,4 +1,5 @@
-"""The family of quantizers, as a config has it; each kind is a file of simvq_moe/quantizers."""
+"""The family of quantizers, as a config has it; each kind is a file of
+simvq_moe/quantizers/kinds."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from simvq_moe.config.registry import Options, family
 Own = TypeVar("Own", bound="QuantizerOptions")
 
 
-@family(package="simvq_moe.quantizers", default="simvq")
+@family(package="simvq_moe.quantizers.kinds", default="simvq")
 @dataclass(frozen=True)
 class QuantizerOptions(Options):
     """The codebook between encoder and decoder."""

@@ -26,8 +26,8 @@ from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.files.tensors import read_checkpoint, weights_sha256
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.inference.fold import write_model
-from simvq_moe.models.official_layout import image_tokenizer_from, sizes_of
-from simvq_moe.quantizers.simvq import SimVQOptions
+from simvq_moe.models.image.official_layout import image_tokenizer_from, sizes_of
+from simvq_moe.quantizers.kinds.simvq import SimVQOptions
 
 
 def write_run(checkpoint: Path, out: Path, data: DataConfig, *, averages: bool = True) -> Config:

@@ -1,1 +1,1 @@
-"""Models around the core: an image tokenizer and a mixture-of-experts language model."""
+"""Models around the core: tokenizers of images and audio, and a language model with mixtures."""

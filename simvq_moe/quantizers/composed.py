@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.gradient import ESTIMATORS
-from simvq_moe.quantizers.base import PADDING, AnyQuantizer, Quantized, Quantizer
+from simvq_moe.quantizers.base import PADDING, AnyQuantizer, Quantized
+from simvq_moe.quantizers.codebook import Quantizer
 
 ResidualGradient = Literal["straight_through", "rotation"]
 

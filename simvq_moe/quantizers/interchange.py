@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from simvq_moe.core.choices import check_choice
-from simvq_moe.quantizers.simvq import SimVQ
+from simvq_moe.quantizers.kinds.simvq import SimVQ
 
 Layout = Literal["official", "vector_quantize_pytorch"]
 

@@ -17,9 +17,9 @@ from simvq_moe.data import audio
 from simvq_moe.data.audio import RecordingWindows, recording_windows
 from simvq_moe.data.code_items import Item
 from simvq_moe.data.hashing import digest_of_both
-from simvq_moe.models.audio_discriminators import Discriminators
-from simvq_moe.models.audio_spectra import MelDistance
-from simvq_moe.models.audio_tokenizer import AudioTokenizer
+from simvq_moe.models.audio.discriminators import Discriminators
+from simvq_moe.models.audio.spectra import MelDistance
+from simvq_moe.models.audio.tokenizer import AudioTokenizer
 from simvq_moe.tasks.audio_measures import AudioMeasures
 from simvq_moe.tasks.checks import audio_problems
 from simvq_moe.tasks.registry import register

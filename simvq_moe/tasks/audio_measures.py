@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from simvq_moe.data.audio import resample
-from simvq_moe.models.audio_spectra import MelDistance
+from simvq_moe.models.audio.spectra import MelDistance
 
 MEL_WINDOWS = (512, 2048)
 """Samples of the held-out mel distance's windows, whatever those of the loss are."""

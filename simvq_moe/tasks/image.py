@@ -19,9 +19,9 @@ from simvq_moe.data.code_items import Item
 from simvq_moe.data.hashing import digest_of_both
 from simvq_moe.data.media.image_windows import ImageWindows, image_windows
 from simvq_moe.errors import ConfigError
-from simvq_moe.models.image_discriminator import PatchDiscriminator
-from simvq_moe.models.image_losses import LPIPS, vgg_file
-from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.models.image.discriminator import PatchDiscriminator
+from simvq_moe.models.image.losses import LPIPS, vgg_file
+from simvq_moe.models.image.tokenizer import ImageTokenizer
 from simvq_moe.tasks.checks import image_problems
 from simvq_moe.tasks.image_measures import (
     ImageMeasures,

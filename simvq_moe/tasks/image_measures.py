@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import ImageTokenizerConfig
-from simvq_moe.models.image_losses import LPIPS, vgg_file
-from simvq_moe.models.ssim import ssim
+from simvq_moe.models.image.losses import LPIPS, vgg_file
+from simvq_moe.models.image.ssim import ssim
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """Name of torch-fidelity's InceptionV3 weights, which it downloads where there is a network."""

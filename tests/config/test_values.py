@@ -19,7 +19,7 @@ from simvq_moe.config.ranges import SEED, ranges_of
 from simvq_moe.config.registry import kinds
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.estimate import estimate
-from simvq_moe.quantizers.simvq import SimVQOptions
+from simvq_moe.quantizers.kinds.simvq import SimVQOptions
 from tests.files.test_yaml import TEXT
 
 CONFIGS = [

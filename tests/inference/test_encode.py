@@ -21,8 +21,8 @@ from simvq_moe.config.schema import Config
 from simvq_moe.data.codes import MANIFEST, open_codes, read_manifest
 from simvq_moe.engine.world import World
 from simvq_moe.files.unfinished import filled_alone
-from simvq_moe.models.audio_tokenizer import AudioTokenizer
-from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.models.audio.tokenizer import AudioTokenizer
+from simvq_moe.models.image.tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.codes import draw_sequences
 from simvq_moe.tasks.decoder import Decoder

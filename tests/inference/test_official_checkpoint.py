@@ -16,7 +16,7 @@ from simvq_moe.config.loading import ConfigError, merge_files
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.data.codes import open_codes
 from simvq_moe.inference.official_checkpoint import write_run
-from simvq_moe.models.official_layout import image_tokenizer_from
+from simvq_moe.models.image.official_layout import image_tokenizer_from
 from simvq_moe.tasks.registry import build_task
 from tests.data.test_images import image_folder
 from tests.models.test_official_layout import official_state

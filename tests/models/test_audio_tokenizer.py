@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from transformers.audio_utils import mel_filter_bank
 
 from simvq_moe import VQ, ResidualQuantizer, SimVQ
-from simvq_moe.models.audio_discriminators import Discriminators, SpectrumDiscriminator
-from simvq_moe.models.audio_spectra import (
+from simvq_moe.models.audio.discriminators import Discriminators, SpectrumDiscriminator
+from simvq_moe.models.audio.spectra import (
     FLOOR,
     MelDistance,
     SpectralDistance,
@@ -24,7 +24,7 @@ from simvq_moe.models.audio_spectra import (
     bands_of,
     mel_filters,
 )
-from simvq_moe.models.audio_tokenizer import AudioTokenizer, Snake
+from simvq_moe.models.audio.tokenizer import AudioTokenizer, Snake
 from simvq_moe.models.chunked import reach
 from simvq_moe.quantizers import AnyQuantizer
 

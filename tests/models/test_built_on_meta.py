@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from simvq_moe import EMAVQ, FSQ, SimVQ
 from simvq_moe.config.moe import MoEConfig
-from simvq_moe.models.audio_discriminators import Discriminators
-from simvq_moe.models.audio_tokenizer import AudioTokenizer
-from simvq_moe.models.image_discriminator import PatchDiscriminator
-from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.models.audio.discriminators import Discriminators
+from simvq_moe.models.audio.tokenizer import AudioTokenizer
+from simvq_moe.models.image.discriminator import PatchDiscriminator
+from simvq_moe.models.image.tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe.balances.aux import AuxBalance
 from simvq_moe.moe.balances.quantile import QuantileBalance

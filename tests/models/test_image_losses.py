@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from simvq_moe.models.image_losses import LPIPS, ImageLoss, vgg_file
-from simvq_moe.models.ssim import ssim
+from simvq_moe.models.image.losses import LPIPS, ImageLoss, vgg_file
+from simvq_moe.models.image.ssim import ssim
 
 LAYERS = {
     0: (3, 64),

@@ -13,9 +13,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from simvq_moe import VQ, SimVQ
 from simvq_moe.core.step_state import after_step
-from simvq_moe.models.image_discriminator import PatchDiscriminator
-from simvq_moe.models.image_tokenizer import ImageTokenizer
-from simvq_moe.models.image_vqgan import SpatialAttention, Upsample
+from simvq_moe.models.image.discriminator import PatchDiscriminator
+from simvq_moe.models.image.tokenizer import ImageTokenizer
+from simvq_moe.models.image.vqgan import SpatialAttention, Upsample
 
 VQGAN: dict[str, Any] = {"architecture": "vqgan", "hidden": 8}
 

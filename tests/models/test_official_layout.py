@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from simvq_moe.models.official_layout import image_tokenizer_from
+from simvq_moe.models.image.official_layout import image_tokenizer_from
 
 HIDDEN, MULTIPLIERS, BLOCKS, WIDTH, CODES = 32, (1, 2, 2, 4), 2, 16, 24
 State = dict[str, Tensor]

@@ -24,7 +24,7 @@ from simvq_moe.quantizers import (
     Projected,
     Quantizer,
 )
-from simvq_moe.quantizers.group import map_by_group
+from simvq_moe.quantizers.kinds.group import map_by_group
 
 
 def test_fsq_rounds_the_bounded_latent_and_counts_in_mixed_radix() -> None:

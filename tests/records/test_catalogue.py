@@ -9,7 +9,7 @@ import pytest
 from simvq_moe.core.dynamics import BankStep
 from simvq_moe.core.usage import Usage
 from simvq_moe.engine.step_phases import PHASES
-from simvq_moe.models.image_tokenizer import TERMS
+from simvq_moe.models.image.tokenizer import TERMS
 from simvq_moe.records.catalogue import (
     METRICS,
     WHOLE,

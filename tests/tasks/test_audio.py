@@ -22,9 +22,9 @@ from simvq_moe.config.schema import (
 )
 from simvq_moe.data.audio import AudioClips, audio_clips, resample
 from simvq_moe.engine.world import World
-from simvq_moe.models.audio_spectra import MelDistance
-from simvq_moe.models.audio_tokenizer import AudioTokenizer
-from simvq_moe.quantizers.simvq import SimVQOptions
+from simvq_moe.models.audio.spectra import MelDistance
+from simvq_moe.models.audio.tokenizer import AudioTokenizer
+from simvq_moe.quantizers.kinds.simvq import SimVQOptions
 from simvq_moe.tasks.audio_measures import MEL_WINDOWS, AudioMeasures, pesq, si_sdr, stoi
 from simvq_moe.tasks.registry import build_model, task_of
 from tests.launching import metrics

@@ -24,9 +24,9 @@ from simvq_moe.config.schema import (
     TrainConfig,
 )
 from simvq_moe.engine.world import World
-from simvq_moe.models.image_losses import LPIPS
-from simvq_moe.models.image_tokenizer import ImageTokenizer
-from simvq_moe.quantizers.simvq import SimVQOptions
+from simvq_moe.models.image.losses import LPIPS
+from simvq_moe.models.image.tokenizer import ImageTokenizer
+from simvq_moe.quantizers.kinds.simvq import SimVQOptions
 from simvq_moe.tasks.image_measures import ImageMeasures, as_bytes, optional_measures
 from simvq_moe.tasks.registry import build_model, build_task, check_files
 from tests.launching import metrics

@@ -18,7 +18,7 @@ from simvq_moe.config.quantizer import QuantizerOptions
 from simvq_moe.config.registry import kinds
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
-from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.models.image.tokenizer import ImageTokenizer
 from simvq_moe.quantizers import BSQ, IBQ, MLPVQ, NSVQ, CosineVQ, GroupVQ, Quantizer, RunningMapVQ
 from simvq_moe.tasks.registry import build_model
 from tests.short_training import train_two_steps

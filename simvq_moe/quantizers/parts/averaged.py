@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from simvq_moe.quantizers.base import Quantizer, mean_squared_error
+from simvq_moe.quantizers.codebook import Quantizer, mean_squared_error
 
 
 class AveragedCodebook(Quantizer):

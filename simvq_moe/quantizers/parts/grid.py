@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from simvq_moe.core.gradient import straight_through
-from simvq_moe.quantizers.base import Quantizer
+from simvq_moe.quantizers.codebook import Quantizer
 
 
 class Grid(Quantizer):

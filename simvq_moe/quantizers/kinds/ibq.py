@@ -14,9 +14,10 @@ from simvq_moe.config.ranges import FACTOR, Range, Weight
 from simvq_moe.config.registry import register
 from simvq_moe.core.collectives import mean_assignment_entropy
 from simvq_moe.core.search.nearest import numbered
-from simvq_moe.quantizers.base import Quantized, SoftAssignment, mean_squared_error
+from simvq_moe.quantizers.base import Quantized
+from simvq_moe.quantizers.codebook import SoftAssignment, mean_squared_error
+from simvq_moe.quantizers.kinds.vq import VQ, Init
 from simvq_moe.quantizers.options import LevelOptions
-from simvq_moe.quantizers.vq import VQ, Init
 
 
 class IBQ(VQ):

@@ -14,8 +14,8 @@ from torch import Tensor
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import wide
 from simvq_moe.quantizers.base import AnyQuantizer, refuse_behind_others
+from simvq_moe.quantizers.kinds.vq import VQ, VQOptions
 from simvq_moe.quantizers.options import level_problems
-from simvq_moe.quantizers.vq import VQ, VQOptions
 
 
 class CosineVQ(VQ):

@@ -20,7 +20,8 @@ from simvq_moe.config.ranges import FACTOR, Range, Weight
 from simvq_moe.config.registry import register
 from simvq_moe.core.collectives import mean_assignment_entropy
 from simvq_moe.core.search.nearest import numbered
-from simvq_moe.quantizers.base import AnyQuantizer, check_each_once, mean_squared_error
+from simvq_moe.quantizers.base import AnyQuantizer, check_each_once
+from simvq_moe.quantizers.codebook import mean_squared_error
 from simvq_moe.quantizers.options import LevelOptions, bit_problems
 from simvq_moe.quantizers.parts.grid import Grid
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from simvq_moe.config.registry import register
 from simvq_moe.quantizers.base import AnyQuantizer, refuse_behind_others
-from simvq_moe.quantizers.cosine import to_sphere
-from simvq_moe.quantizers.lfq import LFQ, LFQOptions
+from simvq_moe.quantizers.kinds.cosine import to_sphere
+from simvq_moe.quantizers.kinds.lfq import LFQ, LFQOptions
 from simvq_moe.quantizers.options import level_problems
 
 

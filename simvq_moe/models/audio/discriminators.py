@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
 from simvq_moe.hub import Pretrained
-from simvq_moe.models.audio_spectra import Spectrogram
+from simvq_moe.models.audio.spectra import Spectrogram
 
 SLOPE = 0.1
 """Slope of the leaky ReLU below 0."""

@@ -20,7 +20,7 @@ from simvq_moe.core.choices import check_choice
 from simvq_moe.core.collectives import total
 from simvq_moe.core.running_mean import RunningMean
 from simvq_moe.hub import Pretrained
-from simvq_moe.models.image_vqgan import group_norm
+from simvq_moe.models.image.vqgan import group_norm
 
 SLOPE = 0.2
 """Slope of the leaky ReLU below 0."""

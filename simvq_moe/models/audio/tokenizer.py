@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from simvq_moe.models.audio_discriminators import Discriminators
-from simvq_moe.models.audio_spectra import MelDistance, SpectralDistance
+from simvq_moe.models.audio.discriminators import Discriminators
+from simvq_moe.models.audio.spectra import MelDistance, SpectralDistance
 from simvq_moe.models.chunked import in_chunks, reach
 from simvq_moe.models.tokenizer import Tokenizer
 from simvq_moe.quantizers import AnyQuantizer, Quantized

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import wide
-from simvq_moe.quantizers.base import Quantizer, random_codebook
+from simvq_moe.quantizers.codebook import Quantizer, random_codebook
 from simvq_moe.quantizers.options import CodebookOptions
 
 

@@ -30,7 +30,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from simvq_moe.models.image_tokenizer import ImageTokenizer
+from simvq_moe.models.image.tokenizer import ImageTokenizer
 from simvq_moe.quantizers.interchange import simvq_from
 
 PARTS = ("encoder.", "decoder.", "quantize.")

@@ -15,10 +15,10 @@ from simvq_moe.config.ranges import Share
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.collectives import total
-from simvq_moe.quantizers.base import random_codebook
+from simvq_moe.quantizers.codebook import random_codebook
+from simvq_moe.quantizers.kinds.vq import VQ, VQOptions, plain_vq
 from simvq_moe.quantizers.options import LearnedOptions, shared_fields
 from simvq_moe.quantizers.parts.averaged import AveragedCodebook
-from simvq_moe.quantizers.vq import VQ, VQOptions, plain_vq
 
 
 class RunningMapVQ(AveragedCodebook):

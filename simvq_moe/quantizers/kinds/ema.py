@@ -13,12 +13,12 @@ from torch import Tensor
 from simvq_moe.config.ranges import Share
 from simvq_moe.config.registry import register
 from simvq_moe.core.choices import check_choice
-from simvq_moe.quantizers.base import random_codebook
+from simvq_moe.quantizers.codebook import random_codebook
+from simvq_moe.quantizers.kinds.vq import Init
 from simvq_moe.quantizers.options import RestartingOptions
 from simvq_moe.quantizers.parts.averaged import AveragedCodebook
 from simvq_moe.quantizers.parts.kmeans import assigned, kmeans
 from simvq_moe.quantizers.parts.restart import check_restart, restart_codes
-from simvq_moe.quantizers.vq import Init
 
 
 class EMAVQ(AveragedCodebook):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from simvq_moe.models.ssim import ssim
+from simvq_moe.models.image.ssim import ssim
 
 VGG_FILE = "vgg16-397923af.pth"
 """Name of torchvision's ImageNet weights of VGG16."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from simvq_moe.config.ranges import FACTOR, Count, Range, Weight
 from simvq_moe.config.registry import register
-from simvq_moe.quantizers.vq import VQ, VQOptions
+from simvq_moe.quantizers.kinds.vq import VQ, VQOptions
 
 LEAST_TEMPERATURE = 1e-8
 LARGEST_MATRIX = 2**20

@@ -14,7 +14,8 @@ from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank, wide
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.collectives import total
-from simvq_moe.quantizers.base import Quantized, Quantizer, random_codebook
+from simvq_moe.quantizers.base import Quantized
+from simvq_moe.quantizers.codebook import Quantizer, random_codebook
 from simvq_moe.quantizers.options import CodebookOptions, RestartingOptions
 from simvq_moe.quantizers.parts.kmeans import kmeans
 from simvq_moe.quantizers.parts.restart import check_restart, restart_codes

@@ -17,9 +17,9 @@ from simvq_moe.core.choices import check_choice
 from simvq_moe.core.collectives import copy_from_rank_0
 from simvq_moe.core.moments import moments
 from simvq_moe.core.search.nearest import nearest
-from simvq_moe.quantizers.base import Quantizer, random_codebook
+from simvq_moe.quantizers.codebook import Quantizer, random_codebook
+from simvq_moe.quantizers.kinds.simvq import MapInit
 from simvq_moe.quantizers.options import CodebookOptions
-from simvq_moe.quantizers.simvq import MapInit
 
 
 class GroupVQ(Quantizer):

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from simvq_moe.core.choices import check_choice
-from simvq_moe.models.image_discriminator import PatchDiscriminator, adaptive_weight
-from simvq_moe.models.image_losses import LPIPS, ImageLoss
-from simvq_moe.models.image_vqgan import VQGANDecoder, VQGANEncoder
+from simvq_moe.models.image.discriminator import PatchDiscriminator, adaptive_weight
+from simvq_moe.models.image.losses import LPIPS, ImageLoss
+from simvq_moe.models.image.vqgan import VQGANDecoder, VQGANEncoder
 from simvq_moe.models.tokenizer import Tokenizer
 from simvq_moe.quantizers import AnyQuantizer
 

@@ -1,0 +1,1 @@
+"""The audio tokenizer, what it is trained against, and what measures its recordings."""

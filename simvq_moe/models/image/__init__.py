@@ -1,0 +1,1 @@
+"""The image tokenizer, what it is trained against, and what measures its images."""
