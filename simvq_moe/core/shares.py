@@ -11,6 +11,8 @@ all: sizes can be counted, and what would compute with it shows.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -57,6 +59,7 @@ def keep_share(piece: Piece) -> Piece:
         share = Share(p.new_zeros(-(-p.numel() // ranks)), rank, ranks)
         p.share = share  # pyright: ignore[reportAttributeAccessIssue]
         put_away(p)
+    give_back()
     return piece
 
 
@@ -70,6 +73,8 @@ def opened(piece: nn.Module) -> Iterator[None]:
     yield
     for p in away:
         put_away(p)
+    if away:
+        give_back()
 
 
 def share_of(p: Tensor) -> Share | None:
@@ -108,6 +113,13 @@ def bring(p: Tensor, whole: Tensor) -> None:
 def nothing_of(p: Tensor, device: torch.device) -> Tensor:
     """A tensor of a parameter's shape that takes the room of one element."""
     return torch.full((), torch.nan, dtype=p.dtype, device=device).expand(p.shape)
+
+
+def give_back() -> None:
+    """Let glibc return what is free: shares lie between what pieces have left, which would grow to
+    more than the whole model."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def move(model: nn.Module, device: torch.device) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from simvq_moe.core.shares import bring, is_away, put_away, share_of
+from simvq_moe.core.shares import bring, give_back, is_away, put_away, share_of
 from simvq_moe.models.blocks import Block
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.quantizers import AnyQuantizer, Quantized
@@ -98,6 +98,7 @@ def hand_over(model: nn.Module, settings: dict[str, Any]) -> None:
         p.data = p.data.to(init.dtype)
         init._convert_to_deepspeed_param(p)
         p.partition()
+        give_back()
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -146,6 +147,7 @@ def _brought(away: list[nn.Parameter]) -> Iterator[None]:
     yield
     for p in away:
         put_away(p)
+    give_back()
 
 
 def _read_from_outside(model: nn.Module) -> list[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -68,6 +69,18 @@ def test_building_in_shares_takes_the_share_and_less_than_two_blocks() -> None:
     buffers = sum(b.nbytes for b in model.buffers()) + 2**17
     assert peak_bytes(build) < whole / ranks + 1.7 * block + buffers
     assert peak_bytes(lambda: build_model(config)) > whole
+
+
+def test_what_pieces_leave_between_shares_goes_back_to_the_system() -> None:
+    large = "--language_model.width 128 --language_model.layers 12 --moe.experts 32"
+    config = configured(f"{large} --moe.hidden 256")
+    build_model(configured(""))  # which imports all that it takes
+    process = psutil.Process()
+    before = process.memory_info().rss
+    with in_shares(0, 2):
+        model = build_model(config)
+    taken = process.memory_info().rss - before
+    assert taken < 0.75 * 4 * sum(p.numel() for p in model.parameters())
 
 
 def test_what_is_away_has_its_shape_and_reads_as_nan() -> None:
