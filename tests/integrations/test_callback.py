@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from simvq_moe import usage
@@ -86,6 +88,55 @@ def test_a_run_of_the_trainer_logs_the_counts_of_its_routers(
     assert "4/4" in table
     link_runs(tmp_path / "runs", tmp_path / "links")
     assert list((tmp_path / "links" / "mine").glob("*tfevents*"))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_fine_tuning_of_trl_logs_the_counts_of_tokens_that_are_none_of_its_padding(
+    recomputed: bool, tmp_path: Path
+) -> None:
+    # some seconds of imports
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    model = plain("mixtral")
+    said, masks = said_by_routers(model), list[Tensor]()
+    model.register_forward_pre_hook(
+        lambda _, __, named: masks.append(named["attention_mask"]), with_kwargs=True
+    )
+    words = models.WordLevel({str(i): i for i in range(SHAPE["vocab_size"])}, unk_token="0")
+    settings = SFTConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=3,
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        disable_tqdm=True,
+        activation_checkpointing=recomputed,
+    )
+    rows = [{"input_ids": row[: 20 - 3 * i].tolist()} for i, row in enumerate(tokens())]
+    trainer = SFTTrainer(
+        model,
+        settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(words), eos_token="1", pad_token="2"
+        ),
+    )
+    trainer.add_callback(UsageCallback(trainer, folder=tmp_path / "mine"))
+    trainer.train()
+    assert [int(mask.sum()) for mask in masks] == [20 + 17 + 14] * 2
+    passes = len(said) // 2  # of routers in a step, LAYERS of them again where they are recomputed
+    assert passes == LAYERS * (2 if recomputed else 1)
+    by_step = [
+        torch.stack([counted(ids, mask) for ids in said[i * passes :][:LAYERS]])
+        for i, mask in enumerate(masks)
+    ]
+    saved = np.load(tmp_path / "mine" / "usage.npz")
+    assert saved["steps"].tolist() == [1, 2]
+    np.testing.assert_array_equal(saved["counts"], torch.stack(by_step).numpy())
 
 
 class Broken(TensorBoardCallback):
