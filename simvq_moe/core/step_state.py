@@ -17,6 +17,7 @@ step. `follow_steps` lets them wait for `after_step` instead, which gradient acc
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
@@ -28,7 +29,7 @@ from simvq_moe.core.state import Stateful
 from simvq_moe.core.usage import recomputing
 
 
-class FollowsSteps(Stateful):
+class FollowsSteps(Stateful, ABC):
     """A module whose state changes once a step."""
 
     waits = False
@@ -39,13 +40,13 @@ class FollowsSteps(Stateful):
         """Whether this forward pass counts: in training, and not when it is run again."""
         return self.training and not recomputing()
 
+    @abstractmethod
     def end_step(self) -> None:
         """Apply what has been collected and start anew; all ranks call it together."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drop_step(self) -> None:
         """Forget what has been collected."""
-        raise NotImplementedError
 
 
 class StepState(FollowsSteps):
@@ -70,12 +71,12 @@ class StepState(FollowsSteps):
     def collects(self) -> bool:
         return super().collects and self.due
 
+    @abstractmethod
     def apply_sums(self, sums: Float[Tensor, " size"]) -> None:
         """Change the state by the sums of all ranks."""
-        raise NotImplementedError
 
-    def advance(self) -> None:
-        """The step is done, whether its sums were wanted or not."""
+    def end_step(self) -> None:
+        """The sums are applied, if they were wanted."""
 
     def drop_step(self) -> None:
         self.pending.zero_()
@@ -99,8 +100,7 @@ def after_step(model: nn.Module) -> None:
     Without a module that waits for it nothing is exchanged.
     """
     waiting = [module for module in followers(model) if module.waits]
-    states = [module for module in waiting if isinstance(module, StepState)]
-    due = [state for state in states if state.due]
+    due = [module for module in waiting if isinstance(module, StepState) and module.due]
     if due:
         sums = torch.cat([state.pending for state in due])
         if dist.is_initialized():
@@ -109,11 +109,8 @@ def after_step(model: nn.Module) -> None:
         for state, part in zip(due, parts, strict=True):
             state.apply_sums(part)
             state.drop_step()
-    for state in states:
-        state.advance()
     for module in waiting:
-        if not isinstance(module, StepState):
-            module.end_step()
+        module.end_step()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ number of tokens. Moments and map change after a step alone, so all of a step se
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Literal, get_args
 
 import torch
@@ -97,7 +98,7 @@ class Whitening(StepState):
         self.mean += w * shift
         self.make_map()
 
-    def advance(self) -> None:
+    def end_step(self) -> None:
         self.steps += 1
         self._go_on_after(self.steps_done + 1)
 
@@ -106,21 +107,21 @@ class Whitening(StepState):
         """Multiply-adds of matrix products for a vector under the map and for its second moment."""
         return 0
 
+    @abstractmethod
     def seconds_of(self, centred: Float[Tensor, "tokens width"]) -> Tensor:
         """Sums of second moments."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mix(self, w: Tensor, shift: Float64[Tensor, " width"], seconds: Tensor) -> None:
         """Take up a step's second moments, with weight w."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_map(self) -> None:
         """Set the map from the covariance."""
-        raise NotImplementedError
 
+    @abstractmethod
     def turn(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
         """The rows under the map, which is its own transpose: turn(row) · x = row · map(x)."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def fold(

@@ -5,6 +5,7 @@ Both branches are residual and read their input through RMSNorm (arXiv:1910.0746
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from simvq_moe.moe.layer import MoE, build_dense, build_mixture
 from simvq_moe.moe.routers.base import Routing
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """Attention on a normalized residual branch; a subclass adds the feed-forward branch."""
 
     def __init__(
@@ -40,9 +41,9 @@ class Block(nn.Module):
         self.attention = Attention(width, heads, context, qk_norm=qk_norm)
         self.add_feed_forward(width, moe, vocabulary)
 
+    @abstractmethod
     def add_feed_forward(self, width: int, moe: MoEConfig, vocabulary: int) -> None:
         """Make the modules of the second branch."""
-        raise NotImplementedError
 
     def forward(
         self,
@@ -59,11 +60,11 @@ class Block(nn.Module):
         y, routing = self.feed_forward(x, token_ids)
         return x + y, routing
 
+    @abstractmethod
     def feed_forward(
         self, x: Float[Tensor, "batch tokens width"], token_ids: Int[Tensor, "batch tokens"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Routing | None]:
         """The second branch."""
-        raise NotImplementedError
 
     def reset(self, std: float, ending_std: float) -> None:
         """Start again from N(0, std), what ends a branch from N(0, ending_std)."""
@@ -75,9 +76,9 @@ class Block(nn.Module):
         merge_gain(self.attention_norm, self.attention.qkv.weight)
 
     @property
+    @abstractmethod
     def is_one_graph(self) -> bool:
         """Whether torch.compile can trace all of it, with no size that depends on the data."""
-        raise NotImplementedError
 
 
 class MoEBlock(Block):

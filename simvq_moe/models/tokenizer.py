@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
@@ -9,18 +11,18 @@ from simvq_moe.hub import Pretrained
 from simvq_moe.quantizers import AnyQuantizer, Quantized
 
 
-class Tokenizer(Pretrained):
+class Tokenizer(Pretrained, ABC):
     """Samples to ids of codes and back; a modality gives `latents`, `samples` and the loss."""
 
     quantizer: AnyQuantizer
 
+    @abstractmethod
     def latents(self, x: Float[Tensor, "batch axis *axes"]) -> Float[Tensor, "batch *tokens width"]:
         """What the quantizer is given of samples."""
-        raise NotImplementedError
 
+    @abstractmethod
     def samples(self, z: Float[Tensor, "batch *tokens width"]) -> Float[Tensor, "batch axis *axes"]:
         """Samples of latents, float32 at least."""
-        raise NotImplementedError
 
     def reconstruct(
         self, x: Float[Tensor, "batch axis *axes"]

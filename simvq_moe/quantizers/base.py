@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Quantized(NamedTuple):
     """Each term by name, unweighted: mean squared error over elements."""
 
 
-class AnyQuantizer(Pretrained, Stateful):
+class AnyQuantizer(Pretrained, Stateful, ABC):
     """Layout, masks and precision of every quantizer; a family works on (tokens, width) rows.
 
     Everything is computed in float32 at least, also under autocast, and in float64 if z is. Masked
@@ -63,17 +64,17 @@ class AnyQuantizer(Pretrained, Stateful):
         """Numbers that ranks add up for it in a training step, beside gradients and single ones."""
         return 0
 
+    @abstractmethod
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
         """Codes, ids and losses of packed rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, "tokens ..."]:
         """Ids of packed rows, without a gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lookup(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
         """The codes named by ids, all valid, computed in `dtype` (None: as stored)."""
-        raise NotImplementedError
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         """Start from packed rows, of all ranks together."""

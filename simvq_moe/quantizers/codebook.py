@@ -7,6 +7,7 @@ loss = beta |e - sg z|^2 + gamma |z - sg e|^2, each term a mean over elements, b
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -80,9 +81,9 @@ class Quantizer(AnyQuantizer, FollowsSteps):
         """int64: draws of each code counted since the window began."""
         return self.counter.counts
 
+    @abstractmethod
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
         """Every code, computed in `dtype` (None: as stored)."""
-        raise NotImplementedError
 
     def prepare(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
         """The latents as they are compared with the codes."""

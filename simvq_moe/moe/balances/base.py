@@ -7,6 +7,7 @@ ranks and micro-batches (`after_step`).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +46,11 @@ class SelectionBias(StepState):
         super().__init__(sums)
         self.register_average("bias", torch.zeros(experts), torch.float32)
 
+    @abstractmethod
     def choose(
         self, scores: Float[Tensor, "tokens experts"], top_k: int
     ) -> Int[Tensor, "tokens choices"]:
         """Ids of the experts with the largest biased scores, best first."""
-        raise NotImplementedError
 
 
 def load_balance_loss(

@@ -6,6 +6,7 @@ folder: its class, and its options, which name it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -65,7 +66,7 @@ class Routing(NamedTuple):
         return count(self.ids, self.logits.shape[-1])
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """Top-k of what `score` gives; subclasses give `score`, or change `choose` and `own_losses`.
 
     Everything is computed in float32 at least, also under autocast. Gates follow the layer's
@@ -149,11 +150,11 @@ class Router(nn.Module):
     def start(self, x: Float[Tensor, "tokens width"]) -> None:
         """Set the map from the inputs of all ranks, where a router has one that can be."""
 
+    @abstractmethod
     def score(
         self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
     ) -> Float[Tensor, "tokens experts"]:
         """Logits of every expert for every token."""
-        raise NotImplementedError
 
     def choose(
         self, logits: Float[Tensor, "tokens experts"]
@@ -200,9 +201,9 @@ class Router(nn.Module):
             turned = self.num_experts * self.centre.multiply_adds / batch_tokens
             yield Product(turned, learned=False, backward=learned)
 
+    @abstractmethod
     def reset(self, std: float) -> None:
         """Start again with rows of length std * sqrt(width)."""
-        raise NotImplementedError
 
     def fold_(self) -> None:
         """Merge the map into the rows, in place."""

@@ -75,9 +75,16 @@ class HashRouter(Router):
         if token_ids is None:
             raise ValueError("router 'hash' goes by vocabulary ids: pass token_ids to the layer")
         ids = self.table[as_ids(token_ids, "token_ids")]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = x.new_zeros(len(x), self.num_experts, dtype=dtype)
+        logits = self.score(x, token_ids)
         return Routing(ids, self.gates_of(logits, ids), logits, {})
+
+    def score(
+        self, x: Float[Tensor, "tokens width"], token_ids: Int[Tensor, " tokens"] | None
+    ) -> Float[Tensor, "tokens experts"]:
+        """0 for every expert, which makes gates equal."""
+        del token_ids
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return x.new_zeros(len(x), self.num_experts, dtype=dtype)
 
     @torch.no_grad()
     def reset(self, std: float) -> None:
