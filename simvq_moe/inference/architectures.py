@@ -171,8 +171,12 @@ def misfits(config: Config) -> Iterator[str]:
             f"moe.expert.kind {moe.expert.kind!r} is in no architecture: train with "
             "moe.expert.kind swiglu"
         )
-    if not lm.moe_every:
-        return
+    if lm.moe_every:
+        yield from _misfits_of_layer(moe)
+        yield from _misfits_of_gates(config)
+
+
+def _misfits_of_layer(moe: MoEConfig) -> Iterator[str]:
     if moe.router.kind not in ("topk", "noisy_topk"):
         yield (
             f"moe.router.kind {moe.router.kind!r} is in no architecture: train with moe.router.kind"
@@ -196,6 +200,11 @@ def misfits(config: Config) -> Iterator[str]:
             "a bias after the experts is in no architecture: train with moe.expert_out_bias False "
             "and moe.expert_bias False"
         )
+
+
+def _misfits_of_gates(config: Config) -> Iterator[str]:
+    """What goes together in no one architecture."""
+    moe, lm = config.moe, config.language_model
     if moe.convention == "softmax_topk" and moe.balance.has_biases:
         yield (
             f"moe.gates 'softmax_topk' with moe.balance.kind {moe.balance.kind!r} is in no "

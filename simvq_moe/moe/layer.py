@@ -112,23 +112,25 @@ class MoE(Pretrained, Mixture):
             expert_parallel=expert_parallel,
         )
         _check(options, width)
-        self.width, self.num_experts, self.top_k = width, experts, top_k
-        self.capacity_factor = capacity_factor
+        self._build(width, options, vocabulary)
+
+    def _build(self, width: int, layer: MoEConfig, vocabulary: int | None) -> None:
+        self.width, self.num_experts, self.top_k = width, layer.experts, layer.top_k
+        self.capacity_factor = layer.capacity_factor
         with own_stream():
-            self.router: Router = options.router.build(width, options, vocabulary)
-        self.router.selection = options.balance.biases(experts, top_k)
-        self.experts = _experts(width, options, self.router)
+            self.router: Router = layer.router.build(width, layer, vocabulary)
+        self.router.selection = layer.balance.biases(layer.experts, layer.top_k)
+        self.experts = _experts(width, layer, self.router)
         self.shared_experts: FeedForward | None = None
-        if shared_experts:
+        if layer.shared_experts:
+            hidden = layer.shared_experts * layer.hidden
             with torch.random.fork_rng(devices=[]):  # the same weights elsewhere with and without
-                self.shared_experts = FeedForward(
-                    width, shared_experts * hidden, expert=options.expert
-                )
-        self.counter = UsageCounter(experts, kind="experts", top_k=top_k)
+                self.shared_experts = FeedForward(width, hidden, expert=layer.expert)
+        self.counter = UsageCounter(layer.experts, kind="experts", top_k=layer.top_k)
         self.kept: UsageCounter | None = None
         """Counts after the capacity."""
-        if capacity_factor:
-            self.kept = UsageCounter(experts, kind="kept", top_k=top_k)
+        if layer.capacity_factor:
+            self.kept = UsageCounter(layer.experts, kind="kept", top_k=layer.top_k)
 
     @property
     def usage(self) -> Tensor:
