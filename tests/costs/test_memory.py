@@ -121,3 +121,17 @@ def test_buckets_and_owned_gradients_shrink_as_they_were_counted_on_two_ranks() 
     assert held(1, 2) == 2.5
     assert held(3, 4) == held(3, 2) == 3.5
     assert held(0, 4, ranks=1) == 1.0
+
+
+def test_where_the_start_takes_more_than_a_step_it_is_said() -> None:
+    """A block of 9 billion parameters is drawn in float32, of which 64 ranks update little each."""
+    large = "--language_model.width 4096 --moe.hidden 16384 --moe.experts 64 --train.zero_stage 3"
+    config = with_flags(Config(), [*SMALL, *large.split(), *BF16.split()], "train")
+    with torch.device("meta"):
+        model = build_model(config)
+    plan = Plan(model, config)
+    block = sum(p.numel() for p in model.get_submodule("blocks.0").parameters())
+    share = (plan.dense + plan.experts) // 64
+    said = plan.on(64, 8).memory_bytes
+    assert said == pytest.approx(4 * (share + 2 * block) + plan.record_bytes, rel=1e-6)
+    assert said < plan.start_bytes(1) < plan.on(1, 8).memory_bytes
