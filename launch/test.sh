@@ -14,8 +14,9 @@ ruff format --check .
 pyright & # one core's work, beside that of the tests
 types=$!
 trap 'kill "$types" 2> /dev/null || true' EXIT
-# neighbours share what their file has prepared: each worker takes half, then of what the other has left
-pytest -n 2 --dist worksteal -m "not slow" "$@"
+# neighbours share what their file has prepared: each worker takes its part, then of what others have left; a third one
+# works while the others wait for processes that they have started
+pytest -n 3 --dist worksteal -m "not slow" "$@"
 wait "$types"
 # the GPU's search, in Triton's interpreter
 TRITON_INTERPRET=1 pytest tests/core/search/test_nearest.py tests/core/search/test_nearest_triton.py

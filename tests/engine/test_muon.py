@@ -76,8 +76,8 @@ def test_rows_take_the_steps_of_muon_and_all_else_those_of_adamw(world: World) -
 
 
 def test_a_run_goes_on_to_the_bit(world: World, tmp_path: Path) -> None:
-    run = ("--data.source", str(ROOT / "tests" / "moe"), "--train.log_every", "1", "--train.clip", "1")
-    run = (*FLAGS, *run, "--train.save_every", "2", "--train.probe_tokens", "0")
+    run = (*FLAGS, "--data.source", str(ROOT / "tests" / "moe"), "--train.log_every", "1")
+    run = (*run, "--train.clip", "1", "--train.save_every", "2", "--train.probe_tokens", "0")
     whole = train_flags(world, tmp_path / "whole", *run, "--train.steps", "4")
     parts = train_flags(world, tmp_path / "parts", *run, "--train.steps", "2")
     assert train_flags(world, tmp_path / "parts", *run, "--train.steps", "4") == parts
