@@ -6,7 +6,8 @@ import os
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -58,7 +59,7 @@ def read_array(
     """
     with open_regular(path, inside=inside) as file:
         try:
-            shape, dtype = _header(file)
+            shape, dtype, _ = _header(file)
             start, size = file.tell(), os.fstat(file.fileno()).st_size
         except (*NOT_AN_ARRAY, OSError) as error:
             raise BrokenFileError(path, f"is no array of numpy: {error}") from None
@@ -114,14 +115,53 @@ def read_arrays(
     return found
 
 
-def _header(file: IO[bytes] | zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of an npy file, which is left where its values begin."""
+class StoredRows:
+    """The rows of an array in an npz file, along its first axis, which are read one at a time: the
+    whole may be larger than memory. Look at `shape` before.
+
+    Raises:
+        BrokenFileError: it is no such archive, lacks the array, or it has another layout; while
+            rows are read: it is shorter than its header says.
+    """
+
+    def __init__(self, path: Path, name: str, layout: Layout) -> None:
+        self.path, self.name, self.layout = path, name, layout
+        with self._opened() as (_, shape, _):
+            self.shape = shape
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        with self._opened() as (file, shape, dtype):
+            for _ in range(shape[0]):
+                row = file.read(prod(shape[1:]) * dtype.itemsize)
+                yield np.frombuffer(row, dtype).reshape(shape[1:])
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
+        """The file where its rows begin, with shape and dtype of all."""
+        with open_regular(self.path) as file:
+            try:
+                with zipfile.ZipFile(file) as archive, archive.open(f"{self.name}.npy") as packed:
+                    shape, dtype, by_columns = _header(packed)
+                    _check_layout(self.path, shape, dtype, self.layout, None)
+                    if by_columns:
+                        raise ValueError(f"{self.name} lies by columns")
+                    yield packed, shape, dtype
+            except (*NOT_AN_ARRAY, OSError) as error:
+                if isinstance(error, BrokenFileError):
+                    raise
+                reason = f"is no archive of numpy arrays: {error}"
+                raise BrokenFileError(self.path, reason) from None
+
+
+def _header(file: IO[bytes] | zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+    """Shape and dtype of an npy file, which is left where its values begin, and whether they lie by
+    columns."""
     version = npy_format.read_magic(file)
     read = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0}
     if version[0] not in read:
         raise ValueError(f"format version {version[0]}.{version[1]}")
-    shape, _, dtype = read[version[0]](file)
-    return shape, dtype
+    shape, by_columns, dtype = read[version[0]](file)
+    return shape, dtype, by_columns
 
 
 def _check_layout(
@@ -147,7 +187,7 @@ def _member(
     archive: zipfile.ZipFile, name: str, where: str, layout: Layout, limit: int
 ) -> np.ndarray:
     with archive.open(name) as packed:
-        shape, dtype = _header(packed)
+        shape, dtype, _ = _header(packed)
     _check_layout(where, shape, dtype, layout, limit)
     with archive.open(name) as packed:
         return npy_format.read_array(packed, allow_pickle=False)

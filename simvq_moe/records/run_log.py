@@ -11,6 +11,7 @@ import logging
 import os
 import textwrap
 import time
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -20,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from simvq_moe.config.schema import Config, TrainConfig
-from simvq_moe.files.arrays import Layout, read_arrays
 from simvq_moe.files.regular import (
     BrokenFileError,
     open_regular,
@@ -29,6 +29,7 @@ from simvq_moe.files.regular import (
     write_atomically,
     written_whole,
 )
+from simvq_moe.records.counted_windows import CountedWindows
 from simvq_moe.records.dead_slots import DeadSlots
 from simvq_moe.records.trackers.base import LoggedLine, TrackedRun
 from simvq_moe.records.trackers.guarded import Trackers
@@ -40,12 +41,6 @@ METRICS, USAGE = "metrics.jsonl", "usage.npz"
 SECONDS_BETWEEN_COUNTS, SHARE_OF_COUNTS = 15.0, 0.01
 """usage.npz is written anew after so many seconds, for those who look on, unless that would take a
 larger share of the time; and with every checkpoint."""
-USAGE_LAYOUT = {
-    "steps": Layout("i", 1),
-    "counts": Layout("i", 3),
-    "val_steps": Layout("i", 1),
-    "val_counts": Layout("i", 3),
-}
 
 
 @dataclass(frozen=True)
@@ -91,8 +86,8 @@ class RunLog:
         self.layers = layers
         self.step, self.steps_to_do = step, steps
         self.dead = DeadSlots(len(layers))
-        self.steps: dict[str, list[int]] = {"": [], "val_": []}
-        self.counts: dict[str, list[np.ndarray]] = {"": [], "val_": []}
+        slots = max((layer.slots for layer in layers), default=0)
+        self.windows = {which: CountedWindows(len(layers), slots) for which in ("", "val_")}
         self.next_counts = time.monotonic() + SECONDS_BETWEEN_COUNTS
         logged_until = self._go_on_from(step)
         self.metrics = (run_dir / METRICS).open("a")
@@ -116,9 +111,9 @@ class RunLog:
         self.metrics.flush()
         self.step = step
         self.dead.add(step, counts)
-        self._keep("", step, counts)
+        self.windows[""].add(step, counts)
         if held_out_counts is not None:
-            self._keep("val_", step, held_out_counts)
+            self.windows["val_"].add(step, held_out_counts)
         self.trackers.write(LoggedLine(step, metrics, counts, held_out_counts, self.dead))
         if time.monotonic() > self.next_counts:
             self.write_usage()
@@ -169,14 +164,12 @@ class RunLog:
     def write_usage(self) -> None:
         """usage.npz: int64 counts [log step, layer, slot], and of the held-out set; zero-padded."""
         began = time.monotonic()
-        arrays = {}
-        for which in ("", "val_"):
-            arrays[f"{which}steps"] = np.array(self.steps[which], dtype=np.int64)
-            slots = max((layer.slots for layer in self.layers), default=0)
-            shape = (len(self.steps[which]), len(self.layers), slots)
-            arrays[f"{which}counts"] = np.array(self.counts[which], dtype=np.int64).reshape(shape)
-        with written_whole(self.run_dir / USAGE) as aside:
-            np.savez_compressed(aside, **arrays)
+        with (
+            written_whole(self.run_dir / USAGE) as aside,
+            zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
+            for which, windows in self.windows.items():
+                windows.write(archive, which)
         # what a checkpoint's run goes on from is as safe as the checkpoint
         if not self.metrics.closed:
             os.fsync(self.metrics.fileno())
@@ -195,12 +188,6 @@ class RunLog:
         self.metrics.close()
         self.trackers.close(finished=self.step == self.steps_to_do)
 
-    def _keep(self, which: str, step: int, counts: Sequence[np.ndarray]) -> None:
-        slots = max((layer.slots for layer in self.layers), default=0)
-        rows = [np.pad(n, (0, slots - len(n))) for n in counts]
-        self.steps[which].append(step)
-        self.counts[which].append(np.array(rows, dtype=np.int64).reshape(len(rows), slots))
-
     def _go_on_from(self, step: int) -> int:
         """Drop records after `step`: they are written again, the same. The last step so far."""
         path = self.run_dir / METRICS
@@ -218,28 +205,13 @@ class RunLog:
 
     def _take_up_usage(self, step: int) -> None:
         try:
-            saved = read_arrays(self.run_dir / USAGE, USAGE_LAYOUT)
-            for which in ("", "val_"):
-                self._check_shape(saved[f"{which}steps"], saved[f"{which}counts"])
+            for which, windows in self.windows.items():
+                for at, counts in windows.take_up(self.run_dir / USAGE, which, step):
+                    if not which:
+                        rows = zip(self.layers, counts, strict=True)
+                        self.dead.add(at, [row[: layer.slots] for layer, row in rows])
         except BrokenFileError as error:
             logger.warning("%s: counts of steps up to %d are lost from it", error, step)
-            return
-        for which in ("", "val_"):
-            n = int((saved[f"{which}steps"] <= step).sum())
-            self.steps[which] = saved[f"{which}steps"][:n].tolist()
-            self.counts[which] = list(saved[f"{which}counts"][:n])
-        for at, counts in zip(self.steps[""], self.counts[""], strict=True):
-            rows = zip(self.layers, counts, strict=True)
-            self.dead.add(at, [row[: layer.slots] for layer, row in rows])
-
-    def _check_shape(self, steps: np.ndarray, counts: np.ndarray) -> None:
-        slots = max((layer.slots for layer in self.layers), default=0)
-        if counts.shape != (len(steps), len(self.layers), slots):
-            raise BrokenFileError(
-                self.run_dir / USAGE,
-                f"has counts of shape {counts.shape}, for {len(steps)} steps, {len(self.layers)} "
-                f"layers and {slots} slots",
-            )
 
 
 def _command(run_dir: Path) -> str:
