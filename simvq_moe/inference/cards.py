@@ -13,12 +13,12 @@ from torch import nn
 
 from simvq_moe.core.bank import Bank
 from simvq_moe.errors import ConfigError
-from simvq_moe.files.arrays import read_arrays
+from simvq_moe.files.arrays import ARRAY_LIMIT
 from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.hub import CARD, Pretrained, card_text
 from simvq_moe.records.catalogue import metric, results
-from simvq_moe.records.run_log import USAGE, USAGE_LAYOUT
 from simvq_moe.records.tensorboard import heat_map, loads
+from simvq_moe.runs.counts import read_windows
 from simvq_moe.runs.files import read_meta, read_summary
 from simvq_moe.tasks.loading import load_model
 
@@ -89,16 +89,16 @@ def _picture(run_dir: Path, meta: dict[str, Any]) -> bytes | None:
     """The loads of the last logged step as a PNG; None: there are none that can be read."""
     from PIL import Image
 
+    layers = meta.get("layers") or []
     try:
-        counts = read_arrays(run_dir / USAGE, USAGE_LAYOUT, inside=run_dir)["counts"]
+        windows = read_windows(run_dir, layers, held_out=False, limit=ARRAY_LIMIT)
     except BrokenFileError:
         return None
-    layers = meta.get("layers") or []
-    if not len(counts) or counts.shape[1] != len(layers):
+    if windows is None or not layers:
         return None
-    slots = [layer["slots"] for layer in layers]
-    rows = [row[:n] for row, n in zip(counts[-1], slots, strict=True) if n <= len(row)]
-    drawn = [_wrapped(loads(row)) for row in rows if row.sum() > 0 and row.min() >= 0]
+    last = zip(layers, windows.counts[-1], strict=True)
+    rows = [row[: layer["slots"]] for layer, row in last]
+    drawn = [_wrapped(loads(row)) for row in rows if row.sum() > 0]
     if not drawn:
         return None
     width = max(row.shape[1] for row in drawn)
