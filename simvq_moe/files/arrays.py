@@ -94,24 +94,18 @@ def read_arrays(
         BrokenFileError: it is no such archive, lacks an array, or one has another layout.
     """
     found: dict[str, np.ndarray] = {}
-    with open_regular(path, inside=inside) as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-                wanted = dict(layouts)
-                if others is not None:
-                    wanted |= dict.fromkeys(members.keys() - layouts.keys(), others)
-                for name, layout in wanted.items():
-                    if name in members:
-                        where = f"{path}, array {name},"
-                        found[name] = _member(archive, members[name], where, layout, limit)
-                        limit -= found[name].nbytes
-                    elif not layout.optional:
-                        raise BrokenFileError(path, f"lacks the array {name}")
-        except BrokenFileError:
-            raise
-        except (*NOT_AN_ARRAY, OSError) as error:
-            raise BrokenFileError(path, f"is no archive of numpy arrays: {error}") from None
+    with _archive(path, inside) as archive:
+        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        wanted = dict(layouts)
+        if others is not None:
+            wanted |= dict.fromkeys(members.keys() - layouts.keys(), others)
+        for name, layout in wanted.items():
+            if name in members:
+                where = f"{path}, array {name},"
+                found[name] = _member(archive, members[name], where, layout, limit)
+                limit -= found[name].nbytes
+            elif not layout.optional:
+                raise BrokenFileError(path, f"lacks the array {name}")
     return found
 
 
@@ -138,19 +132,25 @@ class StoredRows:
     @contextmanager
     def _opened(self) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
         """The file where its rows begin, with shape and dtype of all."""
-        with open_regular(self.path) as file:
-            try:
-                with zipfile.ZipFile(file) as archive, archive.open(f"{self.name}.npy") as packed:
-                    shape, dtype, by_columns = _header(packed)
-                    _check_layout(self.path, shape, dtype, self.layout, None)
-                    if by_columns:
-                        raise ValueError(f"{self.name} lies by columns")
-                    yield packed, shape, dtype
-            except (*NOT_AN_ARRAY, OSError) as error:
-                if isinstance(error, BrokenFileError):
-                    raise
-                reason = f"is no archive of numpy arrays: {error}"
-                raise BrokenFileError(self.path, reason) from None
+        with _archive(self.path) as archive, archive.open(f"{self.name}.npy") as packed:
+            shape, dtype, by_columns = _header(packed)
+            _check_layout(self.path, shape, dtype, self.layout, None)
+            if by_columns:
+                raise ValueError(f"{self.name} lies by columns")
+            yield packed, shape, dtype
+
+
+@contextmanager
+def _archive(path: Path, inside: Path | None = None) -> Iterator[zipfile.ZipFile]:
+    """An npz file; what it can't be read for inside is said of it by a `BrokenFileError`."""
+    with open_regular(path, inside=inside) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                yield archive
+        except BrokenFileError:
+            raise
+        except (*NOT_AN_ARRAY, OSError) as error:
+            raise BrokenFileError(path, f"is no archive of numpy arrays: {error}") from None
 
 
 def _header(file: IO[bytes] | zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype[Any], bool]:

@@ -34,10 +34,11 @@ from simvq_moe.records.dead_slots import DeadSlots
 from simvq_moe.records.trackers.base import LoggedLine, TrackedRun
 from simvq_moe.records.trackers.guarded import Trackers
 from simvq_moe.records.usage_metrics import Layer
+from simvq_moe.runs.counts import USAGE
 
 logger = logging.getLogger(__name__)
 
-METRICS, USAGE = "metrics.jsonl", "usage.npz"
+METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_COUNTS, SHARE_OF_COUNTS = 15.0, 0.01
 """usage.npz is written anew after so many seconds, for those who look on, unless that would take a
 larger share of the time; and with every checkpoint."""

@@ -13,6 +13,7 @@ import numpy as np
 from simvq_moe.files.arrays import Layout, read_arrays
 from simvq_moe.files.regular import BrokenFileError, MissingFileError
 
+USAGE = "usage.npz"
 NOBODY = -1
 """An id of a probe that means no expert."""
 MOST_DRAWS = 2**62
@@ -25,7 +26,7 @@ def read_held_out_counts(run: Path, layers: list[dict[str, Any]]) -> np.ndarray 
     Args:
         layers: those of meta.json, whose slots must be there; empty: not known.
     """
-    file = run / "usage.npz"
+    file = run / USAGE
     try:
         counts = read_arrays(file, {"val_counts": Layout("iu", 3, optional=True)}, inside=run)
     except MissingFileError:
@@ -57,7 +58,7 @@ def read_windows(
         held_out: those of evaluations.
         limit: bytes that the counts may have, unpacked.
     """
-    file, prefix = run / "usage.npz", "val_" if held_out else ""
+    file, prefix = run / USAGE, "val_" if held_out else ""
     names = f"{prefix}steps", f"{prefix}counts"
     layouts = {names[0]: Layout("iu", 1, optional=True), names[1]: Layout("iu", 3, optional=True)}
     try:

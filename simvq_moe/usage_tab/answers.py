@@ -10,7 +10,7 @@ import numpy as np
 from simvq_moe.data.text.tokenizer import open_tokenizer
 from simvq_moe.files.regular import BrokenFileError, is_inside
 from simvq_moe.records.usage_metrics import Layer
-from simvq_moe.runs.counts import Windows
+from simvq_moe.runs.counts import USAGE, Windows
 from simvq_moe.runs.files import shown
 from simvq_moe.usage_tab.folders import Folder, Run
 from simvq_moe.usage_tab.measures import SHOWN, chance, over_windows, plain, spells, thinned
@@ -190,7 +190,7 @@ def _means(folder: Folder, one: Run, counted: bool) -> dict[str, Any]:
         }
         return {"points": windows.steps[at].tolist(), "kinds": means, "chance": levels}
 
-    return folder.kept(one.path / "usage.npz", ("means", counted), measure)
+    return folder.kept(one.path / USAGE, ("means", counted), measure)
 
 
 def _probe_of(

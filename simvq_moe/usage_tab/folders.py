@@ -18,12 +18,11 @@ from typing import Any, TypeVar
 from simvq_moe.analysis.run_folders import PARTS
 from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.records.usage_metrics import Layer, layer_names
-from simvq_moe.runs.counts import Windows, read_probe, read_windows
+from simvq_moe.runs.counts import USAGE, Windows, read_probe, read_windows
 from simvq_moe.runs.files import read_meta, shown
 
 T = TypeVar("T")
 
-USAGE = "usage.npz"
 MOST_RUNS = 2_000
 """Runs that are listed."""
 KEPT_BYTES = 2**29
