@@ -19,6 +19,6 @@ trap 'kill "$types" 2> /dev/null || true' EXIT
 pytest -n 3 --dist worksteal -m "not slow" "$@"
 wait "$types"
 # the GPU's search, in Triton's interpreter
-TRITON_INTERPRET=1 pytest tests/core/search/test_nearest.py tests/core/search/test_nearest_triton.py
+TRITON_INTERPRET=1 pytest tests/core/search/test_nearest.py tests/core/search/test_*_triton.py
 python -m tests.lowest_versions .venv/lowest
 echo "test: all checks passed" >&2

@@ -102,7 +102,21 @@ def _contestants(z: Tensor, q: Tensor) -> dict[str, Step]:
         index = faiss.IndexFlatL2(q.shape[1])
         index.add(q.numpy())
         steps["FAISS, search alone"] = lambda: index.search(z.numpy(), 1)
+    if z.is_cuda and installed("triton"):
+        steps |= _kernels(z, q)
     return steps
+
+
+def _kernels(z: Tensor, q: Tensor) -> dict[str, Step]:
+    """The two ways of our search on GPUs, of which the faster one is taken."""
+    from simvq_moe.core.search.nearest_triton import best_codes
+    from simvq_moe.core.search.screening_triton import best_screened
+
+    half_norms, nothing = q.square().sum(1) / 2, z.new_full((len(z),), -torch.inf)
+    return {
+        "simvq-moe, search alone, float32": lambda: best_codes(z, q, half_norms),
+        "simvq-moe, search alone, screened": lambda: best_screened(z, q, half_norms, nothing),
+    }
 
 
 class _PublishedFormula(torch.nn.Module):

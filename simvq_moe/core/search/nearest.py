@@ -2,8 +2,9 @@
 
 argmin_i |z - e_i|^2 = argmax_i s_i with s_i = z · e_i - |e_i|^2 / 2. Codes e = base @ W + bias are
 formed tile by tile and thrown away, tiles outermost, so memory is O(tokens + tile). On GPUs one
-kernel scores a tile and keeps the best (`nearest_triton`); on processors with fast bfloat16
-products `screening` first rules out the groups of codes that cannot win.
+kernel scores a tile and keeps the best (`nearest_triton`). Where bfloat16 products are fast,
+`screening` on processors and `screening_triton` on GPUs first rule out the groups of codes that
+cannot win.
 
 s_i is rounded by about |z| |e_i| and not by the distance, so far from the origin most ids would be
 wrong: at 1,000 times the spread 3 of 4 in float32. Distances don't change when z and e are moved
@@ -26,13 +27,22 @@ from torch import Tensor
 
 from simvq_moe.core.precision import full_precision
 from simvq_moe.core.search.centring import SAMPLE, best_centre, far_centre, spread_sample
+from simvq_moe.core.search.faster_way import FasterWay
 from simvq_moe.core.search.screening import GROUP, groups_that_may_win, is_worth_screening
 
 TOKEN_TILE = 1024
 """Tokens that meet a tile of codes at once: their scores stay in the processor's cache."""
 
-TOKEN_BLOCK = 4096
-"""Tokens searched together: each tile of codes is formed once for all of them."""
+TOKEN_BLOCK, CODE_TILE = 4096, 1024
+"""Tokens searched together, for which each tile of codes is formed once, and codes of a tile."""
+
+GPU_BLOCK, GPU_TILE = 16384, 16384
+"""The same on GPUs, which need more work at once."""
+
+TENSOR_CORES = (8, 0)
+"""The capability from which a GPU has products of bfloat16."""
+
+_faster = FasterWay()
 
 
 class NotFiniteError(ValueError):
@@ -79,8 +89,8 @@ def _nearest(z: Tensor, base: Tensor, W: Tensor | None, bias: Tensor | None) -> 
     best = torch.full((len(z),), -torch.inf, dtype=z.dtype, device=z.device)
     with full_precision():
         z = codes.centred(z)
-        for first in range(0, len(z), TOKEN_BLOCK):
-            block = slice(first, first + TOKEN_BLOCK)
+        for first in range(0, len(z), codes.block):
+            block = slice(first, first + codes.block)
             _search(z[block], codes, ids[block], best[block])
     _check_finite(z, best, codes)
     return ids
@@ -190,7 +200,9 @@ class Codes:
         self.base, self.dtype = base, dtype
         self.W = None if W is None else W.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        self.tile = 8192 if base.is_cuda else 1024  # rows a step of a search in one pass
+        # tokens and codes of a step of a search in one pass
+        gpu = base.is_cuda
+        self.block, self.tile = (GPU_BLOCK, GPU_TILE) if gpu else (TOKEN_BLOCK, CODE_TILE)
         self.finite = torch.ones((), dtype=torch.bool, device=base.device)
         self.centre: Tensor | None = None
 
@@ -268,14 +280,11 @@ def _improve(
     z: Tensor, tile: Tensor, half_norms: Tensor, start: int, ids: Tensor, best: Tensor
 ) -> None:
     """Put a tile's best code in place of the best so far wherever it is strictly better."""
-    best_of, at_once = _best, TOKEN_TILE
-    if _has_kernel(z):
-        from simvq_moe.core.search.nearest_triton import best_codes as best_of
-
-        at_once = TOKEN_BLOCK
+    kernel = _has_kernel(z)
+    best_of, at_once = (_best_by_kernel, len(z)) if kernel else (_best, TOKEN_TILE)
     for first in range(0, len(z), at_once):
         rows = slice(first, first + at_once)
-        value, local = best_of(z[rows], tile, half_norms)
+        value, local = best_of(z[rows], tile, half_norms, best[rows])
         # a NaN must win here, or it would pass as id 0
         wins = ~(value <= best[rows])
         ids[rows] = torch.where(wins, local + start, ids[rows])
@@ -293,7 +302,27 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _best(z: Tensor, tile: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
+def _best_by_kernel(
+    z: Tensor, tile: Tensor, half_norms: Tensor, best: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `_best` says, by Triton; a token that is not better off than before may get less."""
+    from simvq_moe.core.search.nearest_triton import best_codes
+    from simvq_moe.core.search.screening_triton import best_screened
+
+    def one_pass() -> tuple[Tensor, Tensor]:
+        return best_codes(z, tile, half_norms)
+
+    if not _has_tensor_cores(z):
+        return one_pass()
+    key = (z.device, z.shape[1], len(z).bit_length(), len(tile).bit_length())
+    return _faster(key, one_pass, lambda: best_screened(z, tile, half_norms, best))
+
+
+def _has_tensor_cores(z: Tensor) -> bool:
+    return z.is_cuda and torch.cuda.get_device_capability(z.device) >= TENSOR_CORES
+
+
+def _best(z: Tensor, tile: Tensor, half_norms: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
     """Largest score of each token in a tile, and the first index that has it."""
     score = torch.addmm(half_norms, z, tile.T, beta=-1)
     # argmax promises the first of equals, max does not

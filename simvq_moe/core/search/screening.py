@@ -117,26 +117,51 @@ def _rounding_bound(
 ) -> Float[Tensor, "groups tokens"]:
     """Bound on the errors of a bfloat16 and of a float32 score together, up to the constant.
 
-    `length` bounds |b| in each group and `error` |b - bfloat16(b)|. The terms, in order: both
-    factors rounded to bfloat16 (Cauchy-Schwarz), the lower part of the half norm, the largest
-    score rounded once (rounding keeps the order, so only its own error counts), float32 sums of
-    `width` terms and the centring in either pass, and underflow. All but the third are products of
-    a number of the group and one of the token, so that one small matrix product adds them up.
+    Beyond those of the products: the half norm's two parts, and the largest score rounded once
+    (rounding keeps the order, so only its own error counts).
     """
-    width, b, e = z.shape[1], length, length + centre.norm()
-    a = z - centre
-    lengths, plain = a.norm(dim=1), z.norm(dim=1)
-    sums, least = (2 * width + 16) * V, 4 * width * TINY
-    own = U * U * b * b / 2 + sums * (b * b + e * e) / 2 + least * (1 + b)
-    of_groups = torch.stack([b, error, sums * e, torch.full_like(b, least), own], 1)
-    of_tokens = torch.stack(
-        [
-            (a - a16).norm(dim=1) + sums * lengths,
-            a16.float().norm(dim=1),
-            plain,
-            lengths,
-            torch.ones_like(plain),
-        ]
-    )
+    sums, e = (2 * z.shape[1] + 16) * V, length + centre.norm()
+    own = U * U * length * length / 2 + sums * (length * length + e * e) / 2
+    of_tokens = terms_of_tokens(z - centre, a16, z.norm(dim=1), sums)
+    bound = terms_of_groups(length, error, e, own, sums, z.shape[1]) @ of_tokens
     # 1 % covers the rounding of the lengths and of this bound itself
-    return (of_groups @ of_tokens).add_(score.abs(), alpha=U).mul_(1.01)
+    return bound.add_(score.abs(), alpha=U).mul_(1.01)
+
+
+def terms_of_groups(
+    length: Float[Tensor, " groups"],
+    error: Float[Tensor, " groups"],
+    plain: Float[Tensor, " groups"],
+    own: Float[Tensor, " groups"],
+    sums: float,
+    width: int,
+) -> Float[Tensor, "groups 5"]:
+    """What a group of codes b adds to the bound on the errors of its products with any a.
+
+    The bound is the sum of these terms times those of a token: one small matrix product. In order:
+    either factor rounded to bfloat16 (Cauchy-Schwarz), the sum of `width` products in the float32
+    pass, underflow, and what depends on the codes alone.
+
+    Args:
+        length: the largest |b| in each group.
+        error: the largest |b - bfloat16(b)|.
+        plain: the largest |e|, of the codes that the float32 pass meets.
+        own: the errors of half norms.
+        sums: relative error of a sum of `width` products.
+    """
+    least = 4 * width * TINY
+    alone = own + least * (1 + length)
+    return torch.stack([length, error, sums * plain, torch.full_like(length, least), alone], 1)
+
+
+def terms_of_tokens(
+    a: Float[Tensor, "tokens width"],
+    a16: Float[Tensor, "tokens width"],
+    plain: Float[Tensor, " tokens"],
+    sums: float,
+) -> Float[Tensor, "5 tokens"]:
+    """What latents a, and a16 as rounded to bfloat16, are multiplied with in the bound on errors;
+    `plain` are the lengths of those that the float32 pass meets."""
+    lengths = a.norm(dim=1)
+    rounded = (a - a16).norm(dim=1) + sums * lengths
+    return torch.stack([rounded, a16.float().norm(dim=1), plain, lengths, torch.ones_like(plain)])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -80,22 +82,31 @@ def test_the_kernel_finds_the_nearest_code_far_from_the_origin_too(offset: float
     assert torch.equal(nearest(z.to(DEVICE), e.to(DEVICE)).cpu(), exact)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
-def test_it_compiles_to_machine_code_for_an_h100_in_float32_throughout() -> None:
+def machine_code(
+    kernel: Any, pointers: dict[str, str], sizes: Iterable[str], fixed: dict[str, Any], arch: int
+) -> Any:
+    """A kernel as compiled without a GPU for one of that architecture."""
     from triton import compile, jit
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    pointers = dict.fromkeys(("z", "codes", "half_norms", "best"), "*fp32") | {"ids": "*i32"}
-    sizes = dict.fromkeys(("tokens", "count", "per_slice"), "i32")
-    fixed = {"width": 128, "TOKENS": nearest_triton.TOKENS}
-    fixed |= {"CODES": nearest_triton.CODES, "CHANNELS": nearest_triton.CHANNELS}
-    signature = pointers | sizes | dict.fromkeys(fixed, "constexpr")
+    signature = pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(fixed, "constexpr")
     # without the type checks that this test run puts around every function
-    kernel = jit(inspect.unwrap(nearest_triton._best_of_slice.fn))
-    source = ASTSource(kernel, signature, fixed)
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    source = ASTSource(jit(inspect.unwrap(kernel.fn)), signature, fixed)
+    built = compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8})
     assert built.asm["cubin"]
+    assert ".local" not in built.asm["ptx"]  # no registers spilled
+    return built
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
+@pytest.mark.parametrize("listed", [False, True])
+def test_it_compiles_to_machine_code_for_an_h100_in_float32_throughout(listed: bool) -> None:
+    pointers: dict[str, str] = dict.fromkeys(("z", "codes", "half_norms", "best"), "*fp32")
+    pointers |= dict.fromkeys(("ids", "lists", "counts"), "*i32")
+    sizes = ("tokens", "count", "per_slice")
+    fixed: dict[str, Any] = {"width": 128, "LISTED": listed, "TOKENS": nearest_triton.TOKENS}
+    fixed |= {"CODES": nearest_triton.CODES, "CHANNELS": nearest_triton.CHANNELS}
+    built = machine_code(nearest_triton._best_of_slice, pointers, sizes, fixed, 90)
     assert built.metadata.shared <= 227 * 1024
     assert "tf32" not in built.asm["ptx"]
-    assert ".local" not in built.asm["ptx"]  # no registers spilled
