@@ -28,7 +28,7 @@ from simvq_moe.files.regular import (
     write_atomically,
     written_whole,
 )
-from simvq_moe.files.tensors import read_safetensors
+from simvq_moe.files.tensors import StoredWeights, read_safetensors
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 CONFIG_LIMIT = 2**20
@@ -127,8 +127,8 @@ class Pretrained(nn.Module):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """The module saved in a directory or in a Hugging Face repository of that name, in
-        evaluation mode.
+        """The module saved in a directory or in a Hugging Face repository of that name, in its
+        precision and in evaluation mode.
 
         Args:
             revision, token, cache_dir, local_files_only: of the repository, as of
@@ -156,6 +156,7 @@ class Pretrained(nn.Module):
         _check_sizes(described, weights, directory)
         module = _made(spec, directory)
         assert isinstance(module, cls)
+        _take_precision(module, weights)
         try:
             load_model(module, str(directory / WEIGHTS))
         except RuntimeError as error:
@@ -221,6 +222,16 @@ def _check_sizes(module: nn.Module, weights: Mapping[str, Tensor], directory: Pa
     missing = sum(shape.numel() for name, shape in wanted.items() if name not in weights)
     if missing > sum(tensor.numel() for tensor in weights.values()):
         raise BrokenFileError(directory / WEIGHTS, f"lacks tensors of the module in {CONFIG}")
+
+
+def _take_precision(module: nn.Module, weights: StoredWeights) -> None:
+    """Give the module's tensors the precision of the saved ones: float64 would be rounded, and
+    bfloat16 would take twice the memory."""
+    named = (module.named_parameters, module.named_buffers)
+    for name, tensor in (pair for each in named for pair in each(remove_duplicate=False)):
+        form = weights.forms.get(name)
+        if form is not None and form.dtype.is_floating_point and tensor.is_floating_point():
+            tensor.data = tensor.data.to(form.dtype)
 
 
 def _made(spec: Any, directory: Path) -> Any:

@@ -4,6 +4,7 @@ side (product quantization), and a projection to a narrow code (VQGAN-FC, arXiv:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -42,8 +43,17 @@ class _Composed(AnyQuantizer):
     def waits_for_data(self) -> bool:
         return any(part.waits_for_data for part in self)
 
-    def _each_id(self, ids: Tensor) -> tuple[Tensor, ...]:
-        return ids.unbind(-self.id_axes)
+    def _codes(self, ids: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
+        """The codes of each part, of the first ones alone where ids are of these, all in `dtype`.
+
+        None: in the widest that a part stores, for averages are wider than weights of 16 bits.
+        """
+        each = list(zip(self, ids.unbind(-self.id_axes), strict=False))
+        codes = [part.lookup(x, dtype) for part, x in each]
+        widest = reduce(torch.promote_types, (code.dtype for code in codes))
+        if any(code.dtype != widest for code in codes):
+            codes = [part.lookup(x, widest) for part, x in each]
+        return codes
 
 
 class ResidualQuantizer(_Composed):
@@ -133,10 +143,9 @@ class ResidualQuantizer(_Composed):
         return torch.stack(ids, 1)
 
     def lookup(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
-        each = self._each_id(ids)
-        if len(each) > len(self.parts):
-            raise ValueError(f"ids of {len(each)} levels, but there are {len(self.parts)}")
-        codes = [level.lookup(x, dtype) for level, x in zip(self, each, strict=False)]
+        if (levels := ids.shape[-self.id_axes]) > len(self.parts):
+            raise ValueError(f"ids of {levels} levels, but there are {len(self.parts)}")
+        codes = self._codes(ids, dtype)
         return sum(codes[1:], start=codes[0])
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
@@ -176,8 +185,7 @@ class GroupedQuantizer(_Composed):
         return torch.stack([head.assign(share) for head, share in self._shares(z)], 1)
 
     def lookup(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
-        each = zip(self, self._each_id(ids), strict=True)
-        return torch.cat([head.lookup(x, dtype) for head, x in each], -1)
+        return torch.cat(self._codes(ids, dtype), -1)
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         for head, share in self._shares(z):

@@ -69,6 +69,7 @@ FAMILIES: dict[str, Callable[..., AnyQuantizer]] = {
     "residual rotation": lambda **o: ResidualQuantizer(
         [EMAVQ(12, 4), FSQ([3] * 4)], gradient="rotation", **o
     ),
+    "residual averages": lambda **o: ResidualQuantizer([SimVQ(12, 4), EMAVQ(9, 4)], **o),
     "residual grids": lambda **o: ResidualQuantizer([FSQ([5, 2]), FSQ([5, 2]), LFQ(2)], **o),
     "grouped": lambda **o: GroupedQuantizer([VQ(12, 4, init="kmeans"), LFQ(3)], **o),
     "grouped residual": lambda **o: GroupedQuantizer(
@@ -248,6 +249,21 @@ def test_a_saved_quantizer_comes_back_as_it_was(
     assert type(AnyQuantizer.from_pretrained(tmp_path)) is type(quantizer)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_saved_quantizer_comes_back_in_its_precision(
+    build: Callable[..., AnyQuantizer], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    quantizer = build().to(dtype).eval()
+    quantizer.save_pretrained(tmp_path)
+    restored = AnyQuantizer.from_pretrained(tmp_path)
+    assert_close(restored.state_dict(), quantizer.state_dict(), rtol=0, atol=0)
+    with torch.inference_mode():
+        inside = AnyQuantizer.from_pretrained(tmp_path)
+    z = torch.randn(9, quantizer.width, dtype=torch.float64)
+    for again in (restored, inside):
+        assert torch.equal(again.encode(z), quantizer.encode(z))
+
+
 def test_a_deep_copy_is_independent_and_equal(build: Callable[..., AnyQuantizer]) -> None:
     quantizer = build()
     train_one_step(quantizer)
@@ -337,6 +353,7 @@ def test_a_narrow_dtype_is_decoded_as_it_was_quantized(name: str, dtype: torch.d
         found = module.decode(out.ids, dtype)
         assert found.dtype == dtype
         assert torch.equal(found, out.z_q)
+        assert torch.equal(module.decode(out.ids).to(dtype), out.z_q)
         if isinstance(module, Quantizer):
             book = module.codebook(dtype)
             assert book.dtype == dtype

@@ -13,6 +13,8 @@ from torch.testing import assert_close
 
 from simvq_moe import VQ, SimVQ
 from simvq_moe.core.bank import Transform
+from simvq_moe.core.state import held_tensors
+from simvq_moe.quantizers import RunningMapVQ
 
 
 def naive_simvq(
@@ -88,6 +90,17 @@ def test_decode_of_the_ids_is_the_forward_value_before_and_after_folding() -> No
     assert_close(folded.decode(out.ids), out.z_q)
     assert_close(folded.codebook(), quantizer.codebook())
     assert_close(folded(z).loss, out.loss)
+
+
+@pytest.mark.parametrize("family", [SimVQ, RunningMapVQ])
+def test_all_of_what_is_folded_lies_on_the_device_of_the_codes(
+    family: type[SimVQ | RunningMapVQ],
+) -> None:
+    with torch.device("meta"):
+        quantizer = family(40, 6)
+    folded = quantizer.fold()
+    tensors = (*folded.state_dict().values(), *held_tensors(folded))
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 @pytest.mark.parametrize(("family", "moved"), [(VQ, 1), (SimVQ, 40)])

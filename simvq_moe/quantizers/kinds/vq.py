@@ -132,14 +132,15 @@ class VQ(Quantizer):
 
 def plain_vq(quantizer: Quantizer, bank: Bank) -> VQ:
     """A VQ with the codes of a bank, which quantizes as `quantizer` does otherwise."""
-    plain = VQ(
-        quantizer.codes,
-        quantizer.width,
-        gradient=quantizer.gradient,
-        codebook_weight=quantizer.weights["codebook"],
-        commitment_weight=quantizer.weights["commitment"],
-        channels_first=quantizer.channels_first,
-    )
+    with torch.device(bank.base.device):
+        plain = VQ(
+            quantizer.codes,
+            quantizer.width,
+            gradient=quantizer.gradient,
+            codebook_weight=quantizer.weights["codebook"],
+            commitment_weight=quantizer.weights["commitment"],
+            channels_first=quantizer.channels_first,
+        )
     plain.bank = bank
     return plain.train(quantizer.training)
 
