@@ -167,8 +167,8 @@ class LazyClips:
         return torch.from_numpy(clips).float() / FULL_SCALE
 
     def digest(self) -> str:
-        """Differs when the recordings or the places of the clips differ."""
-        return _digest(self.parts, self.places, self.part_of)
+        """Differs when the recordings, the clips' places, their rate or their length differ."""
+        return _digest(self.parts, self.places, self.part_of, self.rate, self.length)
 
     def in_memory(self) -> tuple[AudioClips, Reader]:
         """The same clips, read recording by recording, and what was found on the way.
@@ -297,7 +297,7 @@ class RecordingWindows:
 
     def digest(self) -> str:
         """Differs when the recordings or the windows differ."""
-        return _digest(self.parts, self.places, self.recording_of)
+        return _digest(self.parts, self.places, self.recording_of, self.rate, self.length)
 
     def _run(self, run: np.ndarray) -> list[Int16[np.ndarray, " time"]]:
         """Windows that follow one another, read at once, because some encodings can't be entered
@@ -315,8 +315,12 @@ class RecordingWindows:
         return [np.empty(0, dtype=np.int16) if one is None else one for one in alone]
 
 
-def _digest(parts: Sequence[Part], places: np.ndarray, part_of: np.ndarray) -> str:
+def _digest(
+    parts: Sequence[Part], places: np.ndarray, part_of: np.ndarray, rate: int, length: int
+) -> str:
     found = hashlib.blake2b(places.tobytes() + part_of.tobytes(), digest_size=16)
+    # places say neither where every clip is a whole recording
+    found.update(f"{length} samples at {rate} Hz\n".encode())
     for part in parts:
         # the content, for a name says nothing of it
         content = part.key or os.fsencode(part.path.name).hex()

@@ -313,6 +313,31 @@ def test_digests_tell_sets_of_clips_apart(few: Path, many: Path) -> None:
     assert len({part.digest() for part in (*lazy(many), *clips(few), *clips(few, seed=1))}) == 6
 
 
+def test_digests_tell_rates_and_lengths_apart_also_where_every_clip_is_a_whole_recording(
+    many: Path,
+) -> None:
+    settings = [(RATE, 60), (2 * RATE, 120), (RATE // 2, 30)]
+    found = [
+        part.digest()
+        for rate, length in settings
+        for part in audio_clips(
+            str(many),
+            sample_rate=rate,
+            length=length,
+            clips=50,
+            held_out_clips=20,
+            seed=0,
+            memory=0,
+        )
+    ]
+    windows = [
+        recording_windows(str(many), sample_rate=rate, length=length)
+        for rate, length in (*settings, (RATE, 70))
+    ]
+    found += [part.digest() for parts in windows for part in parts]
+    assert len(set(found)) == len(found)
+
+
 def write_speakers(folder: Path, layout: str, speakers: int = 12) -> None:
     """Recordings of constant samples, whose value is the speaker."""
     for speaker in range(speakers):

@@ -81,6 +81,8 @@ class ImageWindows:
     def digest(self) -> str:
         """Differs when the images or the windows differ."""
         found = hashlib.blake2b(self.places.tobytes() + self.image_of.tobytes(), digest_size=16)
+        # places do not say it where each window holds a whole image
+        found.update(f"windows of {self.size}\n".encode())
         for part in self.parts:
             found.update(f"{part.header.key}/{part.columns}/{part.scale}\n".encode())
         return found.hexdigest()

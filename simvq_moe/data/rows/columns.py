@@ -67,7 +67,10 @@ def _column_problem(path: str, schema: Any, field: str) -> Defect | None:
         return Defect(path, missing("column", field, schema.names), of_another_kind=True)
     kind = schema.types[schema.names.index(field)]
     values = kind.value_type if types.is_dictionary(kind) else kind
-    texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    texts = (
+        *(types.is_string, types.is_large_string, types.is_string_view),
+        *(types.is_binary, types.is_large_binary, types.is_binary_view),
+    )
     if any(is_kind(values) for is_kind in texts) or types.is_null(values):
         return None
     return Defect(path, f"column {field!r} holds {kind}, no strings")
@@ -77,6 +80,8 @@ def _texts_of_column(path: Path, column: Any, first: int, rows: Rows) -> Iterato
     """Texts of a dictionary of strings or bytes (Spark writes texts as bytes), or of strings."""
     from pyarrow import DictionaryArray
 
+    if column.null_count == len(column):  # also of the type null, whose values have no bytes
+        return
     coded = isinstance(column, DictionaryArray)
     values = column.dictionary if coded else column
     places = column.indices.to_pylist() if coded else range(len(column))

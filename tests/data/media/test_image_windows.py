@@ -57,6 +57,14 @@ def test_a_batch_is_the_same_in_whatever_order_it_is_read(tmp_path: Path) -> Non
         np.testing.assert_array_equal(windows.batch(np.array([i]))[0], together[i])
 
 
+def test_digests_tell_sizes_of_windows_apart_also_where_each_holds_a_whole_image(
+    tmp_path: Path,
+) -> None:
+    source = str(folder_of(tmp_path / "images", 40))
+    found = [part.digest() for size in (40, 48) for part in image_windows(source, size=size)]
+    assert len(set(found)) == len(found)
+
+
 @pytest.mark.parametrize("count", [6, 40])
 def test_sides_are_those_of_the_crops(count: int, tmp_path: Path) -> None:
     # each image has a colour of its own, by which a crop tells where it is from

@@ -135,8 +135,9 @@ def test_a_file_without_texts_is_of_another_kind_and_not_broken(tmp_path: Path) 
         defect = first_defect(tmp_path / name)
         assert defect is not None
         assert defect.of_another_kind
-    parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "d.parquet")
-    assert (first_defect(tmp_path / "d.parquet") or Defect("", "")).of_another_kind
+    for table in ({"body": ["x"]}, {"text": pa.nulls(3)}, {"text": pa.nulls(3, pa.string())}):
+        parquet.write_table(pa.table(table), tmp_path / "d.parquet")
+        assert (first_defect(tmp_path / "d.parquet") or Defect("", "")).of_another_kind
     assert first_defect(write_tar(tmp_path)) is None
 
 
@@ -293,15 +294,21 @@ def test_a_text_that_a_parquet_file_repeats_is_held_once(
         pa.array([text.encode() for text in TEXTS], pa.large_binary()),
         pa.array(TEXTS, pa.large_string()),
         pa.array(TEXTS).dictionary_encode(),
+        pa.array(TEXTS, pa.string_view()),
+        pa.array([text.encode() for text in TEXTS], pa.binary_view()),
     ],
-    ids=["bytes", "large bytes", "large strings", "dictionary"],
+    ids=["bytes", "large bytes", "large strings", "dictionary", "views", "views of bytes"],
 )
-def test_texts_of_parquet_are_read_from_every_type_of_string(
+def test_texts_of_columns_are_read_from_every_type_of_string(
     column: pa.Array, tmp_path: Path
 ) -> None:
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pa.table({"text": column}), path, row_group_size=25)
+    path, table = tmp_path / "a.parquet", pa.table({"text": column})
+    parquet.write_table(table, path, row_group_size=25)
     assert read(path) == TEXTS
+    arrow = tmp_path / "a.arrow"
+    with pa.OSFile(str(arrow), "wb") as file, pa.ipc.new_stream(file, table.schema) as batches:
+        batches.write_table(table, 25)
+    assert read(arrow) == TEXTS
 
 
 @pytest.mark.parametrize("type_", ["numbers", "lists", "structs", "dates"])
