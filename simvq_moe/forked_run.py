@@ -60,10 +60,14 @@ class ForkedRun:
         context.set_forkserver_preload([IMPORTS])
         self._process = context.Process(
             target=_begin,
-            args=(
-                *(tuple(arguments), results or log, log, ranks, dict(variables)),
-                *(folder or Path.cwd(),),
-            ),
+            kwargs={
+                "arguments": tuple(arguments),
+                "results": results or log,
+                "log": log,
+                "ranks": ranks,
+                "variables": dict(variables),
+                "folder": folder or Path.cwd(),
+            },
         )
         # one that is interrupted has either not been started, or is known
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)

@@ -297,7 +297,13 @@ def _on_ranks(config: Config, ranks: int, steps: int) -> list[MeasuredLoop]:
         one = results[0].seconds if results else busiest
         results.append(
             MeasuredLoop(
-                *(shape_of(config), OURS, size, busiest, tokens / busiest, busiest / one, wall)
+                shape=shape_of(config),
+                name=OURS,
+                ranks=size,
+                seconds=busiest,
+                tokens_per_s=tokens / busiest,
+                relative=busiest / one,
+                wall_seconds=wall,
             )
         )
     return results

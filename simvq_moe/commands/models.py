@@ -163,7 +163,11 @@ def encode(args: Sequence[str]) -> int:
     from simvq_moe.inference import encode as encoding
 
     manifest = encoding.encode_run(
-        *(options.run, options.data, options.out, options.shard_samples), whole=not options.crops
+        options.run,
+        options.data,
+        options.out,
+        shard_samples=options.shard_samples,
+        whole=not options.crops,
     )
     if is_first_rank():
         counts = " + ".join(f"{samples:,} {part}" for part, samples in manifest.samples.items())

@@ -210,7 +210,8 @@ def _by_content(parts: list[Part], source: str) -> tuple[list[Part], list[Part]]
         log.warning(
             "%s: all %d images are equal, and held-out crops are of what training sees: give "
             "others, or data.held_out_source",
-            *(printable(source), len(parts)),
+            printable(source),
+            len(parts),
         )
         return parts, parts
     train, held_out = (

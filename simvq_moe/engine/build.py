@@ -38,7 +38,8 @@ def make_engine(model: nn.Module, config: Config, world: World) -> Any:
     if stage != config.train.zero_stage:
         logger.info(
             "train.zero_stage %d: %d on one rank, which shards nothing",
-            *(config.train.zero_stage, stage),
+            config.train.zero_stage,
+            stage,
         )
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # DeepSpeed makes room for a whole bucket in every step, however small the model

@@ -113,7 +113,10 @@ class InBlocks:
         batch, tokens = numbers.shape
         self.blocks = _flex("create_block_mask")(
             lambda row, _, query, key: (numbers[row, query] == numbers[row, key]) & (query >= key),
-            *(batch, None, tokens, tokens),
+            B=batch,
+            H=None,
+            Q_LEN=tokens,
+            KV_LEN=tokens,
             device=numbers.device,
         )
 

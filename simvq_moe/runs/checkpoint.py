@@ -203,7 +203,9 @@ def _restore(engine: Any, checkpoint: Path, world: World, seed: int) -> Restored
             logger.warning(
                 "checkpoint %s was written by %s and goes on with %s: random numbers start again "
                 "from seed, step and rank",
-                *(checkpoint, _ranks(manifest["world_size"]), _ranks(world.size)),
+                checkpoint,
+                _ranks(manifest["world_size"]),
+                _ranks(world.size),
             )
     return Restored(manifest["step"], shared, own, same_ranks)
 

@@ -84,7 +84,9 @@ class ImageTokenizerTask(TokenizerTask[ImageTokenizer]):
         if image.adversarial_weight:
             with own_stream():
                 discriminator = PatchDiscriminator(
-                    *(image.discriminator_hidden, image.discriminator_layers, image.generator_loss),
+                    hidden=image.discriminator_hidden,
+                    layers=image.discriminator_layers,
+                    generator_loss=image.generator_loss,
                     lecam=image.lecam_weight,
                 )
         shape = ("architecture", "hidden", "downsamplings", "residual_blocks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -15,18 +16,24 @@ from simvq_moe.errors import ConfigError
 from simvq_moe.files.locks import alone, in_turn
 from simvq_moe.files.regular import sync_folder
 
+log = logging.getLogger(__name__)
+
 BUILDING = "building-"
 """Beginning of the name of a folder that is being built in the cache; its builder holds it."""
 SECONDS_TO_BUILD = 7 * 86_400.0
 """After which a folder without a lock is taken for left over."""
 
 
-def build_once(folder: Path, fill: Callable[[Path, Path], None]) -> None:
-    """Make a folder of the cache.
+def build_once(folder: Path, fill: Callable[[Path, Path], None], doing: str) -> None:
+    """Make a folder of the cache, unless it is there.
 
     Args:
         fill: writes into its first argument, and what is needed for that into the second.
+        doing: what that is, for the log.
     """
+    if folder.exists():
+        return
+    log.info("%s into %s", doing, folder)
     fresh = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -97,9 +97,7 @@ def token_windows(
         held_out = None if held_out_source is None else reading.scan(held_out_source)
         encoding = _Encoding(vocabulary, given, reading, whole, held_out)
         folder = Path(cache_dir) / f"text-{encoding.name}"
-        if not folder.exists():
-            log.info("encoding %s into %s", source, folder)
-            build_once(folder, encoding.write)
+        build_once(folder, encoding.write, f"encoding {source}")
     except CorruptDataError as error:
         raise ConfigError(f"data.source {source!r} can't be read: {error}") from None
     corpus = load_tokens(folder, source=source, vocabulary=vocabulary, context=context)
@@ -149,7 +147,8 @@ class _Encoding:
             train = _not_among(documents, held_out, source, self.held_out.source)
         texts = (batch["text"] for batch in tokens.batches(train, 64))
         write_corpus(
-            *(built, self.given or train_tokenizer(texts, self.vocabulary)),
+            built,
+            self.given or train_tokenizer(texts, self.vocabulary),
             {"train": train, "held_out": held_out},
             {"source": source, "files": len(self.whole.files)},
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,8 +37,6 @@ TOKENIZER_DOCUMENTS = 10_000
 """Training documents of each source, at most, that a tokenizer is trained on."""
 LAYOUT = "1"
 """Names the way in which held-out documents are taken."""
-
-log = logging.getLogger(__name__)
 
 
 def text_stream(
@@ -81,28 +78,33 @@ def text_stream(
     settings += [] if text_field == TEXT_FIELD else [text_field]
     key = json.dumps([LAYOUT, [s.digest for s in opened], shares.tolist(), *settings])
     folder = Path(cache_dir) / f"stream-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not folder.exists():
-        log.info("taking held-out documents of %s into %s", ", ".join(sources), folder)
+
+    def fill(built: Path, scratch: Path) -> None:
+        del scratch
         numbers = np.maximum(1, np.round(shares * held_out_documents)).astype(int)
+        first = [
+            _first_documents(source, number, held_out_share, Defects(on_corrupt))
+            for source, number in zip(opened, numbers.tolist(), strict=True)
+        ]
+        _write_held_out(built, first, given, vocabulary, {"sources": list(sources)})
 
-        def fill(built: Path, scratch: Path) -> None:
-            del scratch
-            first = [
-                _first_documents(source, number, held_out_share, Defects(on_corrupt))
-                for source, number in zip(opened, numbers.tolist(), strict=True)
-            ]
-            _write_held_out(built, first, given, vocabulary, {"sources": list(sources)})
-
-        try:
-            build_once(folder, fill)
-        except CorruptDataError as error:
-            raise ConfigError(str(error)) from None
+    try:
+        build_once(folder, fill, f"taking held-out documents of {', '.join(sources)}")
+    except CorruptDataError as error:
+        raise ConfigError(str(error)) from None
     corpus = load_tokens(
-        *(folder, ("held_out",)), source=sources[0], vocabulary=vocabulary, context=context
+        folder, parts=("held_out",), source=sources[0], vocabulary=vocabulary, context=context
     )
     stream = TextStream(
-        *(opened, tuple(shares.tolist()), corpus.tokenizer, corpus.end_of_text, context, seed),
-        *(shuffle_buffer, held_out_share, on_corrupt),
+        sources=opened,
+        shares=tuple(shares.tolist()),
+        tokenizer=corpus.tokenizer,
+        end_of_text=corpus.end_of_text,
+        context=context,
+        seed=seed,
+        shuffle_buffer=shuffle_buffer,
+        held_out_share=held_out_share,
+        on_corrupt=on_corrupt,
     )
     return stream, replace(corpus, digest=folder.name)
 

@@ -103,7 +103,9 @@ class SpectrumDiscriminator(nn.Module):
         for dilation in (1, 2, 4):
             layers.append(
                 nn.Conv2d(
-                    *(hidden, hidden, (9, 3)),
+                    hidden,
+                    hidden,
+                    kernel_size=(9, 3),
                     stride=(2, 1),
                     dilation=(1, dilation),
                     padding=(4, dilation),

@@ -369,7 +369,7 @@ def test_two_processes_that_start_at_once_build_one_cache(
         try:
             for i in range(50):
                 barrier.wait(30)
-                build_once(tmp_path / f"text-{i}", lambda built, _: (built / "a").touch())
+                build_once(tmp_path / f"text-{i}", lambda built, _: (built / "a").touch(), "")
         except OSError:
             failed.value = 1
             barrier.abort()
