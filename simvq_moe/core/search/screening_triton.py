@@ -42,7 +42,7 @@ def best_screened(
     """What `best_codes` says wherever it is more than `best`, which earlier codes have; elsewhere
     it may say less.
 
-    Memory: 25 bytes a token for each `CODES` codes.
+    Memory: about 45 bytes a token for each `CODES` codes.
     """
     lists, counts = listed(groups_that_may_win(z, codes, half_norms, best))
     return best_codes_of_lists(z, codes, half_norms, lists, counts)
