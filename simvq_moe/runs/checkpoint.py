@@ -14,11 +14,12 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from simvq_moe.config.loading import ConfigError
@@ -27,10 +28,11 @@ from simvq_moe.files.regular import (
     BrokenFileError,
     parse_json,
     read_bytes,
+    validate,
     validate_json,
 )
 from simvq_moe.files.tensors import DTYPES, Form, StoredWeights
-from simvq_moe.runs.chunks import INDEX, Index, read_whole
+from simvq_moe.runs.chunks import INDEX, Count, Index, read_whole
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,45 @@ FORMAT = "chunks 1"
 """Form of a checkpoint's files; another one is not read."""
 
 T = TypeVar("T")
+
+
+class Seal(BaseModel):
+    """A file as it was when it was written."""
+
+    model_config = ConfigDict(frozen=True)
+    size: Count
+    """Bytes."""
+    sha256: str | None = None
+    """None: its chunks have digests of their own."""
+
+
+class Counters(BaseModel):
+    """How far the engine had come, see `engine.state.counters`."""
+
+    model_config = ConfigDict(frozen=True)
+    global_steps: Count
+    global_samples: Count
+    skipped_steps: Count
+    optimizer_step: Count
+    schedule_step: Count
+    loss_scale: dict[str, int | float]
+
+
+class Manifest(BaseModel):
+    """What a checkpoint says of itself; the folder may be anybody's."""
+
+    model_config = ConfigDict(frozen=True)
+    step: Count
+    world_size: Annotated[int, Field(ge=1)]
+    """Ranks that wrote it."""
+    counters: Counters
+    files: dict[str, Seal]
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        if self.world_size > len(self.files):
+            raise ValueError(f"{self.world_size} ranks have {len(self.files)} files")
+        return self
 
 
 @dataclass(frozen=True)
@@ -150,7 +191,7 @@ def check_form(folder: Path) -> None:
     """Raise `ConfigError` if a checkpoint has a form that this version doesn't know."""
     for step in committed_steps(folder):
         try:
-            form = _read_manifest(folder / str(step)).get("format")
+            form = _read_content(folder / str(step)).get("format")
         except BrokenFileError:
             continue  # passed over, and told, where checkpoints are read
         if form != FORMAT:
@@ -168,7 +209,14 @@ def config_file(folder: Path) -> Path | None:
 
 def committed_steps(folder: Path) -> list[int]:
     """Steps of the committed checkpoints, ascending."""
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and p.is_dir())
+    found = ((step_named(path.name), path) for path in folder.glob("*"))
+    return sorted(step for step, path in found if step is not None and path.is_dir())
+
+
+def step_named(name: str) -> int | None:
+    """The step whose checkpoint has this name; None: it is another's, such as "007" or "²"."""
+    is_one = name.isascii() and name.isdigit() and str(int(name)) == name
+    return int(name) if is_one else None
 
 
 def _restore(engine: Any, checkpoint: Path, world: World, seed: int) -> Restored:
@@ -180,8 +228,8 @@ def _restore(engine: Any, checkpoint: Path, world: World, seed: int) -> Restored
     manifest, index, contents = _read_small(checkpoint, world)
     read_pieces(checkpoint, index, held_pieces(engine))
     took_up(engine)
-    load_counters(engine, manifest["counters"])
-    same_ranks = manifest["world_size"] == world.size
+    load_counters(engine, manifest.counters.model_dump())
+    same_ranks = manifest.world_size == world.size
     if not same_ranks:
         contents = {
             name: one for of_rank in world.gather(contents) for name, one in of_rank.items()
@@ -197,20 +245,20 @@ def _restore(engine: Any, checkpoint: Path, world: World, seed: int) -> Restored
     if same_ranks and world.device.type in rngs[0]:
         _set_rng_state(rngs[0], world.device)
     else:
-        step = manifest["step"]
+        step = manifest.step
         torch.manual_seed(_derived_seed(seed, step, world.rank))
         if world.is_main:
             logger.warning(
                 "checkpoint %s was written by %s and goes on with %s: random numbers start again "
                 "from seed, step and rank",
                 checkpoint,
-                _ranks(manifest["world_size"]),
+                _ranks(manifest.world_size),
                 _ranks(world.size),
             )
-    return Restored(manifest["step"], shared, own, same_ranks)
+    return Restored(manifest.step, shared, own, same_ranks)
 
 
-def _read_small(checkpoint: Path, world: World) -> tuple[dict[str, Any], Index, dict[str, bytes]]:
+def _read_small(checkpoint: Path, world: World) -> tuple[Manifest, Index, dict[str, bytes]]:
     """Manifest, index and what the loop has kept: of as many ranks each its own, of others an even
     part of it.
 
@@ -220,7 +268,7 @@ def _read_small(checkpoint: Path, world: World) -> tuple[dict[str, Any], Index, 
     found = error = None
     try:
         manifest = _read_manifest(checkpoint)
-        ranks = range(world.rank, manifest["world_size"], world.size)
+        ranks = range(world.rank, manifest.world_size, world.size)
         names = (SHARED, *(f"rank_{rank}.pt" for rank in ranks))
         contents = {name: _read_sealed(checkpoint, name, manifest) for name in names}
         found = manifest, _read_index(checkpoint, manifest), contents
@@ -241,7 +289,12 @@ def _from_main(value: T, world: World) -> T:
     return found[0]
 
 
-def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+def _read_manifest(checkpoint: Path) -> Manifest:
+    return validate(_read_content(checkpoint), Manifest, checkpoint / MANIFEST)
+
+
+def _read_content(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint of any form."""
     path = checkpoint / MANIFEST
     try:
         manifest = parse_json(read_bytes(path), path)
@@ -252,15 +305,15 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_index(checkpoint: Path, manifest: dict[str, Any]) -> Index:
+def _read_index(checkpoint: Path, manifest: Manifest) -> Index:
     return validate_json(_read_sealed(checkpoint, INDEX, manifest), Index, checkpoint / INDEX)
 
 
-def _read_sealed(checkpoint: Path, name: str, manifest: dict[str, Any]) -> bytes:
+def _read_sealed(checkpoint: Path, name: str, manifest: Manifest) -> bytes:
     """The content of a file that is as it was written."""
-    seal = manifest["files"].get(name)
+    seal = manifest.files.get(name)
     content = read_bytes(checkpoint / name)
-    if seal is None or hashlib.sha256(content).hexdigest() != seal["sha256"]:
+    if seal is None or hashlib.sha256(content).hexdigest() != seal.sha256:
         raise BrokenFileError(checkpoint / name, "has another content than when it was written")
     return content
 
@@ -277,9 +330,9 @@ def _whole_steps(folder: Path) -> Iterator[int]:
 
 
 def _check_sizes(checkpoint: Path) -> None:
-    for name, seal in _read_manifest(checkpoint)["files"].items():
+    for name, seal in _read_manifest(checkpoint).files.items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != seal["size"]:
+        if not path.is_file() or path.stat().st_size != seal.size:
             raise BrokenFileError(path, "is missing or has another size than when it was written")
 
 

@@ -25,7 +25,15 @@ from simvq_moe.config.schema import TrainConfig
 from simvq_moe.engine.agreement import WriteFailed, together, writing
 from simvq_moe.engine.world import World
 from simvq_moe.files.regular import sync_folder, write_atomically
-from simvq_moe.runs.checkpoint import CONFIG, FORMAT, MANIFEST, SHARED, LoopState, committed_steps
+from simvq_moe.runs.checkpoint import (
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    SHARED,
+    LoopState,
+    committed_steps,
+    step_named,
+)
 from simvq_moe.runs.chunks import INDEX
 
 if TYPE_CHECKING:
@@ -162,7 +170,8 @@ def _write(content: Content, folder: Path, world: World, config: TrainConfig) ->
 def _make_room(temporary: Path) -> None:
     with writing(temporary):
         for left_over in temporary.parent.glob("*.tmp"):
-            shutil.rmtree(left_over)
+            if step_named(left_over.stem) is not None:  # others' files stay
+                shutil.rmtree(left_over)
         temporary.mkdir(parents=True)
         sync_folder(temporary.parent.parent)
 

@@ -279,8 +279,12 @@ def test_a_broken_later_checkpoint_does_not_take_the_place_of_a_whole_one(
     trainer = train(config, world, steps=6)
     shutil.copytree(trainer.checkpoints / "6", trainer.checkpoints / "7")
     (trainer.checkpoints / "7" / "model_0.safetensors").unlink()
+    others = [trainer.checkpoints / name for name in ("007", "mine.tmp")]
+    for other in others:
+        other.mkdir()
     trainer.save()
     assert checkpoint.committed_steps(trainer.checkpoints) == [6]
+    assert all(other.is_dir() for other in others)
 
 
 def test_random_numbers_go_on_with_as_many_ranks_and_start_again_with_others(
@@ -307,11 +311,20 @@ def test_random_numbers_go_on_with_as_many_ranks_and_start_again_with_others(
     assert "was written by 2 ranks and goes on with 1 rank" in caplog.text
 
 
+COUNTERS = ("global_steps", "global_samples", "skipped_steps", "optimizer_step", "schedule_step")
+
+
 def write_checkpoint(folder: Path, step: int) -> Path:
     target = folder / str(step)
     target.mkdir(parents=True)
     (target / "model_0.safetensors").write_bytes(b"12345")
-    manifest = {"format": checkpoint.FORMAT, "files": {"model_0.safetensors": {"size": 5}}}
+    manifest = {
+        "format": checkpoint.FORMAT,
+        "step": step,
+        "world_size": 1,
+        "counters": dict.fromkeys(COUNTERS, step) | {"loss_scale": {}},
+        "files": {"model_0.safetensors": {"size": 5}},
+    }
     (target / "manifest.json").write_text(json.dumps(manifest))
     return target
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import ConfigError, merge_files, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
+from simvq_moe.runs.checkpoint import committed_steps
 from simvq_moe.runs.loading import FOLDED
 from simvq_moe.tasks.loading import load_model, load_run
 from simvq_moe.tasks.registry import build_model
@@ -164,6 +168,36 @@ def test_files_that_hold_no_weights_are_one_line(
     os.mkfifo(run / FOLDED)
     assert main(["eval", str(run)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"files": None}, {"files": {"model_0.safetensors": {}}}, {"files": {"index.json": []}}),
+        *({"world_size": 2**40}, {"world_size": 0}, {"counters": {}}, {"step": "2"}),
+    ],
+)
+def test_a_manifest_of_another_schema_is_passed_over_by_name(
+    changed: dict[str, Any], text_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(text_run, run)
+    (manifest,) = run.glob("checkpoints/*/manifest.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changed))
+    with pytest.raises(ConfigError, match="has no checkpoint"):
+        load_run(run)
+    (key,) = changed
+    assert f"is skipped: its manifest.json has {key}" in caplog.text or "ranks have" in caplog.text
+
+
+def test_only_folders_named_like_steps_are_checkpoints(text_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(text_run, run)
+    before = committed_steps(run / "checkpoints")
+    for name in ("²", "٣", "007", "-1", "1.tmp", "before"):
+        (run / "checkpoints" / name).mkdir()
+    assert committed_steps(run / "checkpoints") == before
+    load_run(run)
 
 
 def test_a_model_that_has_diverged_is_named_and_nothing_is_written(
