@@ -7,7 +7,6 @@ it is run.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from simvq_moe.engine.devices import this_device
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import read_json, write_json
+from simvq_moe.files.temporary import temporary_folder
 from simvq_moe.files.yaml import read_yaml
 from simvq_moe.inference.export import export_run
 from simvq_moe.records.catalogue import OF_TASKS
@@ -47,8 +47,8 @@ def evaluate_tasks(
         ) from None
     known = TaskManager()
     asked = [_task(task, known.all_tasks) for task in tasks]
-    with tempfile.TemporaryDirectory(prefix="simvq_moe_eval_") as folder:
-        out = Path(folder) / "hf"
+    with temporary_folder("simvq_moe_eval_") as folder:
+        out = folder / "hf"
         export_run(run_dir, out, "hf")
         found: Any = lm_eval.simple_evaluate(
             model="hf",

@@ -7,15 +7,15 @@ command follows them. One that fails is told and left, and the others go on.
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from simvq_moe.config.loading import to_yaml
 from simvq_moe.files.regular import write_atomically
+from simvq_moe.files.temporary import interrupted_by
 from simvq_moe.records.progress import duration
 from simvq_moe.runs.folder import is_trained
 from simvq_moe.sweeps import rate_grid
@@ -61,7 +61,7 @@ def execute(
     if done:
         print(f"{done} of {len(own)} runs are finished and skipped, others go on", file=sys.stderr)
     pool = Pool(plan.folder, machine, [*tried, *own], changed, starter)
-    with _stopped_by_sigterm():
+    with interrupted_by(signal.SIGTERM):  # as a cluster sends it before the time is up
         if tried:
             pool.do(tried)
             rate_grid.choose(plan, tried)
@@ -162,13 +162,3 @@ class Pool:
             print(f"{process.label} {process.run.status}: {told}", file=sys.stderr, flush=True)
         self.changed()
         return again
-
-
-@contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM, as a cluster sends it before the time is up, stops like Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
