@@ -11,7 +11,7 @@ import os
 import stat
 import unicodedata
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 TEXT_LIMIT = 2**28
 """Bytes of a file of text or JSON that are read at most: 256 MiB."""
-NO_FOLDER_SYNC = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
-"""Failures of a folder's fsync that lose data; others say that a file system has no such call."""
+LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+"""Failures of fsync that lose data; others say that a file system has no such call."""
 
 
 class BrokenFileError(ConfigError):
@@ -195,7 +195,9 @@ def written_whole(path: Path, *, apart: str = "") -> Iterator[Path]:
         with aside.open("xb"):
             mode = stat.S_IMODE(aside.stat().st_mode)  # what umask leaves
         yield aside
-        os.chmod(aside, mode)  # safetensors makes its files for their owner alone
+        if stat.S_IMODE(aside.stat().st_mode) != mode:  # safetensors writes for the owner alone
+            with suppress(OSError):  # many mounts know no permissions of files
+                os.chmod(aside, mode)
         _sync(aside)
         aside.replace(path)
     except BaseException:
@@ -208,17 +210,26 @@ def sync_folder(folder: Path) -> None:
     """Make names in a folder last; quiet where the file system has no such call."""
     try:
         _sync(folder)
-    except OSError as error:
-        if error.errno in NO_FOLDER_SYNC:
+    except OSError as error:  # also of opening it
+        if error.errno in LOST:
             raise
 
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Make what was written to an open file last; quiet where the file system has no such call."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in LOST:
+            raise
 
 
 def _visible(character: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import textwrap
 import time
 import zipfile
@@ -25,6 +24,7 @@ from simvq_moe.files.regular import (
     BrokenFileError,
     open_regular,
     read_json,
+    sync,
     validate_json,
     write_atomically,
     written_whole,
@@ -173,7 +173,7 @@ class RunLog:
                 windows.write(archive, which)
         # what a checkpoint's run goes on from is as safe as the checkpoint
         if not self.metrics.closed:
-            os.fsync(self.metrics.fileno())
+            sync(self.metrics.fileno())
         ended = time.monotonic()
         self.next_counts = ended + max(SECONDS_BETWEEN_COUNTS, (ended - began) / SHARE_OF_COUNTS)
 

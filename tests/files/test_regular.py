@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zipfile
 from contextlib import suppress
@@ -201,6 +202,33 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("call", ["chmod", "fsync"])
+def test_a_mount_without_permissions_or_fsync_takes_files(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, call, refused)
+    with written_whole(tmp_path / "a") as aside:
+        aside.unlink()
+        aside.touch(0o600)
+        aside.write_text("new")
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_an_fsync_that_lost_data_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", lost)
+    with pytest.raises(OSError, match="Input/output"):
+        write_atomically(tmp_path / "a", "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(tmp_path: Path) -> None:

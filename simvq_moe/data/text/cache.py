@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from simvq_moe.data.rows.base import CorruptDataError
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.locks import alone, in_turn
-from simvq_moe.files.regular import sync_folder
+from simvq_moe.files.regular import sync, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def build_once(folder: Path, fill: Callable[[Path, Path], None], doing: str) -> 
             for path in built.rglob("*"):
                 if path.is_file():
                     with path.open("rb+") as file:
-                        os.fsync(file.fileno())
+                        sync(file.fileno())
             sync_folder(built)
             try:
                 built.rename(folder)
