@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tensorboard import default, program
@@ -19,6 +19,7 @@ from tensorboard.plugins.hparams.hparams_plugin import HParamsPlugin
 from simvq_moe.analysis.run_folders import PARTS
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import is_inside
+from simvq_moe.files.temporary import temporary_folder
 from simvq_moe.reports.hparams_tab import HParamsTab
 from simvq_moe.usage_tab.plugin import NAME, UsageTabLoader
 
@@ -39,15 +40,15 @@ def serve(runs_dir: Path, port: int) -> int:
         raise ConfigError(f"--port {port} is no port: use 1 to {LAST_PORT}, or 0 for a free one")
     if not runs_dir.is_dir():
         raise ConfigError(f"{runs_dir} does not exist: give the folder that holds the runs")
-    with tempfile.TemporaryDirectory(prefix="simvq_moe_dashboard_") as links:
-        link_runs(runs_dir, Path(links))
-        address = start(Path(links), port, runs_dir)
+    with temporary_folder("simvq_moe_dashboard_") as links:
+        link_runs(runs_dir, links)
+        address = start(links, port, runs_dir)
         print(address, file=sys.stderr)
         print(f"the tab of usage: {address}#{NAME}", file=sys.stderr)
         print("Ctrl-C stops it", file=sys.stderr)
         while True:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            link_runs(runs_dir, Path(links))
+            link_runs(runs_dir, links)
 
 
 def link_runs(runs_dir: Path, links: Path) -> None:
@@ -62,8 +63,10 @@ def link_runs(runs_dir: Path, links: Path) -> None:
         for file in (Path(name) / "tensorboard").glob("*tfevents*"):
             link = own / file.name
             if file.is_file() and is_inside(file, Path(name)) and not link.is_symlink():
-                own.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(file.resolve())
+                # a run may be called like a file of another run's events
+                with suppress(FileExistsError, NotADirectoryError):
+                    own.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(file.resolve())
     for name, _, files in os.walk(links):
         for file in files:
             if not (link := Path(name, file)).exists():

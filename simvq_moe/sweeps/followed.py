@@ -6,6 +6,7 @@ A run is followed by what it writes to launcher.log in its folder.
 from __future__ import annotations
 
 import heapq
+import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from simvq_moe.sweeps.machine import Machine, Starter
 from simvq_moe.sweeps.plan import PROCESS, PlannedRun
 
 SECONDS_BETWEEN_LINES = 5.0
+STEP = re.compile("step ([0-9]{1,15})/([1-9][0-9]{0,14})(?![0-9])")
+"""How a line of progress begins; libraries and plug-ins write to the same log."""
 USAGE_ERROR = 2
 """Exit code of a run that was refused before it began."""
 
@@ -61,11 +64,12 @@ class Followed:
             new = log.read()
         whole = new[: new.rfind(b"\n") + 1]
         self.read_to += len(whole)
-        lines = [x for x in whole.decode(errors="replace").splitlines() if x.startswith("step ")]
-        if not lines:
+        text = whole.decode(errors="replace")
+        told = [found for found in map(STEP.match, text.splitlines()) if found]
+        if not told:
             return False
-        self.line = lines[-1].rstrip()
-        done, steps = (int(n) for n in self.line.split()[1].split("/"))
+        self.line = told[-1].string.rstrip()
+        done, steps = map(int, told[-1].groups())
         self.share = done / steps
         self.first = self.first or (self.seconds, self.share)
         return done == steps

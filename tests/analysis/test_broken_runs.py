@@ -227,6 +227,19 @@ def test_the_dashboard_shows_events_of_nested_runs_and_none_from_elsewhere(tmp_p
     assert not (links / "a/events.out.tfevents.1").is_symlink()
 
 
+@pytest.mark.parametrize("names", [("a", "a/x.tfevents.1"), ("a/x.tfevents.1", "a")])
+def test_a_run_named_like_events_of_another_does_not_end_the_dashboard(
+    names: tuple[str, str], tmp_path: Path
+):
+    runs, links = tmp_path / "runs", tmp_path / "links"
+    for name in names:
+        (runs / name / "tensorboard").mkdir(parents=True)
+        (runs / name / "tensorboard/x.tfevents.1").write_bytes(b"")
+        link_runs(runs, links)
+    link_runs(runs, links)
+    assert len(list(links.rglob("x.tfevents.1"))) >= 1
+
+
 MARKUP = "[bold]x[/] $\\frac$ \x1b]0;owned\x07 \u202e <script>alert(1)</script> ![x](a.b) `|`"
 
 
@@ -272,6 +285,15 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(side: int, tmp_path: Path):
     html = report([run], tmp_path / "out").html.read_text()
     assert "image/png" not in html
     assert "val_000001.png" in html
+
+
+def test_a_picture_that_pillow_trips_over_is_named(tmp_path: Path):
+    run = write_small_run(tmp_path / "a")
+    head = struct.pack(">IIBBBBB", 8, 8, 1, 0, 0, 0, 0)
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(bytes(16))), (b"iCCP", b""), (b"IEND", b"")
+    body = b"".join(chunk(*part) for part in parts)  # a profile of no bytes: an IndexError
+    (run / "samples/val_000001.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    assert "val_000001.png is no picture" in report([run], tmp_path / "out").html.read_text()
 
 
 def test_the_first_path_is_the_baseline_or_the_one_that_is_named(tmp_path: Path):

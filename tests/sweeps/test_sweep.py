@@ -19,7 +19,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.runs.folder import is_trained
 from simvq_moe.sweeps import execute, machine
 from simvq_moe.sweeps.checks import check_runs
-from simvq_moe.sweeps.followed import Clock
+from simvq_moe.sweeps.followed import Clock, Followed
 from simvq_moe.sweeps.machine import Machine, command
 from simvq_moe.sweeps.plan import PlannedRun, origin_of, plan, share
 from tests.launching import ROOT, Forked, environment, metrics, run, run_here
@@ -48,6 +48,15 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "base.yaml").write_text("quantizer: {codes: 16}\n")
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     return tmp_path
+
+
+def test_a_run_is_followed_past_lines_that_only_look_like_its_progress(folder: Path) -> None:
+    run = plan([folder / "sweep.yaml"]).runs[0]
+    followed = Followed(replace(run, config=replace(run.config, runs_dir=str(folder))), "run")
+    followed.log.parent.mkdir(parents=True)
+    followed.log.write_text("step size 0.1\nstep\nstep 1/4  25%\nstep one\nstep 0/0\nstep 7 of 9\n")
+    assert not followed.read()
+    assert (followed.line, followed.share) == ("step 1/4  25%", 0.25)
 
 
 def test_a_plan_has_every_arm_with_every_seed_and_only_their_own_changes(folder: Path) -> None:
