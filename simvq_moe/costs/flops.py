@@ -57,7 +57,7 @@ def cost_of(
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """All learned parameters, on whatever ranks, and those that a token meets."""
-    parts, whole = _of_experts(model), Parts(Fraction(1), Fraction(1))
+    parts, whole = of_experts(model), Parts(Fraction(1), Fraction(1))
     sizes = [(p.numel(), parts.get(id(p), whole)) for p in model.parameters()]
     return {
         "total": int(sum(size * part.everywhere for size, part in sizes)),
@@ -67,7 +67,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 def expert_parameters(model: nn.Module) -> int:
     """Learned parameters that belong to one expert each, of all experts on whatever ranks."""
-    parts = _of_experts(model)
+    parts = of_experts(model)
     learned = (p for p in model.parameters() if p.requires_grad and id(p) in parts)
     return int(sum(p.numel() * parts[id(p)].everywhere for p in learned))
 
@@ -84,14 +84,14 @@ def flops_per_token(model: LanguageModel, batch_tokens: int) -> int:
         batch_tokens: tokens of one forward pass on a rank: they share what is computed once in it,
             such as rows under separate maps.
     """
-    parts = _of_experts(model)
+    parts = of_experts(model)
     products = [] if model.head is not None else [Product(model.embedding.weight.numel())]
     for layer in model.modules():
         products += _of_layer(layer, model.context, parts, batch_tokens)
     return round(sum(product.flops for product in products))
 
 
-def _of_experts(model: nn.Module) -> dict[int, Parts]:
+def of_experts(model: nn.Module) -> dict[int, Parts]:
     """Tensors of which each expert has its own part, or which belong to one, by their ids."""
     parts: dict[int, Parts] = {}
     for module in model.modules():

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from simvq_moe.config.schema import Config
+from simvq_moe.core.step_state import StepState, followers
 from simvq_moe.costs.activations import (
     SampleCost,
     activation_bytes,
@@ -24,7 +25,7 @@ from simvq_moe.costs.activations import (
     sample_cost,
     score_bytes,
 )
-from simvq_moe.costs.flops import expert_parameters, flops_per_token
+from simvq_moe.costs.flops import expert_parameters, flops_per_token, of_experts
 from simvq_moe.costs.memory import (
     Shares,
     Work,
@@ -70,14 +71,15 @@ class RankCosts:
     update_bytes: int
     """Bytes that the optimizer and the engine's copies of gradients and weights read and write."""
     dense_bytes: int
-    """Bytes that the rank sends for gradients and weights of what all ranks share."""
+    """Bytes that the rank sends for gradients and weights of what all ranks share, and for the sums
+    that its tokens are added up in: counts of assignments, and what state follows steps by."""
     expert_bytes: int
     """Bytes that it sends for those of experts, to the ranks that hold the same ones."""
     exchange_bytes: int
     """Bytes that it sends by all-to-all: tokens on their way to experts and back, and gradients."""
     reductions: int
-    """Collectives of the first two kinds, and small ones: norms of gradients, counts of
-    assignments, and the agreement of ranks to go on."""
+    """Collective calls of the first two kinds, and small ones: norms of gradients and whether they
+    are finite, counts of assignments, and the agreement of ranks to go on."""
     exchanges: int
     """Number of all-to-alls."""
 
@@ -103,7 +105,19 @@ class Plan:
         self.saved_bytes = saved_bytes(model) if config.train.async_save else 0
         self.largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
         self.piece = largest_piece(model)
-        self.groups = len(parameter_groups(model, config.optimizer))
+        self.step_sums = sum(
+            len(state.pending) for state in followers(model) if isinstance(state, StepState)
+        )
+        """Numbers that are added up after a step, in one call."""
+        groups = parameter_groups(model, config.optimizer)
+        self.groups, self.expert_groups = len(groups), 0
+        """Groups of the optimizer, and those that the engine makes beside, of experts of which not
+        every rank has all."""
+        if config.moe.expert_parallel > 1:
+            experts = of_experts(model)
+            self.expert_groups = sum(
+                any(id(p) in experts for p in group["params"]) for group in groups
+            )
         self.size = 4 if config.train.dtype == "fp32" else 2
         self.gradient_size = 2 if config.train.dtype == "fp16" else 4
         self.sample: SampleCost | None = None
@@ -125,7 +139,7 @@ class Plan:
         weights = (owned if stage == 3 else local) * size
         whole = local if stage < 2 else owned + min(local, BUCKET)
         optimizer = held * (MOMENT_BYTES + MASTER_BYTES * (stage > 0))
-        sent, calls = self._passes(stage)
+        sent, calls = self._passes(stage, ranks)
         per_sample, flops, saved = self._work(samples // train.accumulation)
         kept = self.frozen_bytes + self.record_bytes
         return RankCosts(
@@ -153,11 +167,11 @@ class Plan:
             ),
             save_bytes=self.saved_bytes // ranks,
             update_bytes=self._updated(stage, ranks, local, held),
-            dense_bytes=round(sent * self.dense * (ranks - 1) / ranks),
+            dense_bytes=round((sent * self.dense + 2 * self._summed()) * (ranks - 1) / ranks),
             expert_bytes=round(sent * self.experts / parallel * (1 - parallel / ranks)),
             exchange_bytes=self._exchanged(samples * per_sample),
             reductions=calls + self._small_calls(stage),
-            exchanges=0 if parallel == 1 else train.accumulation * self._mixtures() * 5,
+            exchanges=self._exchanges(),
         )
 
     def start_bytes(self, ranks: int) -> int:
@@ -170,26 +184,36 @@ class Plan:
         owned = self.dense // ranks + self.experts // ranks
         return Shares(local, owned, self.largest, self.piece)
 
-    def _passes(self, stage: int) -> tuple[int, int]:
+    def _passes(self, stage: int, ranks: int) -> tuple[int, int]:
         """Bytes of each parameter that go round a ring in a step, and the collectives of that.
 
         Stages 1 and 2 are what DeepSpeed 0.19 does: it reduces whole gradients to every rank, where
         the paper would send each part to its owner alone; 2 and 3 reduce every micro-batch.
         """
-        train = self.config.train
-        buckets = -(-(self.dense + self.experts) // BUCKET)
+        train, apart = self.config.train, self.expert_groups > 0
+        # experts of which ranks have others are reduced by themselves
+        buckets = -(-self._shares(ranks).local // BUCKET) * (1 + apart)
         often = train.accumulation if stage >= 2 else 1
         if stage == 0:
             return 2 * self.gradient_size, buckets
         if stage < 3:
             sent = 2 * often * self.gradient_size + self.size
-            return sent, buckets * often + self.groups
+            # DeepSpeed gathers nothing from a single rank, though it reduces its gradients
+            several = ranks > self.config.moe.expert_parallel
+            return sent, buckets * often + self.groups + self.expert_groups * several
         sent = often * (self.gradient_size + 2 * self.size)
         return sent, (buckets + 2 * len(list(self.model.parameters()))) * often
 
     def _small_calls(self, stage: int) -> int:
-        norms = self.groups if stage else 0
-        return 1 + norms + (self._mixtures() > 0) * self.config.train.accumulation
+        # norms of experts are added up over those that have them and then over all
+        norms = self.groups + 2 * self.expert_groups + (self.size != 4) if stage else 0
+        counts = (self._mixtures() > 0) * self.config.train.accumulation
+        return 1 + norms + counts + (self.step_sums > 0)
+
+    def _summed(self) -> int:
+        """Bytes of what a step adds up over ranks beside gradients."""
+        assignments = sum(len(m.usage) for m in self.model.modules() if isinstance(m, MoE))
+        return 8 * (assignments * self.config.train.accumulation + self.step_sums)
 
     def _updated(self, stage: int, ranks: int, local: int, owned: int) -> int:
         """Bytes that pass through memory, for parameters held here and those updated here."""
@@ -237,6 +261,14 @@ class Plan:
 
     def _mixtures(self) -> int:
         return sum(isinstance(module, MoE) for module in self.model.modules())
+
+    def _exchanges(self) -> int:
+        """All-to-alls: numbers of rows, rows there and back, and gradients likewise; what runs
+        twice asks for numbers and rows again."""
+        train = self.config.train
+        calls = 8 if train.activation_checkpointing else 5
+        apart = self.config.moe.expert_parallel > 1
+        return calls * apart * train.accumulation * self._mixtures()
 
     def _exchanged(self, tokens: int) -> int:
         """Rows there and back, and again for the gradients; what runs twice also sends twice."""

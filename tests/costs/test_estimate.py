@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from simvq_moe.cli import main
 from simvq_moe.config.flags import with_flags
@@ -135,9 +136,12 @@ def test_a_rank_sends_what_a_ring_makes_it_send() -> None:
     weights = 4 * (found.dense + found.experts)
     assert found.on(1, 16).dense_bytes + found.on(1, 16).expert_bytes == 0
     four = found.on(4, 4)
-    assert four.dense_bytes + four.expert_bytes == pytest.approx(3 * weights * 3 / 4, rel=1e-6)
+    counts = 2 * 8 * 2 * 8 * 2  # int64 of 8 experts of 2 layers, twice, each micro-batch
+    sent = (3 * weights + counts) * 3 / 4
+    assert four.dense_bytes + four.expert_bytes == pytest.approx(sent, rel=1e-6)
     second = plan("--train.accumulation 2 --train.zero_stage 2").on(4, 4)
-    assert second.dense_bytes + second.expert_bytes == pytest.approx(5 * weights * 3 / 4, rel=1e-6)
+    sent = (5 * weights + counts) * 3 / 4
+    assert second.dense_bytes + second.expert_bytes == pytest.approx(sent, rel=1e-6)
 
 
 def test_experts_on_several_ranks_travel_less_and_tokens_more() -> None:
@@ -290,17 +294,27 @@ def test_a_cluster_without_a_dry_run_or_a_batch_that_fits_is_refused(
     assert "train.batch_size 5" in capsys.readouterr().err
 
 
-def calls_of_a_step(world: World, folder: Path, flags: list[str]) -> list[tuple[str, int]]:
-    """Name and bytes of every collective of a step."""
+class Call(NamedTuple):
+    """A collective call."""
+
+    name: str
+    size: int
+    """Bytes."""
+    ranks: int
+
+
+def calls_of_a_step(world: World, folder: Path, flags: list[str]) -> list[Call]:
+    """Every collective call of a step."""
     where = ["--runs_dir", str(folder), "--data.cache_dir", str(folder / "cache")]
     config = with_flags(config_of(""), [*flags, *where], "train")
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    calls: list[tuple[str, int]] = []
+    calls: list[Call] = []
 
     def noted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             out = args[0] if args else kwargs["tensor" if "tensor" in kwargs else "output_tensor"]
-            calls.append((function.__name__, out.numel() * out.element_size()))
+            ranks = dist.get_world_size(kwargs.get("group"))
+            calls.append(Call(function.__name__, out.numel() * out.element_size(), ranks))
             return function(*args, **kwargs)
 
         return call
@@ -321,6 +335,14 @@ def calls_of_a_step(world: World, folder: Path, flags: list[str]) -> list[tuple[
         "--train.zero_stage 2 --train.accumulation 2",
         "--train.zero_stage 0",
         "--train.clip 1 --optimizer.weight_decay 0.1",
+        "--train.dtype bf16",
+        "--moe.balance.kind loss_free --train.accumulation 2",
+        "--moe.balance.kind quantile",
+        "--moe.router.whiten.kind full",
+        "--moe.expert_parallel 2 --train.accumulation 2",
+        "--moe.expert_parallel 2 --train.activation_checkpointing True",
+        "--moe.expert_parallel 2 --train.zero_stage 0",
+        "--moe.expert_parallel 2 --train.zero_stage 2 --optimizer.weight_decay 0.1",
     ],
 )
 def test_a_step_makes_the_collective_calls_that_are_said(
@@ -329,7 +351,10 @@ def test_a_step_makes_the_collective_calls_that_are_said(
     flags += f" --data.source {ROOT / 'tests' / 'moe'} --train.probe_tokens 0"
     calls = two_ranks(calls_of_a_step, tmp_path, flags.split())[0]
     rank = plan(flags).on(2, 8)
+    exchanges = [call for call in calls if call.name.startswith("all_to_all")]
+    others = [call for call in calls if call not in exchanges]
     # of two ranks each sends all of what it reduces, and half of what it gathers
-    sent = sum(size / (1 if name == "all_reduce" else 2) for name, size in calls)
-    assert len(calls) == rank.reductions
+    sent = sum(c.size / (1 if c.name == "all_reduce" else 2) for c in others if c.ranks == 2)
+    assert len(exchanges) == rank.exchanges
+    assert len(others) == rank.reductions
     assert sent == pytest.approx(rank.dense_bytes + rank.expert_bytes, rel=0.01)
