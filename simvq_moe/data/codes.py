@@ -64,7 +64,7 @@ class Form(TypedDict):
 class TokenizerReference:
     """The tokenizer whose codes these are."""
 
-    run: str
+    run: Annotated[str, Field(pattern=r"^[^\x00]+$")]
     """Folder of the tokenizer's run, relative to that of the shards."""
     weights_sha256: str
     """SHA-256 of every weight by name."""

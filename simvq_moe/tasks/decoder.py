@@ -12,9 +12,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from simvq_moe.config.loading import ConfigError
+from simvq_moe.config.schema import Config
 from simvq_moe.data.code_items import Item, window_of
-from simvq_moe.data.codes import CodeSequences, Manifest, read_manifest
-from simvq_moe.tasks.loading import load_run, take_weights
+from simvq_moe.data.codes import MANIFEST, CodeSequences, Manifest, read_manifest
+from simvq_moe.tasks.loading import NOT_BUILT, load_run, take_weights
 from simvq_moe.tasks.samples import Samples
 from simvq_moe.tasks.tokenizers import tokenizer_task
 
@@ -27,7 +28,8 @@ class Decoder:
         device: where the tokenizer runs.
 
     Raises:
-        ConfigError: the tokenizer's run is gone, or has other weights than those that encoded.
+        ConfigError: the tokenizer's run is gone, has other weights than those that encoded, or
+            makes no such samples as the manifest says.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -45,6 +47,34 @@ class Decoder:
         self.model = self.task.build_model(self.task.without_networks(config))
         take_weights(self.model, weights)
         self.model.eval().to(device)
+        if not self._makes_its_samples(config):
+            raise ConfigError(
+                f"{folder / MANIFEST} says {self._samples()}, which {run} does not make: encode "
+                "again into a new folder"
+            )
+
+    def _samples(self) -> str:
+        of = self.manifest
+        grid, shape = "x".join(map(str, of.grid)), "x".join(map(str, of.sample_shape))
+        rate = f" at {of.sample_rate} Hz" if of.sample_rate else ""
+        return f"{of.codes} codes in a grid of {grid} for samples of {shape}{rate}"
+
+    @torch.no_grad()
+    def _makes_its_samples(self, config: Config) -> bool:
+        """Whether samples of the manifest's sizes come out of the tokenizer: the folder may be
+        anybody's."""
+        of = self.manifest
+        if of.codes != config.quantizer.codes or of.sample_rate != self.task.sample_rate(config):
+            return False
+        if not any(of.samples.values()):  # no file bounds the grid, and nothing is decoded
+            return True
+        ids = torch.zeros((1, *of.grid, *of.row_shape[1:]), dtype=torch.int64, device=self.device)
+        try:
+            covered = self.model.decode(ids).shape[1:]
+        except NOT_BUILT:
+            return False
+        sides = zip(of.sample_shape, covered, strict=False)
+        return len(covered) == len(of.sample_shape) and all(side <= most for side, most in sides)
 
     @torch.no_grad()
     def decode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -434,6 +435,33 @@ def test_codes_whose_tokenizer_is_gone_or_another_are_refused(
     assert main([*command, str(tmp_path / "out2")]) == 2
     assert "has other weights than those that encoded" in capsys.readouterr().err
     assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"grid": [2, 8]}, {"grid": [16]}, {"sample_shape": [3, 16, 17]}, {"codes": 33}),
+        *({"sample_shape": [3, 2**30, 2**30]}, {"sample_shape": [3, 8, 8, 8, 8]}),
+        *({"sample_rate": 8000}, {"tokenizer": {"run": "a\0b"}}),
+    ],
+)
+def test_a_manifest_of_samples_that_the_tokenizer_does_not_make_is_refused(
+    changed: dict[str, Any],
+    encoded: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(encoded["image"] / "codes", tmp_path / "codes")
+    (tmp_path / "runs").symlink_to(encoded["image"] / "runs")
+    manifest = json.loads((tmp_path / "codes" / MANIFEST).read_text())
+    if "tokenizer" in changed:
+        changed = {"tokenizer": manifest["tokenizer"] | changed["tokenizer"]}
+    (tmp_path / "codes" / MANIFEST).write_text(json.dumps(manifest | changed))
+    out = tmp_path / "out"
+    assert main(["decode", str(tmp_path / "codes"), "--out", str(out)]) == 2
+    assert not out.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "codes/manifest.json" in line
 
 
 def test_a_run_on_codes_is_evaluated_on_codes_of_the_same_tokenizer_alone(
