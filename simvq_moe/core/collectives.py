@@ -10,6 +10,9 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+CALLS_OF_ENTROPY = 3
+"""Collective calls of `mean_assignment_entropy`: sums, their gradient, and the number of tokens."""
+
 
 def total(x: Tensor) -> Tensor:
     """The sum of x over all ranks."""

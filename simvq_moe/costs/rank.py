@@ -40,6 +40,7 @@ from simvq_moe.engine.optimizer import parameter_groups
 from simvq_moe.engine.settings import BUCKET, zero_stage
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
+from simvq_moe.quantizers import Quantizer
 
 ADAM_BYTES = 28
 """Memory traffic of an update in float32: weight, gradient and two moments read, three written."""
@@ -72,7 +73,8 @@ class RankCosts:
     """Bytes that the optimizer and the engine's copies of gradients and weights read and write."""
     dense_bytes: int
     """Bytes that the rank sends for gradients and weights of what all ranks share, and for the sums
-    that its tokens are added up in: counts of assignments, and what state follows steps by."""
+    that its tokens are added up in: counts of assignments, what state follows steps by, and what
+    codebooks do."""
     expert_bytes: int
     """Bytes that it sends for those of experts, to the ranks that hold the same ones."""
     exchange_bytes: int
@@ -208,12 +210,20 @@ class Plan:
         # norms of experts are added up over those that have them and then over all
         norms = self.groups + 2 * self.expert_groups + (self.size != 4) if stage else 0
         counts = (self._mixtures() > 0) * self.config.train.accumulation
-        return 1 + norms + counts + (self.step_sums > 0)
+        codes = sum(often * q.summing_calls for q, often in self._codebooks())
+        return 1 + norms + counts + (self.step_sums > 0) + codes
 
     def _summed(self) -> int:
         """Bytes of what a step adds up over ranks beside gradients."""
         assignments = sum(len(m.usage) for m in self.model.modules() if isinstance(m, MoE))
-        return 8 * (assignments * self.config.train.accumulation + self.step_sums)
+        codes = sum(often * q.summed_bytes for q, often in self._codebooks())
+        return 8 * (assignments * self.config.train.accumulation + self.step_sums) + codes
+
+    def _codebooks(self) -> list[tuple[Quantizer, int]]:
+        """Every codebook, and how often a step adds up what it has seen."""
+        found = [module for module in self.model.modules() if isinstance(module, Quantizer)]
+        passes = self.config.train.accumulation
+        return [(codebook, 1 if codebook.changes_by_steps else passes) for codebook in found]
 
     def _updated(self, stage: int, ranks: int, local: int, owned: int) -> int:
         """Bytes that pass through memory, for parameters held here and those updated here."""

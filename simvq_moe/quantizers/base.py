@@ -64,6 +64,17 @@ class AnyQuantizer(Pretrained, Stateful, ABC):
         """Numbers that ranks add up for it in a training step, beside gradients and single ones."""
         return 0
 
+    @property
+    def summed_bytes(self) -> int:
+        """Bytes of these numbers."""
+        return 4 * self.summed_numbers
+
+    @property
+    def summing_calls(self) -> int:
+        """Collective calls in which they are added up: of a step, or where nothing of it waits for
+        the end of the step, of a micro-batch."""
+        return 0
+
     @abstractmethod
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
         """Codes, ids and losses of packed rows."""

@@ -306,7 +306,7 @@ class Call(NamedTuple):
 def calls_of_a_step(world: World, folder: Path, flags: list[str]) -> list[Call]:
     """Every collective call of a step."""
     where = ["--runs_dir", str(folder), "--data.cache_dir", str(folder / "cache")]
-    config = with_flags(config_of(""), [*flags, *where], "train")
+    config = with_flags(Config(), [*flags, *where], "train")
     config.run_dir.mkdir(parents=True, exist_ok=True)
     calls: list[Call] = []
 
@@ -349,7 +349,7 @@ def test_a_step_makes_the_collective_calls_that_are_said(
     flags: str, tmp_path: Path, two_ranks: TwoRanks
 ) -> None:
     flags += f" --data.source {ROOT / 'tests' / 'moe'} --train.probe_tokens 0"
-    calls = two_ranks(calls_of_a_step, tmp_path, flags.split())[0]
+    calls = two_ranks(calls_of_a_step, tmp_path, [*SMALL, *flags.split()])[0]
     rank = plan(flags).on(2, 8)
     exchanges = [call for call in calls if call.name.startswith("all_to_all")]
     others = [call for call in calls if call not in exchanges]
@@ -358,3 +358,28 @@ def test_a_step_makes_the_collective_calls_that_are_said(
     assert len(exchanges) == rank.exchanges
     assert len(others) == rank.reductions
     assert sent == pytest.approx(rank.dense_bytes + rank.expert_bytes, rel=0.01)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "ema --quantizer.restart 0.5 --train.accumulation 2",
+        "ns_vq --quantizer.restart 0.5",
+        "running_map --quantizer.residual_levels 2",
+        "lfq --quantizer.codes 256",
+        "ibq --quantizer.residual_levels 2 --train.accumulation 2",
+    ],
+)
+def test_codebooks_add_up_in_a_step_what_is_said(
+    flags: str, tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    given = "--quantizer.codes 64 --quantizer.width 8 --data.image_size 16 --train.batch_size 8"
+    given += " --data.crops 64 --data.held_out_crops 16 --quantizer.kind " + (flags or "simvq")
+    calls = two_ranks(calls_of_a_step, tmp_path, given.split())[0]
+    config = with_flags(Config(), given.split(), "train")
+    rank = Plan(build_model(config), config).on(2, 4)
+    sent = sum(call.size / (1 if call.name == "all_reduce" else 2) for call in calls)
+    assert len(calls) == rank.reductions
+    assert sent == pytest.approx(rank.dense_bytes, rel=1e-3)

@@ -18,7 +18,7 @@ from simvq_moe.quantizers.kinds.vq import Init
 from simvq_moe.quantizers.options import RestartingOptions
 from simvq_moe.quantizers.parts.averaged import AveragedCodebook
 from simvq_moe.quantizers.parts.kmeans import assigned, kmeans
-from simvq_moe.quantizers.parts.restart import check_restart, restart_codes
+from simvq_moe.quantizers.parts.restart import CALLS, check_restart, restart_codes
 
 
 class EMAVQ(AveragedCodebook):
@@ -77,6 +77,10 @@ class EMAVQ(AveragedCodebook):
     @property
     def summed_numbers(self) -> int:
         return self.codes * (self.width + 1)  # sums of latents, and their numbers
+
+    @property
+    def summing_calls(self) -> int:
+        return 1 + (CALLS if self.restart else 0)
 
     @torch.no_grad()
     def update(

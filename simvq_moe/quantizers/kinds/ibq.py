@@ -12,7 +12,7 @@ from torch import Tensor
 
 from simvq_moe.config.ranges import FACTOR, Range, Weight
 from simvq_moe.config.registry import register
-from simvq_moe.core.collectives import mean_assignment_entropy
+from simvq_moe.core.collectives import CALLS_OF_ENTROPY, mean_assignment_entropy
 from simvq_moe.core.search.nearest import numbered
 from simvq_moe.quantizers.base import Quantized
 from simvq_moe.quantizers.codebook import SoftAssignment, mean_squared_error
@@ -89,6 +89,10 @@ class IBQ(VQ):
     def summed_numbers(self) -> int:
         # the mean assignment, and its gradient
         return 2 * self.codes if "token_entropy" in self.weights else 0
+
+    @property
+    def summing_calls(self) -> int:
+        return CALLS_OF_ENTROPY if "token_entropy" in self.weights else 0
 
     def _entropies(self, logits: Float[Tensor, "tokens codes"]) -> dict[str, Tensor]:
         log_p = (logits / self.temperature).log_softmax(1)

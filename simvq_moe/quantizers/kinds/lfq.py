@@ -18,7 +18,7 @@ from torch import Tensor
 from simvq_moe.config.quantizer import Own
 from simvq_moe.config.ranges import FACTOR, Range, Weight
 from simvq_moe.config.registry import register
-from simvq_moe.core.collectives import mean_assignment_entropy
+from simvq_moe.core.collectives import CALLS_OF_ENTROPY, mean_assignment_entropy
 from simvq_moe.core.search.nearest import numbered
 from simvq_moe.quantizers.base import AnyQuantizer, check_each_once
 from simvq_moe.quantizers.codebook import mean_squared_error
@@ -69,6 +69,10 @@ class LFQ(Grid):
     @property
     def summed_numbers(self) -> int:
         return 2 * self.codes  # the mean assignment, and its gradient
+
+    @property
+    def summing_calls(self) -> int:
+        return CALLS_OF_ENTROPY
 
     @property
     def scale(self) -> float:

@@ -60,6 +60,14 @@ class RunningMapVQ(AveragedCodebook):
     def summed_numbers(self) -> int:
         return 1 + self.width + self.width**2  # tokens, and their first and second moments
 
+    @property
+    def summed_bytes(self) -> int:
+        return 8 * self.summed_numbers
+
+    @property
+    def summing_calls(self) -> int:
+        return 1
+
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         self.weight.zero_()
         self._follow(z)

@@ -18,7 +18,7 @@ from simvq_moe.quantizers.base import Quantized
 from simvq_moe.quantizers.codebook import Quantizer, random_codebook
 from simvq_moe.quantizers.options import CodebookOptions, RestartingOptions
 from simvq_moe.quantizers.parts.kmeans import kmeans
-from simvq_moe.quantizers.parts.restart import check_restart, restart_codes
+from simvq_moe.quantizers.parts.restart import CALLS, check_restart, restart_codes
 
 Init = Literal["random", "kmeans"]
 
@@ -84,6 +84,10 @@ class VQ(Quantizer):
     @property
     def summed_numbers(self) -> int:
         return 0 if self.moved is None else self.codes  # draws; a restarted code adds its row
+
+    @property
+    def summing_calls(self) -> int:
+        return 0 if self.moved is None else 1 + CALLS
 
     @property
     def changes_by_steps(self) -> bool:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from simvq_moe.core.collectives import sample
 
+CALLS = 2
+"""Collective calls of a restart: the sizes of the parts, and the latents."""
+
 
 def check_restart(restart: float) -> None:
     """Raise ValueError unless the threshold lies below the draws that a restarted code is given."""
