@@ -15,6 +15,11 @@ if ! [[ "$ranks" =~ ^[1-9][0-9]*$ ]]; then
 fi
 devices=(--num_accelerators "$ranks")
 if [[ -n "${CUDA_VISIBLE_DEVICES:-}" && "${DS_ACCELERATOR:-}" != cpu ]]; then
+    if ! [[ "$CUDA_VISIBLE_DEVICES" =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+        echo "launch/local.sh: CUDA_VISIBLE_DEVICES $CUDA_VISIBLE_DEVICES: the deepspeed launcher knows GPUs" \
+            "by number alone: give their numbers (nvidia-smi -L)" >&2
+        exit 2
+    fi
     IFS=, read -ra named <<< "$CUDA_VISIBLE_DEVICES"
     if ((${#named[@]} < ranks)); then
         echo "launch/local.sh: CUDA_VISIBLE_DEVICES $CUDA_VISIBLE_DEVICES names ${#named[@]} GPUs <" \

@@ -112,6 +112,14 @@ def test_local_refuses_more_processes_than_gpus_that_are_named(launch: Path) -> 
     assert "CUDA_VISIBLE_DEVICES 2,3 names 2 GPUs < 3" in done.stderr
 
 
+def test_local_refuses_gpus_that_are_named_otherwise_than_by_number(launch: Path) -> None:
+    done = local(launch, "1", CUDA_VISIBLE_DEVICES="GPU-8932f937-d72c-4106-c12f-20bd9faed9f6")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "CUDA_VISIBLE_DEVICES GPU-8932f937-d72c-4106-c12f-20bd9faed9f6: " in line
+    assert "nvidia-smi -L" in line
+
+
 @pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (4, 2)])
 def test_the_quickstart_starts_with_any_number_of_gpus(launch: Path, gpus: int, ranks: int) -> None:
     tool(launch.parent, "simvq-moe", NOTED)

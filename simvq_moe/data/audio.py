@@ -338,9 +338,9 @@ def _split(
             for late in (False, True)
         )
     else:
-        usable = [one for one in usable if _side(one, "late").places(rate, least) > 0]
-        train = [_side(one, "early") for one in usable]
-        held_out = [_side(one, "late") for one in usable]
+        cut = [(one, _side(one, "early"), _side(one, "late")) for one in usable]
+        cut = [sides for sides in cut if min(side.places(rate, least) for side in sides) > 0]
+        usable, train, held_out = ([sides[i] for sides in cut] for i in range(3))
     used = {*(one.path for one in usable), *strange}
     skipped = [
         path

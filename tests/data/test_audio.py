@@ -239,6 +239,12 @@ def test_clips_longer_than_the_recordings_name_the_length(few: Path) -> None:
         clips(few, length=2_000)
 
 
+def test_recordings_too_short_to_be_cut_in_two_are_named(tmp_path: Path) -> None:
+    write_ramp(tmp_path / "a.wav", seconds=1 / RATE)
+    with pytest.raises(ConfigError, match="each cut in two"):
+        clips(tmp_path, length=1)
+
+
 def test_only_damaged_recordings_are_an_error(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.full(1_000, np.nan), RATE, subtype="FLOAT")
     with pytest.raises(ConfigError, match="holds no recording that is readable"):
