@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,9 @@ def files(folder: Path) -> dict[str, bytes]:
         ("report nowhere --out out", ["nowhere"]),
         ("report nothing --out out", ["nothing"]),
         ("report --out out", ["report needs runs"]),
+        ("report runs --out ''", ["--out", "'' is empty", "give a path"]),
+        ("train --config ''", ["--config", "'' is empty"]),
+        ("eval ''", ["'' is empty"]),
         ("dashboard nowhere", ["nowhere does not exist"]),
         ("bench quantiser", ["quantiser", "quantizer"]),
         ("trian", ["unknown command 'trian'", "Did you mean train"]),
@@ -86,7 +90,7 @@ def test_bad_input_exits_2_with_one_line_and_writes_nothing(
     here: Path, capsys: pytest.CaptureFixture[str], command: str, words: list[str]
 ) -> None:
     before = files(here)
-    assert main(command.split()) == 2
+    assert main(shlex.split(command)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1, captured.err

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 import tyro
@@ -185,21 +186,24 @@ def unknown_flags(flags: Sequence[str], known: Sequence[str]) -> ConfigError:
 
 
 def _rules() -> ConstructorRegistry:
-    """How tyro reads integers, also as 1e3, and truth, also as true, and what it shows of a
-    component."""
+    """How tyro reads integers, also as 1e3, truth, also as true, and paths, but for the empty one,
+    and what it shows of a component."""
     registry = ConstructorRegistry()
+    words: dict[Any, tuple[str, Callable[[Sequence[str]], Any]]]
+    words = {int: ("INT", _integer_word), bool: ("{True,False}", _truth), Path: ("PATH", _path)}
 
     @registry.primitive_rule
     def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         kind: Any = info.type
-        if kind not in (int, bool):
+        if kind not in words:
             return None
-        metavar, read = ("INT", _integer_word) if kind is int else ("{True,False}", _truth)
+        metavar, read = words[kind]
+        concrete = type(Path()) if kind is Path else kind  # True is no integer
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar=metavar,
             instance_from_str=read,
-            is_instance=lambda value: type(value) is kind,
+            is_instance=lambda value: type(value) is concrete,
             str_from_instance=lambda value: [str(value)],
         )
 
@@ -237,3 +241,9 @@ def _truth(words: Sequence[str]) -> bool:
     if words[0] not in TRUTHS:
         raise ValueError(f"{shown(words[0])} is neither True nor False")
     return TRUTHS[words[0]]
+
+
+def _path(words: Sequence[str]) -> Path:
+    if not words[0]:  # which Path takes for the working directory
+        raise ValueError("'' is empty: give a path, or leave it out")
+    return Path(words[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.engine.devices import this_device
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.tasks.loading import load_run, take_weights
 from simvq_moe.tasks.registry import task_of
 from simvq_moe.training.evaluation import evaluate
@@ -42,7 +43,13 @@ def evaluate_run(
 
 
 def with_source(config: Config, source: str) -> Config:
-    """The config that reads another source, held-out part and all."""
+    """The config that reads another source, held-out part and all.
+
+    Raises:
+        ConfigError: it is empty.
+    """
+    if not source.strip():
+        raise ConfigError(f"--data {source!r} is empty: give a source, or leave it out")
     return replace(config, data=replace(config.data, source=source, held_out_source=None))
 
 

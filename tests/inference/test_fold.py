@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
+from simvq_moe.inference import fold
 from simvq_moe.tasks.registry import build_model
 from tests.short_training import train_two_steps
 
@@ -118,3 +122,12 @@ def test_another_source_is_read_with_the_tokenizer_of_the_run(
     encoded = list((tmp_path / "cache").glob("text-*/tokenizer.json"))
     assert len(encoded) == 3
     assert all(file.read_bytes() == tokenizer for file in encoded)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_tokenizer_that_is_no_regular_file_is_not_passed_over(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"tokenizer.json"):
+        fold._tokenizer(tmp_path, Config())
