@@ -43,14 +43,15 @@ def evaluate_run(
 
 
 def with_source(config: Config, source: str) -> Config:
-    """The config that reads another source, held-out part and all.
+    """The config that reads another source, held-out part and all, in place of whatever it read.
 
     Raises:
         ConfigError: it is empty.
     """
     if not source.strip():
         raise ConfigError(f"--data {source!r} is empty: give a source, or leave it out")
-    return replace(config, data=replace(config.data, source=source, held_out_source=None))
+    alone = {"held_out_source": None, "sources": (), "source_weights": ()}
+    return replace(config, data=replace(config.data, source=source, **alone))
 
 
 def _with_cache(config: Config, cache_dir: Path | None) -> Config:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
+from simvq_moe.config.checks import check
+from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
 from simvq_moe.inference.evaluate import with_source
+from simvq_moe.tasks.text import LanguageModelTask
+from tests.training.test_streams import flags, write_rows
 
 
 def test_an_empty_source_is_refused_and_not_taken_for_the_working_directory() -> None:
     with pytest.raises(ConfigError, match=r"--data '' is empty: give a source"):
         with_source(Config(), "")
+
+
+def test_another_source_is_measured_in_place_of_a_whole_mixture(tmp_path: Path) -> None:
+    red, blue, other = (str(write_rows(tmp_path / name)) for name in ("red", "blue", "other"))
+    mixture = ("--data.sources", red, blue, "--data.source_weights", "2", "1")
+    config = with_flags(Config(), flags(tmp_path, "mixture", *mixture), "train")
+    config = with_source(config, other)
+    check(config)
+    task = LanguageModelTask.of_run(config, run_dir=tmp_path)
+    text = task.corpus.decode(np.asarray(task.corpus.held_out.tokens))
+    assert "other " in text
+    assert not {"red", "blue"} & set(text.split())
