@@ -53,7 +53,7 @@ def mean_assignment_entropy(
         all_ranks: over the tokens of all ranks, which call it together; in evaluation they may have
             different numbers of batches.
     """
-    number = summed.new_tensor(tokens)
+    number = summed.new_full((), tokens)  # made on the device: a copy of it would wait
     if all_ranks:
         summed, number = differentiable_total(summed), total(number)
     # the slope of -p log p at 0 is infinite, and the probability of a far code underflows to 0
@@ -63,7 +63,7 @@ def mean_assignment_entropy(
 
 def share_of_tokens(tokens: int, like: Tensor) -> Float[Tensor, ""]:
     """This rank's tokens over their mean over ranks; 0 where no rank has any."""
-    mine = torch.tensor(float(tokens), dtype=like.dtype, device=like.device)
+    mine = like.new_full((), float(tokens))
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     return ranks * mine / total(mine).clamp_min(1)
 

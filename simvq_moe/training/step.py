@@ -98,7 +98,7 @@ class OptimizerStep:
             if self.has_step_state:
                 with self.phase("optimizer"):
                     after_step(self.model)
-            sums.add({"grad_norm": torch.tensor(norm, device=self.world.device)})
+            sums.add({"grad_norm": torch.full((), norm, device=self.world.device)})
         return outcome
 
     def _forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
