@@ -44,8 +44,14 @@ def files(folder: Path) -> dict[str, bytes]:
     ("command", "words"),
     [
         ("train --moe.exprets 8", ["--moe.exprets", "Did you mean moe.experts"]),
+        ("train --train.warmup 5", ["--train.warmup 5", "Did you mean optimizer.warmup_steps?"]),
         ("train --moe.experts many", ["--moe.experts", "many"]),
         ("train --moe.top_k 3 --moe.experts 2", ["moe.top_k 3 > moe.experts 2"]),
+        ("train --moe.experts 8", ["moe.experts 8 with task 'image_tokenizer'", "drop it"]),
+        (
+            "train --task language_model --quantizer.kind vq",
+            ["only 'audio_tokenizer' and 'image_tokenizer' have it"],
+        ),
         ("train --quantizer.codes 1", ["quantizer.codes 1", "at least 2"]),
         ("train --data.source nowhere", ["data.source", "nowhere", "photos"]),
         ("train --data.source nothing", ["data.source", "nothing"]),

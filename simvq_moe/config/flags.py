@@ -218,9 +218,11 @@ def _component(options: Options) -> StructConstructorSpec:
     """The options of the kind in force, and the names of all kinds."""
     family = family_of(type(options))
     assert family is not None
-    types, docs = get_type_hints(type(options), include_extras=True), field_docs(type(options))
+    types = get_type_hints(type(options), include_extras=True)
+    docs = dict(field_docs(type(options)))  # a copy, because those are kept
     types["kind"] = Literal[tuple(kinds(family))]  # pyright: ignore[reportInvalidTypeForm]
-    docs["kind"] = f"{docs['kind']} The options below are those of {options.kind!r}.".strip()
+    own = "The options below are those of" if len(types) > 1 else "There are no options of"
+    docs["kind"] = f"{docs['kind']} {own} {options.kind!r}.".strip()
     return StructConstructorSpec(
         instantiate=type(options),
         fields=tuple(

@@ -154,6 +154,7 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     close = (
         (difflib.get_close_matches(word, whole, n=1, cutoff=0.8) if leaf == word else [])
         or [key for key in known if key.endswith(f".{leaf}")][:2]
+        or [key for key in known if leaf in key.rsplit(".", 1)[-1].split("_")][:2]
         or difflib.get_close_matches(word, known, n=2, cutoff=0.6)
         or [
             key

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from simvq_moe.config.loading import flatten
+from simvq_moe.config.checks_moe import with_gates
+from simvq_moe.config.loading import changed
 from simvq_moe.config.plugins import load_installed_plugins
 from simvq_moe.config.registry import import_all
 from simvq_moe.config.schema import Config
@@ -54,20 +55,23 @@ def task_of(config: Config) -> type[Any]:
 
 
 def task_problems(config: Config) -> Iterator[str]:
-    """What each task says of its sections, and options of tasks that are not the config's."""
+    """What each task says of its sections, and what is set of tasks that are not the config's.
+
+    Args:
+        config: one whose gates are spelled out.
+    """
     for task in dict.fromkeys(tasks()):
         yield from task.problems(config)
-    owners: dict[str, list[str]] = {}
+    owners: dict[str, dict[str, None]] = {}
     for task in tasks():
-        for key in task.own_options:
-            owners.setdefault(key, []).append(task.name)
-    values, defaults = flatten(config), flatten(Config())
-    for key, names in owners.items():
-        if config.task not in names and values[key] != defaults[key]:
-            having = " and ".join(map(repr, dict.fromkeys(names)))
-            yield (
-                f"{key} {values[key]!r} with task {config.task!r}: only {having} has it: drop it"
-            )
+        for key in (*task.own_options, *task.sections):
+            owners.setdefault(key, {})[task.name] = None
+    for key, value in changed(config, with_gates(Config())).items():
+        names = owners.get(key) or owners.get(key.partition(".")[0]) or {config.task: None}
+        if config.task not in names:
+            having = " and ".join(map(repr, names))
+            has = "has" if len(names) == 1 else "have"
+            yield f"{key} {value!r} with task {config.task!r}: only {having} {has} it: drop it"
 
 
 def without_other_tasks(config: Config) -> dict[str, Any]:

@@ -136,6 +136,9 @@ def test_help_has_a_line_for_every_field(capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     for key in flatten(Config()):
         assert f"--{key} " in printed
+    words = " ".join(printed.replace("│", " ").split())
+    assert words.count("The options below are those of 'simvq'.") == 1
+    assert words.count("There are no options of 'none'.") >= 1
     bare = [line for line in printed.splitlines() if line.strip(" │").startswith("(default")]
     # tyro puts the default on a line of its own where a description fills the line before
     for line in bare:
