@@ -114,8 +114,8 @@ def init(args: Sequence[str]) -> int:
         print(f"init: {folder}/; {folder}/local.sh 2 --config RECIPE starts a run", file=sys.stderr)
         return 0
     out = options.out or Path(f"{Path(options.recipe).stem}.yaml")
-    copy_out(options.recipe, out)
-    print(f"init: {out}; it runs by --config {out}", file=sys.stderr)
+    command = copy_out(options.recipe, out)
+    print(f"init: {out}; it runs by {command or f'--config {out}'}", file=sys.stderr)
     return 0
 
 

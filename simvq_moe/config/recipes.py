@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,22 +61,30 @@ def recipe_file(path: Path) -> Path:
 def recipes() -> Iterator[Recipe]:
     """All that have a header, configs before sweeps, in the order of their names."""
     for file in sorted(folder().rglob("*.yaml"), key=lambda file: (len(file.parts), file)):
-        said: dict[str, str] = {}
-        for line in itertools.takewhile(
-            lambda line: line[:1] == "#", file.read_text().splitlines()
-        ):
-            start, _, rest = line[1:].strip().partition(":")
-            if start in FIELDS:
-                said[start] = rest.strip()
-            elif said:
-                said[next(reversed(said))] += f" {line[1:].strip()}"
+        said = _header(file.read_text())
         if FIELDS[0] in said:
             name = file.relative_to(folder()).with_suffix("").as_posix()
             yield Recipe(name, *(said.get(field, "") for field in FIELDS))
 
 
-def copy_out(name: str, out: Path) -> None:
-    """Copy a recipe to a file of the user's; configs that a sweep names become names of recipes.
+def _header(text: str) -> dict[str, str]:
+    """What the comment that a file begins with says, by field."""
+    said: dict[str, str] = {}
+    for line in itertools.takewhile(lambda line: line[:1] == "#", text.splitlines()):
+        start, _, rest = line[1:].strip().partition(":")
+        if start in FIELDS:
+            said[start] = rest.strip()
+        elif said:
+            said[next(reversed(said))] += f" {line[1:].strip()}"
+    return said
+
+
+def copy_out(name: str, out: Path) -> str:
+    """Copy a recipe to a file of the user's; configs that a sweep names become names of recipes,
+    and its header names the copy.
+
+    Returns:
+        The command that runs the copy; "": it has no header.
 
     Raises:
         ConfigError: there is no such recipe, or the file is there already.
@@ -89,7 +98,10 @@ def copy_out(name: str, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     # a sweep's configs are named relative to its file: ../image_quickstart.yaml
     text = re.sub(r"(\bconfig: *)\.\./([\w/-]+)\.yaml", r"\1\2", file.read_text())
+    ours = f"--config {FOLDER}/{file.relative_to(folder()).as_posix()}"
+    text = text.replace(ours, f"--config {shlex.quote(str(out))}")
     write_atomically(out, text)
+    return _header(text).get("Command", "")
 
 
 def copy_scripts(out: Path) -> None:

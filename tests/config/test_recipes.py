@@ -62,6 +62,23 @@ def test_a_sweep_is_planned_by_name_and_from_its_copy(tmp_path: Path) -> None:
     assert [run.config for run in by_name.runs] == [run.config for run in copied.runs]
 
 
+def test_a_copy_says_the_command_that_runs_the_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for recipe, command in (
+        ("image_quickstart", "simvq-moe train --config mine.yaml"),
+        ("sweeps/moe", "simvq-moe sweep --config mine.yaml --ranks 2"),
+        (
+            "sweeps/moe_gpu",
+            "simvq-moe sweep --config configs/sweeps/moe.yaml --config mine.yaml --ranks 8",
+        ),
+    ):
+        assert main(["init", recipe, "--out", "mine.yaml"]) == 0
+        assert capsys.readouterr().err == f"init: mine.yaml; it runs by {command}\n"
+        assert f"# Command:  {command}\n" in (tmp_path / "mine.yaml").read_text()
+        (tmp_path / "mine.yaml").unlink()
+
+
 def test_a_copy_is_refused_where_it_would_lie_on_a_file_and_for_no_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
