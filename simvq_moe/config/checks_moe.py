@@ -20,6 +20,12 @@ def with_gates(config: Config) -> Config:
     return replace(config, moe=replace(config.moe, gates=config.moe.convention))
 
 
+def with_default_gates(config: Config) -> Config:
+    """The config without the convention of its gates where it is the one that is taken unasked."""
+    unasked = replace(config.moe, gates=MoEConfig().gates)
+    return replace(config, moe=unasked) if unasked.convention == config.moe.gates else config
+
+
 def moe_problems(config: Config) -> Iterator[str]:
     """What of the config's mixtures can't run, key, value and way out.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from simvq_moe.config.checks_moe import with_gates
+from simvq_moe.config.checks_moe import with_default_gates
 from simvq_moe.config.loading import changed
 from simvq_moe.config.plugins import load_installed_plugins
 from simvq_moe.config.registry import import_all
@@ -55,18 +55,14 @@ def task_of(config: Config) -> type[Any]:
 
 
 def task_problems(config: Config) -> Iterator[str]:
-    """What each task says of its sections, and what is set of tasks that are not the config's.
-
-    Args:
-        config: one whose gates are spelled out.
-    """
+    """What each task says of its sections, and what is set of tasks that are not the config's."""
     for task in dict.fromkeys(tasks()):
         yield from task.problems(config)
     owners: dict[str, dict[str, None]] = {}
     for task in tasks():
         for key in (*task.own_options, *task.sections):
             owners.setdefault(key, {})[task.name] = None
-    for key, value in changed(config, with_gates(Config())).items():
+    for key, value in changed(with_default_gates(config)).items():
         names = owners.get(key) or owners.get(key.partition(".")[0]) or {config.task: None}
         if config.task not in names:
             having = " and ".join(map(repr, names))

@@ -135,11 +135,11 @@ def image_crops(
         warn_skipped(source, split.too_small(), [part.picture for part in split.small])
     warn_skipped(source, f"images of more than {MOST_PIXELS:,} pixels", split.too_large)
     if len(sets[0]) < crops or len(sets[1]) < held_out_crops:
+        cut = "; a few images are each cut in two, and the right part, which is held out, is narrow"
         raise ConfigError(
             f"data.source {source!r} holds no image that is readable and large enough for "
             f"data.image_size {size}: lower it, set data.shorter_side, or give more or larger "
-            "images; a few images are each cut in two, and the right part, which is held out, is "
-            f"narrow{split.why_so_few()}"
+            f"images{cut if split.train else ''}{split.why_so_few()}"
         )
     return sets[0], sets[1]
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from simvq_moe.config.checks_moe import with_default_gates
 from simvq_moe.config.loading import changed, mapping_to_yaml, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.config.tasks import without_other_tasks
@@ -88,8 +89,8 @@ class RunMeta:
 
 def differing(config: Config) -> str:
     """What of a config is not as it is by default, a key a line; config.yaml has all of it."""
-    mine = without_other_tasks(config)
-    found = {key: value for key, value in changed(config).items() if key.split(".")[0] in mine}
+    mine, given = without_other_tasks(config), changed(with_default_gates(config))
+    found = {key: value for key, value in given.items() if key.split(".")[0] in mine}
     return f"{config.run_dir / CONFIG}, where not as by default:\n{mapping_to_yaml(found)}"
 
 

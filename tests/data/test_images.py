@@ -173,7 +173,7 @@ def test_images_that_are_all_too_small_are_refused_with_the_size_that_they_need(
     with pytest.raises(ConfigError, match=r"data\.image_size 24: lower it") as error:
         crops(many, size=24)
     assert str(error.value).endswith(
-        "; 40 are images smaller than 24 x 24 pixels (the largest of them: 20 x 20)"
+        "larger images; 40 are images smaller than 24 x 24 pixels (the largest of them: 20 x 20)"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from simvq_moe.config.checks_moe import with_gates
 from simvq_moe.config.loading import with_overrides
 from simvq_moe.config.schema import Config
 from simvq_moe.training.meta import differing
@@ -21,3 +22,12 @@ def test_a_run_prints_what_differs_from_the_defaults_and_of_its_own_task() -> No
     language = replace(config, task="language_model")
     assert "moe.experts: 8" in differing(language)
     assert "quantizer" not in differing(language)
+
+
+def test_gates_are_named_where_they_are_not_those_that_are_taken_unasked() -> None:
+    changes = {"task": "language_model", "moe": {"top_k": 1, "experts": 8}}
+    unasked = with_gates(with_overrides(Config(), changes, "test"))
+    assert unasked.moe.gates == "softmax_topk"
+    assert "gates" not in differing(unasked)
+    asked = replace(unasked, moe=replace(unasked.moe, top_k=2))
+    assert "moe.gates: softmax_topk" in differing(asked)
