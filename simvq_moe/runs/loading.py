@@ -11,6 +11,7 @@ from pathlib import Path
 from simvq_moe.config.loading import ConfigError, merge_files
 from simvq_moe.config.schema import Config, on_one_rank
 from simvq_moe.files.tensors import StoredWeights, read_safetensors
+from simvq_moe.files.yaml import read_yaml
 from simvq_moe.runs import checkpoint
 
 FOLDED = "model.safetensors"
@@ -31,5 +32,15 @@ def read_run(run_dir: Path) -> tuple[Config, StoredWeights]:
     else:
         weights = checkpoint.newest_weights(run_dir / "checkpoints")
         if weights is None:
-            raise ConfigError(f"{run_dir} has no checkpoint: train it first")
+            raise ConfigError(f"{run_dir} has no checkpoint: {_way_out(run_dir)}")
     return config, weights
+
+
+def _way_out(run_dir: Path) -> str:
+    """What to do where there are no weights; records of `UsageCallback` say no task."""
+    if "task" in read_yaml(run_dir / "config.yaml"):
+        return "train it first"
+    return (
+        "it holds records of a trainer that keeps its model elsewhere: `simvq-moe watch` and "
+        "`dashboard` show them"
+    )

@@ -190,6 +190,19 @@ def test_a_manifest_of_another_schema_is_passed_over_by_name(
     assert f"is skipped: its manifest.json has {key}" in caplog.text or "ranks have" in caplog.text
 
 
+def test_records_of_another_trainer_are_told_from_a_run_without_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    written = tmp_path / "config.yaml"
+    for content, way in (
+        (to_yaml(Config()), "train it first"),
+        ("name: a\ntrain:\n  steps: 4\n", "records of a trainer that keeps its model elsewhere"),
+    ):
+        written.write_text(content)
+        with pytest.raises(ConfigError, match=f"has no checkpoint: .*{way}"):
+            load_run(tmp_path)
+
+
 def test_only_folders_named_like_steps_are_checkpoints(text_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(text_run, run)
