@@ -149,20 +149,29 @@ def first_difference(old: Any, new: Any) -> str | None:
 def suggestion(word: str, known: Sequence[str]) -> str:
     """ " Did you mean ...?" with the closest known words, or nothing."""
     word = word[:SHOWN]
-    leaf = word.rsplit(".", 1)[-1]
+    leaf = _leaf(word)
     whole = [key for key in known if "." not in key]
+    by_likeness = sorted(known, key=lambda key: -_likeness(word, key))
     close = (
         (difflib.get_close_matches(word, whole, n=1, cutoff=0.8) if leaf == word else [])
-        or [key for key in known if key.endswith(f".{leaf}")][:2]
-        or [key for key in known if leaf in key.rsplit(".", 1)[-1].split("_")][:2]
-        or difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+        or [key for key in by_likeness if _leaf(key) == leaf]
+        or [key for key in by_likeness if leaf in _leaf(key).split("_")]
         or [
             key
-            for key in known
-            if difflib.SequenceMatcher(None, leaf, key.rsplit(".")[-1]).ratio() > 0.75
-        ][:2]
-    )
+            for key in difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+            if _likeness(leaf, _leaf(key)) > 0.5
+        ]
+        or [key for key in known if _likeness(leaf, _leaf(key)) > 0.75]
+    )[:2]
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def _leaf(key: str) -> str:
+    return key.rsplit(".", 1)[-1]
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -8,7 +8,15 @@ import pytest
 
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError, first_difference, flatten, merge_files, to_yaml
+from simvq_moe.config.loading import (
+    ConfigError,
+    first_difference,
+    flatten,
+    key_names,
+    merge_files,
+    suggestion,
+    to_yaml,
+)
 from simvq_moe.config.schema import Config
 
 
@@ -128,6 +136,22 @@ def test_the_first_difference_names_key_and_both_values() -> None:
     other = with_flags(Config(), ["--moe.experts", "8"], "train")
     assert first_difference(Config(), other) == "moe.experts was 64 and is now 8"
     assert first_difference(other, other) is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("train.step", "train.steps"),
+        ("train.lr", "optimizer.lr"),
+        ("train.warmup", "optimizer.warmup_steps"),
+        ("train.batch", "train.batch_size or train.eval_batch_size"),
+        ("moe.rooter.kind", "moe.router.kind or moe.router.map.kind"),
+        ("moe.whiten.kind", "moe.router.whiten.kind or moe.router.kind"),
+        ("quantizer.code", "quantizer.codes"),
+    ],
+)
+def test_the_likeliest_keys_are_named_and_no_unlike_one(wrong: str, meant: str) -> None:
+    assert suggestion(wrong, sorted(key_names(Config))) == f" Did you mean {meant}?"
 
 
 def test_help_has_a_line_for_every_field(capsys: pytest.CaptureFixture[str]) -> None:
