@@ -65,7 +65,7 @@ def task_problems(config: Config) -> Iterator[str]:
     for key, value in changed(with_default_gates(config)).items():
         names = owners.get(key) or owners.get(key.partition(".")[0]) or {config.task: None}
         if config.task not in names:
-            having = " and ".join(map(repr, names))
+            having = " and ".join(map(repr, sorted(names)))  # tasks stand as they were imported
             has = "has" if len(names) == 1 else "have"
             yield f"{key} {value!r} with task {config.task!r}: only {having} {has} it: drop it"
 
