@@ -18,6 +18,7 @@ EXPERTS = ("moe", "experts")
 WHITENING = ("whitening", "experts")
 EXPONENT = ("exponent", "experts")
 MUON = ("muon", "experts")
+EQUAL = ("equal_terms", "experts")
 SELVES = ("self_selecting", "self_selecting")
 IN_THE_TABLE = {
     "expert_out": "shared map after the experts",
@@ -82,7 +83,13 @@ MUONS = {
     "muon": "Muon on the router",
     "whitened": "whitened router input, AdamW (control)",
 }
+EQUALS = {
+    "expert_out": "**shared map after the experts**",
+    "expert_out_separate": "one map for each expert (control)",
+    "expert_out_fast": "shared map at five times the learning rate",
+}
 TABLES = (
+    (EQUAL, "base", EQUALS),
     (EXPERTS, "base", IN_THE_TABLE),
     (WHITENING, "base", WHITENED),
     (EXPONENT, "p_0", EXPONENTS),
@@ -163,6 +170,45 @@ SENTENCES: tuple[tuple[tuple[str, str], str, str, str, str], ...] = (
     ),
     (MUON, "whitened", "muon", ENTROPY, "stays {mean:.3f} above Muon " + RANGE),
     (MUON, "whitened", "muon", BYTES, "at bits per byte {mean:+.3f} " + RANGE),
+    (
+        EQUAL,
+        "expert_out",
+        "base",
+        ENTROPY,
+        "gained {mean:+.3f} ({low:+.3f} to {high:+.3f}, {agree} of {n} pairs)",
+    ),
+    (
+        EQUAL,
+        "expert_out",
+        "base",
+        ENTROPY,
+        "{mean:+.3f} with the map ({low:+.3f} to {high:+.3f}, {agree} of {n} pairs, p {p:.4f})",
+    ),
+    (EQUAL, "expert_out", "base", ENTROPY, "gained {mean:.3f} (eight pairs, " + RANGE[1:]),
+    (
+        EQUAL,
+        "expert_out_separate",
+        "base",
+        ENTROPY,
+        "one map for each expert {mean:+.3f}: it is not",
+    ),
+    (EQUAL, "expert_out_separate", "base", ENTROPY, "one map for each expert {mean:.3f}."),
+    (EQUAL, "expert_out_fast", "base", ENTROPY, "entropy {mean:+.3f} where it learns five times"),
+    (EQUAL, "expert_out", "base", BYTES, "five times as fast, bits per byte {mean:+.3f} " + RANGE),
+    (
+        EQUAL,
+        "expert_out_separate",
+        "expert_out",
+        ENTROPY,
+        "{mean:.3f} below it (-{high:.3f} to -{low:.3f}) on equal terms",
+    ),
+    (
+        EQUAL,
+        "expert_out_separate",
+        "expert_out",
+        ENTROPY,
+        "{mean:.3f} below one map for each (-{high:.3f} to -{low:.3f}, {agree} of {n} pairs)",
+    ),
     (SELVES, "map_learned", "learned", ENTROPY, "entropy {mean:+.3f} with the map " + RANGE),
     (SELVES, "map_learned", "learned", BYTES, "bits per byte " + SPREAD),
     (SELVES, "map_frozen", "frozen", ENTROPY, "{mean:+.3f} " + RANGE),
@@ -226,6 +272,14 @@ def test_tables_of_differences_are_those_of_the_reports(
     cell = "{mean:+.3f} ({low:+.3f}, {high:+.3f})"
     cells = [cell.format(**compared(where, arm, baseline, metric)) for metric in (BYTES, ENTROPY)]
     assert f"| {label} | {' | '.join(cells)} |" in readme
+
+
+def test_the_shares_in_use_on_equal_terms_are_those_of_the_report(readme: str) -> None:
+    used = "val/moe/mean/used"
+    means = [100 * float(values(EQUAL, arm, used).mean()) for arm in ("expert_out", "base")]
+    with_map, without = means
+    assert f"{with_map:.0f} % of them in use with the map and {without:.0f} % without" in readme
+    assert f"{with_map:.0f} % of the experts are in use with the map and {without:.0f} %" in readme
 
 
 @pytest.mark.parametrize("arm", CODES)
