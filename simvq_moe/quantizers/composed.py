@@ -185,6 +185,8 @@ class GroupedQuantizer(_Composed):
         return torch.stack([head.assign(share) for head, share in self._shares(z)], 1)
 
     def lookup(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
+        if (heads := ids.shape[-self.id_axes]) != len(self.parts):
+            raise ValueError(f"ids of {heads} heads, but there are {len(self.parts)}")
         return torch.cat(self._codes(ids, dtype), -1)
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:

@@ -256,11 +256,13 @@ def test_sources_with_a_recording_pass_the_check(few: Path) -> None:
     check_source(str(few))
 
 
-def lazy(source: Path | str, rate: int = RATE, memory: int = 0) -> tuple[LazyClips, LazyClips]:
+def lazy(
+    source: Path | str, rate: int = RATE, memory: int = 0, length: int = LENGTH
+) -> tuple[LazyClips, LazyClips]:
     train, late = audio_clips(
         str(source),
         sample_rate=rate,
-        length=LENGTH,
+        length=length,
         clips=200,
         held_out_clips=100,
         seed=0,
@@ -323,19 +325,7 @@ def test_digests_tell_rates_and_lengths_apart_also_where_every_clip_is_a_whole_r
     many: Path,
 ) -> None:
     settings = [(RATE, 60), (2 * RATE, 120), (RATE // 2, 30)]
-    found = [
-        part.digest()
-        for rate, length in settings
-        for part in audio_clips(
-            str(many),
-            sample_rate=rate,
-            length=length,
-            clips=50,
-            held_out_clips=20,
-            seed=0,
-            memory=0,
-        )
-    ]
+    found = [part.digest() for rate, length in settings for part in lazy(many, rate, length=length)]
     windows = [
         recording_windows(str(many), sample_rate=rate, length=length)
         for rate, length in (*settings, (RATE, 70))

@@ -106,3 +106,10 @@ def test_grids_of_levels_come_back_as_they_were_saved(tmp_path: Path) -> None:
         loaded = AnyQuantizer.from_pretrained(tmp_path)
         assert torch.equal(loaded(z).ids, quantizer(z).ids)
         assert torch.equal(loaded(z).z_q, quantizer(z).z_q)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_ids_of_another_number_of_heads_are_refused(heads: int) -> None:
+    grouped = GroupedQuantizer([FSQ([5]), LFQ(1)])
+    with pytest.raises(ValueError, match=f"ids of {heads} heads, but there are 2"):
+        grouped.decode(torch.zeros(4, heads, dtype=torch.int64))
