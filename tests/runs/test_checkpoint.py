@@ -425,7 +425,6 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tiny: Config, world: W
     ("flags", "refused"),
     [
         (("--train.zero_stage", "2"), False),
-        (("--moe.expert_parallel", "2"), False),
         (("--train.log_every", "3", "--train.eval_every", "5", "--train.save_every", "7"), False),
         (("--train.on_not_finite", "skip", "--train.timeout_s", "60"), False),
         (("--train.steps", "900"), False),
@@ -443,3 +442,10 @@ def test_only_the_layout_of_a_run_may_change(
             check_launch(changed, 2)
     else:
         check_launch(changed, 2)
+
+
+def test_experts_may_be_split_over_another_number_of_ranks(tmp_path: Path) -> None:
+    text = with_flags(Config(), (*TEXT, "--runs_dir", str(tmp_path)), "train")
+    text.run_dir.mkdir()
+    (text.run_dir / "config.yaml").write_text(to_yaml(text))
+    check_launch(with_flags(text, ("--moe.expert_parallel", "2"), "train"), 2)
