@@ -18,6 +18,8 @@ step. `follow_steps` lets them wait for `after_step` instead, which gradient acc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -91,6 +93,25 @@ def follow_steps(model: nn.Module) -> None:
     """Let state change in `after_step` alone from now on, in no forward pass."""
     for module in followers(model):
         module.waits = True
+
+
+@contextmanager
+def one_step(model: nn.Module) -> Iterator[None]:
+    """Forward passes inside are one step of the modules for which each of them is one by itself."""
+    alone = [module for module in followers(model) if not module.waits]
+    for module in alone:
+        module.waits = True
+    try:
+        yield
+    except BaseException:
+        for module in alone:
+            module.drop_step()
+        raise
+    finally:
+        for module in alone:
+            module.waits = False
+    for module in alone:
+        module.end_step()
 
 
 @torch.no_grad()

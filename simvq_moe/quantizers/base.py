@@ -141,21 +141,23 @@ class AnyQuantizer(Pretrained, Stateful, ABC):
         Like it they are computed in float32 at least, and rounded once.
 
         Args:
-            ids: of any integer dtype; those below 0 are padding.
+            ids: of any integer dtype; those below 0 are padding, or levels that a token skipped.
 
         Raises:
             ValueError: ids are no integers: True and False would be read as a mask.
         """
         ids = as_ids(ids)
-        padding = (ids < 0).flatten(-self.id_axes).any(-1) if self.id_axes else ids < 0
-        ids = ids.clamp_min(0)
         with torch.autocast(ids.device.type, enabled=False):
-            e = self.lookup(ids, wide(dtype))
+            e = self.lookup_padded(ids, wide(dtype))
             stored = e.dtype if dtype is None else dtype
             if e.dtype != wide(stored):
-                e = self.lookup(ids, wide(stored))
-            e = e.to(stored).masked_fill(padding[..., None], 0)
+                e = self.lookup_padded(ids, wide(stored))
+            e = e.to(stored)
         return e.movedim(-1, 1) if self.channels_first else e
+
+    def lookup_padded(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
+        """As `lookup`, with 0 for ids below 0."""
+        return self.lookup(ids.clamp_min(0), dtype).masked_fill((ids < 0)[..., None], 0)
 
     @torch.no_grad()
     def initialize(

@@ -3,7 +3,9 @@ side (product quantization), and a projection to a narrow code (VQGAN-FC, arXiv:
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import reduce
 from typing import Literal
 
@@ -14,13 +16,67 @@ from torch import Tensor, nn
 
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.gradient import ESTIMATORS
+from simvq_moe.core.step_state import one_step
 from simvq_moe.quantizers.base import PADDING, AnyQuantizer, Quantized
 from simvq_moe.quantizers.codebook import Quantizer
 
 ResidualGradient = Literal["straight_through", "rotation"]
 
 
-class _Composed(AnyQuantizer):
+class _Outer(AnyQuantizer):
+    """A quantizer made of others, which hands on to them what it is called with."""
+
+    luck: Tensor | None = None
+    """(tokens, 2): two uniform numbers of the item that each row is of, where `drops` in a pass of
+    training; None elsewhere."""
+    shares = False
+    """Whether one codebook is of several parts, so that a forward pass meets it as often."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[AnyQuantizer]:
+        """The quantizers that it is made of."""
+
+    @property
+    def waits_for_data(self) -> bool:
+        return any(part.waits_for_data for part in self)
+
+    @property
+    def drops(self) -> bool:
+        """Whether items skip levels at random in training."""
+        return any(isinstance(part, _Outer) and part.drops for part in self)
+
+    def forward(
+        self, z: Float[Tensor, "*latents"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> Quantized:
+        if not self.training:
+            return super().forward(z, mask)
+        self.luck = self._luck_of_items(z, mask) if self.drops else None
+        try:
+            with one_step(self) if self.shares else nullcontext():
+                return super().forward(z, mask)
+        finally:
+            self.luck = None
+
+    def _luck_of_items(self, z: Tensor, mask: Tensor | None) -> Float[Tensor, "tokens 2"]:
+        lead = (z.shape[0], *z.shape[2:]) if self.channels_first else z.shape[:-1]
+        luck = torch.rand(lead[0] if lead else 1, 2, device=z.device)
+        luck = luck.view(-1, *[1] * (len(lead) - 1), 2).expand(*(lead or (1,)), 2)
+        return luck.reshape(-1, 2) if mask is None else luck[mask]
+
+    def _quantize_part(
+        self, part: AnyQuantizer, z: Tensor, rows: Bool[Tensor, " tokens"] | None = None
+    ) -> Quantized:
+        """What a part makes of its latents, which are of some rows, or of all."""
+        if self.luck is None or not isinstance(part, _Outer):
+            return part.quantize(z)
+        part.luck = self.luck if rows is None else self.luck[rows]
+        try:
+            return part.quantize(z)
+        finally:
+            part.luck = None
+
+
+class _Composed(_Outer):
     """Several quantizers, each with its own codebook and usage; ids gain an axis for them."""
 
     def __init__(
@@ -33,15 +89,17 @@ class _Composed(AnyQuantizer):
             )
         self.parts = nn.ModuleList(parts)
         self.id_axes = parts[0].id_axes + 1
+        modules = [module for part in parts for module in part.modules()]
+        nested = any(isinstance(part, _Outer) and part.shares for part in parts)
+        self.shares = nested or len(set(modules)) < len(modules)
 
     def __iter__(self) -> Iterator[AnyQuantizer]:
         for part in self.parts:
             assert isinstance(part, AnyQuantizer)
             yield part
 
-    @property
-    def waits_for_data(self) -> bool:
-        return any(part.waits_for_data for part in self)
+    def lookup_padded(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
+        return self.lookup(ids, dtype)  # each part has ids of its own
 
     def _codes(self, ids: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
         """The codes of each part, of the first ones alone where ids are of these, all in `dtype`.
@@ -49,10 +107,10 @@ class _Composed(AnyQuantizer):
         None: in the widest that a part stores, for averages are wider than weights of 16 bits.
         """
         each = list(zip(self, ids.unbind(-self.id_axes), strict=False))
-        codes = [part.lookup(x, dtype) for part, x in each]
+        codes = [part.lookup_padded(x, dtype) for part, x in each]
         widest = reduce(torch.promote_types, (code.dtype for code in codes))
         if any(code.dtype != widest for code in codes):
-            codes = [part.lookup(x, widest) for part, x in each]
+            codes = [part.lookup_padded(x, widest) for part, x in each]
         return codes
 
 
@@ -96,35 +154,21 @@ class ResidualQuantizer(_Composed):
         super().__init__(levels, widths[0], channels_first=channels_first)
         self.estimator = ESTIMATORS[gradient]
         self.dropout = dropout
-        self._levels_of_rows: Tensor | None = None
-        """int64 (tokens,): levels that each row of this forward pass goes through; None: all."""
 
-    def forward(
-        self, z: Float[Tensor, "*latents"], mask: Bool[Tensor, "*batch"] | None = None
-    ) -> Quantized:
-        if not (self.training and self.dropout):
-            return super().forward(z, mask)
-        lead = (z.shape[0], *z.shape[2:]) if self.channels_first else z.shape[:-1]
-        items = lead[0] if lead else 1
-        drawn = torch.randint(1, len(self.parts) + 1, (items,), device=z.device)
-        whole = torch.rand(items, device=z.device) >= self.dropout
-        levels = drawn.masked_fill(whole, len(self.parts))
-        levels = levels.view(-1, *[1] * (len(lead) - 1)).expand(lead or (1,))
-        self._levels_of_rows = levels.reshape(-1) if mask is None else levels[mask]
-        try:
-            return super().forward(z, mask)
-        finally:
-            self._levels_of_rows = None
+    @property
+    def drops(self) -> bool:
+        return self.dropout > 0 or super().drops
 
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
         z = self._target(z)
         value = torch.zeros_like(z)
         outs: list[Quantized] = []
         shares: list[float] = []
+        levels = self._levels_of_rows()
         for place, level in enumerate(self):
-            rows = None if self._levels_of_rows is None else self._levels_of_rows > place
+            rows = None if levels is None else levels > place
             left = z - value
-            out = level.quantize(left if rows is None else left[rows])
+            out = self._quantize_part(level, left if rows is None else left[rows], rows)
             shares.append(1.0 if rows is None else len(out.ids) / max(len(z), 1))
             out = out if rows is None else _of_rows(out, rows)
             # detached: the next level's commitment loss must reach z, not cancel against this one
@@ -154,6 +198,14 @@ class ResidualQuantizer(_Composed):
             level.initialize(z)
             z = z - level.lookup(level.assign(z), z.dtype)
 
+    def _levels_of_rows(self) -> Int[Tensor, " tokens"] | None:
+        """How many levels each row of this forward pass goes through; None: all."""
+        if self.luck is None or not self.dropout:
+            return None
+        skips, number = self.luck.unbind(1)
+        drawn = 1 + (number * len(self.parts)).long().clamp_max(len(self.parts) - 1)
+        return torch.where(skips < self.dropout, drawn, len(self.parts))
+
     def _target(self, z: Tensor) -> Tensor:
         return next(iter(self)).target(z)
 
@@ -174,7 +226,7 @@ class GroupedQuantizer(_Composed):
         self.widths = widths
 
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
-        outs = [head.quantize(share) for head, share in self._shares(z)]
+        outs = [self._quantize_part(head, share) for head, share in self._shares(z)]
         ids = torch.stack([out.ids for out in outs], 1)
         weights = [width / self.width for width in self.widths]
         return Quantized(
@@ -210,8 +262,10 @@ class GroupedQuantizer(_Composed):
         return list(zip(self, z.split(self.widths, -1), strict=True))
 
 
-class Projected(AnyQuantizer):
+class Projected(_Outer):
     """A quantizer of another width between two learned linear maps, in and out.
+
+    One of several levels or heads has no `codes`, `codebook` and `usage` of its own: its parts do.
 
     Args:
         inner: the quantizer; its width is that of the codes.
@@ -219,35 +273,50 @@ class Projected(AnyQuantizer):
         channels_first: latents are (batch, width, ...) instead of (..., width).
     """
 
-    def __init__(self, inner: Quantizer, width: int, *, channels_first: bool = False) -> None:
+    def __init__(self, inner: AnyQuantizer, width: int, *, channels_first: bool = False) -> None:
         super().__init__(width, channels_first=channels_first)
         self.inner = inner
-        self.codes = inner.codes
+        self.id_axes = inner.id_axes
+        self.shares = isinstance(inner, _Outer) and inner.shares
         self.project_in = nn.Linear(width, inner.width)
         self.project_out = nn.Linear(inner.width, width)
+
+    def __iter__(self) -> Iterator[AnyQuantizer]:
+        yield self.inner
+
+    @property
+    def codes(self) -> int:
+        """Number of codes of the inner codebook."""
+        return self._one_codebook().codes
 
     @property
     def usage(self) -> Int[Tensor, " codes"]:
         """int64: draws of each code of the inner codebook since the window began."""
-        return self.inner.usage
-
-    @property
-    def waits_for_data(self) -> bool:
-        return self.inner.waits_for_data
+        return self._one_codebook().usage
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
         """Every code, projected out."""
-        return _apply(self.project_out, self.inner.codebook(dtype))
+        return _apply(self.project_out, self._one_codebook().codebook(dtype))
+
+    def _one_codebook(self) -> Quantizer:
+        if not isinstance(self.inner, Quantizer):
+            name = type(self.inner).__name__
+            raise ValueError(f"a projected {name} has several codebooks: ask its parts in `inner`")
+        return self.inner
 
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
-        out = self.inner.quantize(_apply(self.project_in, z))
+        out = self._quantize_part(self.inner, _apply(self.project_in, z))
         return out._replace(z_q=_apply(self.project_out, out.z_q))
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, "tokens ..."]:
         return self.inner.assign(_apply(self.project_in, z))
 
     def lookup(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
-        return _apply(self.project_out, self.inner.lookup(ids, dtype))
+        return _apply(self.project_out, self.inner.lookup_padded(ids, dtype))
+
+    def lookup_padded(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
+        none = (ids < 0).flatten(-self.id_axes).all(-1) if self.id_axes else ids < 0
+        return self.lookup(ids, dtype).masked_fill(none[..., None], 0)
 
     def fit(self, z: Float[Tensor, "tokens width"]) -> None:
         self.inner.initialize(_apply(self.project_in, z))

@@ -65,6 +65,7 @@ FAMILIES: dict[str, Callable[..., AnyQuantizer]] = {
     "lfq": lambda **o: LFQ(5, **o),
     "bsq": lambda **o: BSQ(4, **o),
     "projected": lambda **o: Projected(CosineVQ(12, 3), 4, **o),
+    "projected levels": lambda **o: Projected(ResidualQuantizer([VQ(12, 3), EMAVQ(9, 3)]), 4, **o),
     "residual": lambda **o: ResidualQuantizer([VQ(12, 4), SimVQ(9, 4, init="data")], **o),
     "residual rotation": lambda **o: ResidualQuantizer(
         [EMAVQ(12, 4), FSQ([3] * 4)], gradient="rotation", **o

@@ -11,7 +11,7 @@ from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
-from simvq_moe.quantizers import PADDING, AnyQuantizer
+from simvq_moe.quantizers import PADDING, AnyQuantizer, GroupedQuantizer, Projected
 
 LEVELS, WIDTH, CODES = 4, 3, 8
 
@@ -89,6 +89,28 @@ def test_ids_of_the_first_levels_decode_to_their_sum_and_more_than_all_are_refus
         assert_close(rvq.decode(ids[:, : place + 1]), value)
     with pytest.raises(ValueError, match="ids of 5 levels, but there are 4"):
         rvq.decode(torch.cat([ids, ids[:, :1]], 1))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ids_of_training_decode_to_the_forward_value(masked: bool) -> None:
+    rvq, z = quantizer(), torch.randn(50, 2, WIDTH).double()
+    mask = torch.rand(50, 2) < 0.7 if masked else None
+    out = rvq(z, mask)
+    assert int((out.ids == PADDING).any(-1).sum()) > 0
+    assert_close(rvq.decode(out.ids), out.z_q)
+
+
+def test_levels_within_heads_and_projections_are_dropped_alike_for_an_item() -> None:
+    heads = GroupedQuantizer([quantizer(), Projected(quantizer(), 2 * WIDTH).double()])
+    z = torch.randn(400, 2, 3 * WIDTH).double()
+    out = heads.train()(z)
+    gone = [levels_of(out.ids[..., head, :]) for head in range(2)]
+    assert torch.equal(gone[0], gone[1])
+    assert torch.equal(gone[0], gone[0][:, :1].expand(-1, 2))
+    share = torch.bincount(gone[0][:, 0], minlength=LEVELS + 1)[1:] / len(z)
+    assert_close(share, torch.full((LEVELS,), 1 / LEVELS), rtol=0, atol=0.1)
+    assert_close(heads.decode(out.ids), out.z_q)
+    assert int((heads.eval()(z).ids == PADDING).sum()) == 0
 
 
 def test_without_dropout_and_with_its_draw_of_all_levels_nothing_differs() -> None:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from simvq_moe import EMAVQ, VQ, ResidualQuantizer
 from simvq_moe.core.step_state import after_step, drop_step, follow_steps
 from simvq_moe.engine.world import World
-from simvq_moe.quantizers import NSVQ, AnyQuantizer, CosineVQ, RunningMapVQ
+from simvq_moe.quantizers import NSVQ, AnyQuantizer, CosineVQ, GroupedQuantizer, RunningMapVQ
 from tests.two_ranks import TwoRanks
 
 WIDTH, STEPS, TOKENS = 4, 5, 24
@@ -102,6 +102,28 @@ def test_evaluation_is_no_part_of_a_step() -> None:
     quantizer.eval()(batches()[0])
     after_step(quantizer)
     assert_close(quantizer.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", [ResidualQuantizer, GroupedQuantizer])
+@pytest.mark.parametrize("name", list(BUILD))
+def test_a_codebook_that_levels_or_heads_share_takes_one_step_a_forward_pass(
+    name: str, family: type[ResidualQuantizer] | type[GroupedQuantizer]
+) -> None:
+    if (name, family) == ("cosine restart", ResidualQuantizer):
+        pytest.skip("codes of one length are no levels")
+    found: list[dict[str, Tensor]] = []
+    for waits in (False, True):
+        torch.manual_seed(0)
+        shared = BUILD[name]()
+        quantizer = family([shared, shared]).train()
+        if waits:
+            follow_steps(quantizer)
+        for z in batches():
+            quantizer(z if family is ResidualQuantizer else torch.cat([z, z.flip(0)], -1))
+            if waits:
+                after_step(quantizer)
+        found.append(shared.state_dict())
+    assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def _states(world: World, parts: int) -> dict[str, dict[str, list[float]]]:
