@@ -6,13 +6,15 @@ basis of its rows: every update of W moves every row, selected or not, and W fol
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import reduce
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.choices import check_choice
+from simvq_moe.core.precision import full_precision
 
 Transform = Literal["none", "diagonal", "linear", "low_rank", "separate"]
 
@@ -84,6 +86,11 @@ class Bank(nn.Module):
         return [p for p in (self.W, self.A, self.B) if p is not None]
 
     @property
+    def _stored(self) -> torch.dtype:
+        """The widest dtype of base and map."""
+        return reduce(torch.promote_types, (t.dtype for t in (self.base, *self.maps)))
+
+    @property
     def shared(self) -> bool:
         """Whether one map, or none, serves all rows, so that it may follow a sum over rows."""
         return self.transform != "separate"
@@ -104,26 +111,28 @@ class Bank(nn.Module):
         return x * W if self.transform == "diagonal" else x @ W
 
     def rows(self, dtype: torch.dtype | None = None) -> Float[Tensor, "*rows width"]:
-        """Every row in `dtype`, computed in float32 at least (None: in that of the base)."""
-        rows = self.map(self.base.to(wide(dtype) or self.base.dtype))
+        """Every row in `dtype` (None: as stored), computed in float32 at least."""
+        dtype = dtype or self._stored
+        rows = self.map(self.base.to(wide(dtype)))
         if self.bias is None or self.shared:
             rows = self._shift(rows)
         else:
             rows = rows + self.bias.to(rows.dtype).unflatten(0, (-1, *[1] * (rows.ndim - 2)))
-        return rows.to(dtype or rows.dtype)
+        return rows.to(dtype)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "... width"]:
         """The rows named by ids. Gathers first: the cost follows the batch, not the bank."""
-        base = self.base[ids].to(wide(dtype) or self.base.dtype)
+        dtype = dtype or self._stored
+        base = self.base[ids].to(wide(dtype))
         if self.shared:
             rows = self._shift(self.map(base))
         else:
             assert self.W is not None
             rows = base @ self.W[ids].to(base.dtype)
             rows = rows if self.bias is None else rows + self.bias[ids].to(rows.dtype)
-        return rows.to(dtype or rows.dtype)
+        return rows.to(dtype)
 
     def score(self, x: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead rows"]:
         """x @ rows().T of a bank with one row axis, with W moved to the side of x."""
@@ -157,7 +166,7 @@ class Bank(nn.Module):
         to compare, so its rows are not kept.
         """
         if isinstance(self.base, nn.Parameter) or self.base.is_inference():
-            return self.rows(dtype)
+            return self._exact_rows(dtype)
         now = [dtype, self.base.data_ptr(), self.base._version]
         learned = [p.detach() for p in (*self.maps, self.bias) if p is not None]
         if self._kept is not None:
@@ -165,8 +174,13 @@ class Bank(nn.Module):
             same = key == now and [v.dtype for v in values] == [p.dtype for p in learned]
             if same and all(torch.equal(v, p) for v, p in zip(values, learned, strict=True)):
                 return rows
-        self._kept = (now, [p.clone() for p in learned], self.rows(dtype))
+        self._kept = (now, [p.clone() for p in learned], self._exact_rows(dtype))
         return self._kept[2]
+
+    def _exact_rows(self, dtype: torch.dtype | None) -> Float[Tensor, "*rows width"]:
+        """`rows`, whatever the process allows its products of matrices elsewhere."""
+        with full_precision():
+            return self.rows(dtype)
 
     def train(self, mode: bool = True) -> Bank:
         """Training has no use for folded rows: they are dropped."""
@@ -176,7 +190,7 @@ class Bank(nn.Module):
     @torch.no_grad()
     def fold(self) -> Bank:
         """The same rows with W and bias merged in: nothing of the map remains at inference."""
-        return Bank(self.rows(), transform="none", train_base=True)
+        return Bank(self._exact_rows(None), transform="none", train_base=True).train(self.training)
 
     @torch.no_grad()
     def match(
@@ -222,6 +236,10 @@ class Bank(nn.Module):
         return f"base={tuple(self.base.shape)}, transform={self.transform}, train_base={learned}"
 
 
+@overload
+def wide(dtype: torch.dtype) -> torch.dtype: ...
+@overload
+def wide(dtype: None) -> None: ...
 def wide(dtype: torch.dtype | None) -> torch.dtype | None:
     """The dtype to compute in for a result in this one: float32 at least."""
     return None if dtype is None else torch.promote_types(dtype, torch.float32)

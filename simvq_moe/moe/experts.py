@@ -189,7 +189,7 @@ def first_rows(expert: ExpertOptions, hidden: int) -> int:
 
 
 def _weights(bank: Bank) -> Tensor:
-    return bank.base if bank.shared else bank.rows()
+    return bank.base if bank.shared else bank.map(bank.base)
 
 
 def grouped_product(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from simvq_moe.core.bank import wide
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.gradient import ESTIMATORS
 from simvq_moe.core.step_state import one_step
@@ -296,7 +297,9 @@ class Projected(_Outer):
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
         """Every code, projected out."""
-        return _apply(self.project_out, self._one_codebook().codebook(dtype))
+        inner = self._one_codebook()
+        dtype = dtype or inner.codebook().dtype
+        return _apply(self.project_out, inner.codebook(wide(dtype))).to(dtype)
 
     def _one_codebook(self) -> Quantizer:
         if not isinstance(self.inner, Quantizer):

@@ -10,6 +10,7 @@ import torch
 
 from simvq_moe import SimVQ
 from simvq_moe.core.precision import LEVELS, full_precision
+from simvq_moe.quantizers import IBQ
 
 BACKENDS: Any = torch.backends
 """Some of its switches have no types."""
@@ -72,3 +73,20 @@ def test_a_quantizer_works_under_every_switch(name: str) -> None:
     SWITCHES[name]()
     assert torch.equal(quantizer.encode(z), expected)
     assert torch.equal(quantizer.eval().encode(z), expected)
+
+
+@pytest.mark.parametrize("name", list(SWITCHES))
+def test_codes_of_a_trained_map_are_searched_and_folded_in_float32(name: str) -> None:
+    torch.manual_seed(0)
+    quantizer, z = SimVQ(256, 64, bias=True), torch.randn(2000, 64)
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.04)
+    expected, folded = quantizer.encode(z), quantizer.fold().codebook()
+    scored = IBQ(256, 64)
+    best = scored.encode(z)
+    SWITCHES[name]()
+    assert torch.equal(quantizer.eval().encode(z), expected)
+    assert torch.equal(quantizer.fold().codebook(), folded)
+    assert torch.equal(scored.encode(z), best)
+    assert torch.equal(scored(z).ids, best)

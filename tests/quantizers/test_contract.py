@@ -361,6 +361,27 @@ def test_a_narrow_dtype_is_decoded_as_it_was_quantized(name: str, dtype: torch.d
             assert torch.equal(book[out.ids], out.z_q)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_the_codebook_of_a_narrow_module_is_what_its_ids_decode_to(
+    name: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    quantizer = FAMILIES[name]()
+    train_one_step(quantizer)
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    quantizer.to(dtype).eval()
+    if not hasattr(quantizer, "codebook") or quantizer.id_axes:
+        pytest.skip("several codebooks")
+    assert isinstance(quantizer, Quantizer | Projected)
+    codes = quantizer.decode(torch.arange(quantizer.codes))
+    assert torch.equal(quantizer.codebook(), codes)
+    if isinstance(quantizer, SimVQ):
+        assert torch.equal(quantizer.fold().codebook(), codes)
+
+
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_it_works_in_inference_mode_wherever_it_was_made(name: str, tmp_path: Path) -> None:
     quantizer = trained_module(name).eval()

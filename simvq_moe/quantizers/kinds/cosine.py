@@ -32,14 +32,14 @@ class CosineVQ(VQ):
         return to_sphere(z)
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
-        rows = to_sphere(super().codebook(wide(dtype)))
-        return rows.to(dtype or rows.dtype)
+        dtype = dtype or self.bank.base.dtype
+        return to_sphere(super().codebook(wide(dtype))).to(dtype)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
-        rows = to_sphere(super().lookup(ids, wide(dtype)))
-        return rows.to(dtype or rows.dtype)
+        dtype = dtype or self.bank.base.dtype
+        return to_sphere(super().lookup(ids, wide(dtype))).to(dtype)
 
 
 def to_sphere(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:

@@ -62,11 +62,12 @@ class GroupVQ(Quantizer):
     ) -> Float[Tensor, "*batch width"]:
         assert self.bank.W is not None
         assert self.bank.bias is not None
+        dtype = dtype or self.bank.base.dtype
         flat = ids.reshape(-1)
         group = flat // self.bank.base.shape[1]
-        rows = self.bank.base.flatten(0, 1)[flat].to(wide(dtype) or self.bank.base.dtype)
+        rows = self.bank.base.flatten(0, 1)[flat].to(wide(dtype))
         rows = map_by_group(rows, group, self.bank.W) + self.bank.bias.to(rows.dtype)[group]
-        return rows.reshape((*ids.shape, self.width)).to(dtype or rows.dtype)
+        return rows.reshape((*ids.shape, self.width)).to(dtype)
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
         return nearest(z, self.bank.base.flatten(0, 1), W=self.bank.W, bias=self.bank.bias)

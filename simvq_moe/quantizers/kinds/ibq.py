@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from simvq_moe.config.ranges import FACTOR, Range, Weight
 from simvq_moe.config.registry import register
 from simvq_moe.core.collectives import CALLS_OF_ENTROPY, mean_assignment_entropy
+from simvq_moe.core.precision import full_precision
 from simvq_moe.core.search.nearest import numbered
 from simvq_moe.quantizers.base import Quantized
 from simvq_moe.quantizers.codebook import SoftAssignment, mean_squared_error
@@ -70,11 +72,11 @@ class IBQ(VQ):
             self.weights["codebook_entropy"] = -entropy_weight * diversity_weight
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
-        return numbered((z @ self.codebook(z.dtype).T).argmax(1), z)
+        return numbered(_scores(z, self.codebook(z.dtype)).argmax(1), z)
 
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
         E = self.codebook(z.dtype)
-        logits = z @ E.T
+        logits = _scores(z, E)
         ids, p = numbered(logits.argmax(1), z), logits.softmax(1)
         self.counter.add(ids)
         e = E[ids]
@@ -113,6 +115,14 @@ class IBQ(VQ):
         """Not defined: codes are chosen by z · e and not by distance."""
         del z, neighbours, mask
         raise ValueError("IBQ has no nearest codes: its own soft assignment is softmax(z E^T)")
+
+
+def _scores(
+    z: Float[Tensor, "tokens width"], E: Float[Tensor, "codes width"]
+) -> Float[Tensor, "tokens codes"]:
+    """z · e in full precision, for the largest is chosen; a compiler knows no switches."""
+    with nullcontext() if torch.compiler.is_compiling() else full_precision():
+        return z @ E.T
 
 
 @register

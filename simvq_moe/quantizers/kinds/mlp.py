@@ -46,12 +46,13 @@ class MLPVQ(Quantizer):
         return self._map(self.base[ids], dtype)
 
     def _map(self, q: Tensor, dtype: torch.dtype | None) -> Tensor:
-        compute = wide(dtype) or q.dtype
+        dtype = dtype or q.dtype
+        compute = wide(dtype)
         up, down = (
             [p.to(compute) for p in (layer.weight, layer.bias)] for layer in (self.up, self.down)
         )
         hidden = F.gelu(F.linear(q.to(compute), *up))
-        return (q + F.linear(hidden, *down)).to(dtype or q.dtype)
+        return (q.to(compute) + F.linear(hidden, *down)).to(dtype)
 
 
 @register

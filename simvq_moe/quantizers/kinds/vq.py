@@ -70,16 +70,18 @@ class VQ(Quantizer):
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
         if self.moved is None:
             return self.bank.rows(dtype)
+        dtype = dtype or self.bank.base.dtype
         rows = self.bank.rows(wide(dtype))
-        return (rows + self.moved.to(rows.dtype)).to(dtype or rows.dtype)
+        return (rows + self.moved.to(rows.dtype)).to(dtype)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
         if self.moved is None:
             return self.bank.lookup(ids, dtype)
+        dtype = dtype or self.bank.base.dtype
         rows = self.bank.lookup(ids, wide(dtype))
-        return (rows + self.moved[ids].to(rows.dtype)).to(dtype or rows.dtype)
+        return (rows + self.moved[ids].to(rows.dtype)).to(dtype)
 
     @property
     def summed_numbers(self) -> int:
