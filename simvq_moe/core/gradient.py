@@ -12,6 +12,7 @@ differentiable as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -59,7 +60,7 @@ def rotation(
 
 
 def diveq(
-    z: Float[Tensor, "*batch width"], e: Float[Tensor, "*batch width"]
+    z: Float[Tensor, "*batch width"], e: Float[Tensor, "*batch width"], *, noisy: bool = True
 ) -> Float[Tensor, "*batch width"]:
     """Value e, gradient of z + |e - z| v^ in z and e: v^ is the constant, noisy direction of e - z.
 
@@ -68,7 +69,8 @@ def diveq(
     """
     error = e - z
     with torch.no_grad():
-        v_hat, _ = _direction(error + DIVEQ_NOISE * torch.randn_like(error))
+        noise = DIVEQ_NOISE * torch.randn_like(error) if noisy else 0
+        v_hat, _ = _direction(error + noise)
     return _with_value_of(e, z + error.norm(dim=-1, keepdim=True) * v_hat)
 
 
@@ -90,6 +92,11 @@ ESTIMATORS: dict[Gradient, Callable[[Tensor, Tensor], Tensor]] = {
     "diveq": diveq,
     "noise_substitution": noise_substitution,
 }
+IN_EVALUATION = ESTIMATORS | {
+    "diveq": partial(diveq, noisy=False),
+    "noise_substitution": straight_through,
+}
+"""The same without noise: the value is the code, and no random number is drawn."""
 
 
 def _with_value_of(e: Tensor, path: Tensor) -> Tensor:

@@ -85,9 +85,8 @@ class DeepSpeedCapacityMoE(Mixture):
         with_routing: bool = False,
     ) -> Float[Tensor, "*batch width"] | tuple[Float[Tensor, "*batch width"], Routing]:
         """Outputs, and on request how the tokens, flattened, were routed."""
-        del token_ids
+        flat = self.flattened(x, token_ids)[0].float()
         y, _, _ = self.inner(x)
-        flat = x.reshape(-1, self.width).float()
         # the gate keeps its logits to itself; these are the same
         logits = flat @ self.router_rows.float().T
         top = logits.topk(self.top_k)

@@ -26,7 +26,7 @@ from simvq_moe.config.moe import (
 )
 from simvq_moe.config.registry import as_options
 from simvq_moe.core.choices import check_choice
-from simvq_moe.core.ids import as_ids
+from simvq_moe.core.precision import full_precision
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import UsageCounter
 from simvq_moe.hub import Pretrained
@@ -149,9 +149,8 @@ class MoE(Pretrained, Mixture):
         Args:
             token_ids: vocabulary ids of the tokens, for routers that go by them.
         """
-        flat = x.reshape(-1, self.width)
+        flat, ids = self.flattened(x, token_ids)
         seen = self.router.enter(flat)
-        ids = None if token_ids is None else as_ids(token_ids, "token_ids").reshape(-1)
         routing = self.router(seen, ids)
         self.counter.add(routing.ids)
         ids = routing.ids
@@ -214,8 +213,10 @@ class MoE(Pretrained, Mixture):
                     "folded: dropped assignments would drop their part of b: use 0"
                 )
         folded = copy.deepcopy(self)
-        folded.experts.fold_(folded.router.keys)
-        folded.router.fold_()
+        with full_precision():
+            folded.experts.fold_(folded.router.keys)
+            folded.router.fold_()
+        folded.train(self.training)
         # what `save_pretrained` builds it from again
         router = as_options(RouterOptions, self.arguments.get("router", "topk"), "router")
         plain: dict[str, Any] = {"expert_out_map": "none", "expert_in_map": "none"}

@@ -14,7 +14,9 @@ from simvq_moe.moe.routers.base import Routing
 
 
 def z_loss(logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, ""]:
-    """Mean squared logsumexp of the logits (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    """Mean squared logsumexp of the logits (ST-MoE, arXiv:2202.08906, eq. 5); 0 of no tokens."""
+    if not len(logits):
+        return logits.sum()
     return logits.logsumexp(-1).square().mean()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from jaxtyping import Float
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
+
+from simvq_moe.core.ids import as_ids
 
 
 class Mixture(nn.Module, ABC):
@@ -18,6 +20,27 @@ class Mixture(nn.Module, ABC):
     width: int
     num_experts: int
     top_k: int
+
+    def flattened(
+        self, x: Float[Tensor, "*batch width"], token_ids: Integer[Tensor, "*batch"] | None
+    ) -> tuple[Float[Tensor, "tokens width"], Int[Tensor, " tokens"] | None]:
+        """Tokens and their ids, one a row.
+
+        Raises:
+            ValueError: tokens are of another width, or ids of another shape or no integers.
+        """
+        if x.shape[-1] != self.width:
+            raise ValueError(
+                f"tokens {tuple(x.shape)} have {x.shape[-1]} channels on their last axis, but the "
+                f"layer's width is {self.width}"
+            )
+        if token_ids is None:
+            return x.reshape(-1, self.width), None
+        if token_ids.shape != x.shape[:-1]:
+            raise ValueError(
+                f"token_ids {tuple(token_ids.shape)} for tokens {tuple(x.shape)}: give one a token"
+            )
+        return x.reshape(-1, self.width), as_ids(token_ids, "token_ids").reshape(-1)
 
     @abstractmethod
     def rows_of_products(self) -> Float[Tensor, "experts width"] | None:

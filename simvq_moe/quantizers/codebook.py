@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.core.choices import check_choice
-from simvq_moe.core.gradient import ESTIMATORS, Gradient, straight_through
+from simvq_moe.core.gradient import ESTIMATORS, IN_EVALUATION, Gradient
 from simvq_moe.core.search.nearest import nearest, nearest_few
 from simvq_moe.core.step_state import FollowsSteps
 from simvq_moe.core.usage import UsageCounter
@@ -64,7 +64,6 @@ class Quantizer(AnyQuantizer, FollowsSteps):
         self.codes = codes
         check_choice("gradient", gradient, Gradient)
         self.gradient: Gradient = gradient
-        self.estimator = ESTIMATORS[gradient]
         self.weights = {"codebook": codebook_weight, "commitment": commitment_weight}
         self.counter = UsageCounter(codes, kind="codes")
         self.initialized: Tensor | None = None
@@ -121,8 +120,7 @@ class Quantizer(AnyQuantizer, FollowsSteps):
         self, z: Float[Tensor, "tokens width"], e: Float[Tensor, "tokens width"]
     ) -> Float[Tensor, "tokens width"]:
         """The codes, with a gradient for the latents; noise stands for them in training alone."""
-        exact = self.gradient == "noise_substitution" and not self.training
-        return straight_through(z, e) if exact else self.estimator(z, e)
+        return (ESTIMATORS if self.training else IN_EVALUATION)[self.gradient](z, e)
 
     @property
     def changes_by_steps(self) -> bool:

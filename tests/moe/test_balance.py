@@ -42,6 +42,13 @@ def test_only_probabilities_carry_the_gradient_and_it_lowers_the_loaded_expert()
     assert (gradient[:, 1] < 0).all()
 
 
+def test_losses_of_no_tokens_are_0_with_a_gradient_of_0() -> None:
+    logits = torch.zeros(0, 3, requires_grad=True)
+    for loss in (load_balance_loss(logits, torch.zeros(3, dtype=torch.int64)), z_loss(logits)):
+        assert_close(loss, torch.zeros(()))
+        assert torch.autograd.grad(loss, logits)[0].shape == (0, 3)
+
+
 def test_z_loss_is_the_mean_squared_logsumexp() -> None:
     logits = torch.randn(5, 4, dtype=torch.float64)
     expected = sum(float(row.exp().sum().log()) ** 2 for row in logits) / 5

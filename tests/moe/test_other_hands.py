@@ -140,6 +140,23 @@ def test_token_ids_of_every_integer_dtype_are_meant() -> None:
         layer(x, IDS > 3)
 
 
+def test_tokens_of_another_width_and_ids_of_another_shape_are_refused() -> None:
+    layer = trained(partial(MoE, WIDTH, 6, EXPERTS, 2, **KINDS["hash"]))
+    with without_shape_checks():
+        with pytest.raises(ValueError, match=r"tokens \(3, 16\) have 16 channels .* width is 8"):
+            layer(torch.randn(3, 2 * WIDTH), torch.zeros(6, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"token_ids \(3, 2\) for tokens \(2, 3, 8\)"):
+            layer(torch.randn(2, 3, WIDTH), torch.zeros(3, 2, dtype=torch.int64))
+
+
+def test_folding_draws_no_random_number_and_keeps_the_mode(build: Callable[[], MoE]) -> None:
+    layer = trained(build)
+    before = torch.get_rng_state()
+    folded = layer.fold()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(module.training for module in folded.modules())
+
+
 def test_narrow_ids_and_labels_do_not_overflow() -> None:
     ids, labels = torch.tensor([[3], [2]]), torch.tensor([100, 90])
     expected = label_counts(ids, labels, EXPERTS, 120)

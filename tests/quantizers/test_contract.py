@@ -361,6 +361,22 @@ def test_a_narrow_dtype_is_decoded_as_it_was_quantized(name: str, dtype: torch.d
             assert torch.equal(book[out.ids], out.z_q)
 
 
+def test_evaluation_and_folding_draw_no_random_number_and_change_no_state(
+    build: Callable[..., AnyQuantizer],
+) -> None:
+    quantizer = build()
+    train_one_step(quantizer)
+    quantizer.eval()
+    z, state = torch.randn(5, quantizer.width, requires_grad=True), torch.get_rng_state()
+    before = copy.deepcopy(quantizer.state_dict())
+    out = quantizer(z)
+    (out.loss + out.z_q.sum()).backward()
+    if isinstance(quantizer, SimVQ | RunningMapVQ):
+        quantizer.fold()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_close(quantizer.state_dict(), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_the_codebook_of_a_narrow_module_is_what_its_ids_decode_to(

@@ -56,7 +56,8 @@ class SelectionBias(StepState):
 def load_balance_loss(
     logits: Float[Tensor, "tokens experts"], counts: Int[Tensor, " experts"]
 ) -> Float[Tensor, ""]:
-    """N sum_i f_i P_i (Switch Transformer, arXiv:2101.03961, eq. 4); 1 when both are even.
+    """N sum_i f_i P_i (Switch Transformer, arXiv:2101.03961, eq. 4); 1 when both are even, and 0
+    of no tokens.
 
     f_i is the share of all assignments, over all top_k choices, that go to expert i; P_i the mean
     probability that the router gives it. Only P has a gradient.
@@ -65,5 +66,7 @@ def load_balance_loss(
         counts: assignments of each expert, summed over ranks if the loss is to be the same however
             the global batch is split.
     """
+    if not len(logits):
+        return logits.sum()
     share = (counts / counts.sum().clamp_min(1)).to(logits.dtype)
     return len(counts) * (share * logits.softmax(-1).mean(0)).sum()

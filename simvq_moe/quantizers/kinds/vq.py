@@ -138,7 +138,7 @@ class VQ(Quantizer):
 
 def plain_vq(quantizer: Quantizer, bank: Bank) -> VQ:
     """A VQ with the codes of a bank, which quantizes as `quantizer` does otherwise."""
-    with torch.device(bank.base.device):
+    with torch.device("meta"):  # codes of its own would be drawn, and are not wanted
         plain = VQ(
             quantizer.codes,
             quantizer.width,
@@ -148,6 +148,7 @@ def plain_vq(quantizer: Quantizer, bank: Bank) -> VQ:
             channels_first=quantizer.channels_first,
         )
     plain.bank = bank
+    plain.counter.to_empty(device=bank.base.device)
     return plain.train(quantizer.training)
 
 
