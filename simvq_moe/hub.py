@@ -31,6 +31,8 @@ from simvq_moe.files.regular import (
 from simvq_moe.files.tensors import StoredWeights, read_safetensors
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+PRECISION = "precision"
+PRECISIONS = tuple(str(t) for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
 CONFIG_LIMIT = 2**20
 """Bytes of a config.json that are read at most."""
 NOT_MADE = (
@@ -59,6 +61,9 @@ class Pretrained(nn.Module):
         # past nn.Module's own __setattr__, which would register modules among the arguments
         module.__dict__["arguments"] = arguments
         return module
+
+    precision: torch.dtype | None = None
+    """Of what a module makes without a tensor that shows it; None: there is no such thing."""
 
     depths: ClassVar[tuple[str, ...]] = ()
     """Arguments that are numbers of units, each of which has a tensor of its own, or more."""
@@ -246,7 +251,8 @@ def _spec(value: Any) -> Any:
     if isinstance(value, Pretrained):
         given = value.__dict__["arguments"]
         arguments = {name: _spec(_now(value, name, item)) for name, item in given.items()}
-        return {"class": type(value).__name__, "arguments": arguments}
+        own = {} if value.precision is None else {PRECISION: str(value.precision)}
+        return {"class": type(value).__name__, "arguments": arguments, **own}
     if isinstance(value, Options):
         of = family_of(type(value))
         assert of is not None
@@ -278,7 +284,12 @@ def _build(spec: Any) -> Any:
         raise ValueError(f"{CONFIG}: class {spec['class']!r} is none of {sorted(known)}")
     if not isinstance(spec.get("arguments"), dict):
         raise ValueError(f"{CONFIG}: class {spec['class']!r} has no arguments")
-    return known[spec["class"]](**{name: _build(v) for name, v in spec["arguments"].items()})
+    made = known[spec["class"]](**{name: _build(v) for name, v in spec["arguments"].items()})
+    if made.precision is not None and PRECISION in spec:
+        if spec[PRECISION] not in PRECISIONS:
+            raise ValueError(f"{CONFIG}: {PRECISION} {spec[PRECISION]!r} is none of {PRECISIONS}")
+        made.precision = getattr(torch, spec[PRECISION].removeprefix("torch."))
+    return made
 
 
 def _options(spec: dict[str, Any]) -> Options | MoEConfig:

@@ -70,14 +70,14 @@ class Bank(nn.Module):
         if transform == "low_rank":
             with torch.random.fork_rng(devices=[]):  # numbers drawn later stay the same
                 A = torch.randn(width, rank, dtype=base.dtype) / width**0.5
-            self.A = nn.Parameter(A)
-            self.B = nn.Parameter(torch.zeros(rank, width, dtype=base.dtype))
+            self.A = nn.Parameter(A.to(base.device))
+            self.B = nn.Parameter(base.new_zeros(rank, width))
         elif transform != "none":
             self.W = _start_of_map(transform, base, width)
         self.bias: Tensor | None = None
         if bias:
             shape = (len(base), width) if transform == "separate" else (width,)
-            self.bias = nn.Parameter(torch.zeros(shape, dtype=base.dtype))
+            self.bias = nn.Parameter(base.new_zeros(shape))
         self._kept: tuple[list[object], list[Tensor], Tensor] | None = None
 
     @property
@@ -246,14 +246,14 @@ def wide(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def _start_of_map(transform: Transform, base: Tensor, width: int) -> nn.Parameter:
-    base_width, dtype = base.shape[-1], base.dtype
+    base_width, own = base.shape[-1], {"dtype": base.dtype, "device": base.device}
     if transform == "diagonal":
-        return nn.Parameter(torch.ones(width, dtype=dtype))
+        return nn.Parameter(torch.ones(width, **own))
     if transform == "separate":
-        return nn.Parameter(torch.eye(width, dtype=dtype).repeat(len(base), 1, 1))
+        return nn.Parameter(torch.eye(width, **own).repeat(len(base), 1, 1))
     if base_width == width:
-        return nn.Parameter(torch.eye(width, dtype=dtype))
-    return nn.Parameter(nn.init.orthogonal_(torch.empty(base_width, width, dtype=dtype)))
+        return nn.Parameter(torch.eye(width, **own))
+    return nn.Parameter(nn.init.orthogonal_(torch.empty(base_width, width, **own)))
 
 
 def effective_rank(singular_values: Float[Tensor, " rank"]) -> Float[Tensor, ""]:

@@ -86,12 +86,13 @@ def sample(
         parts: how the rows of this rank are divided, into as many parts on every rank; None: not.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = torch.tensor([len(rows)] if parts is None else list(parts))
-    sizes = torch.zeros(len(mine), ranks, dtype=torch.int64)
+    on_host = torch.device("cpu")  # whatever device is the default
+    mine = torch.tensor([len(rows)] if parts is None else list(parts), device=on_host)
+    sizes = torch.zeros(len(mine), ranks, dtype=torch.int64, device=on_host)
     sizes[:, rank] = mine
     sizes = total(sizes.to(rows.device)).cpu().flatten()
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(int(sizes.sum()), generator=generator)[:n]
+    generator = torch.Generator(on_host).manual_seed(seed)
+    chosen = torch.randperm(int(sizes.sum()), generator=generator, device=on_host)[:n]
     ends = sizes.cumsum(0)
     cell = torch.searchsorted(ends, chosen, right=True)
     within = chosen - (ends - sizes)[cell]

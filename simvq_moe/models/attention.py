@@ -77,7 +77,8 @@ def causal_attention(
 
 def _rotations(context: int, half: int, *, sine: bool) -> Float[Tensor, "context channels"]:
     """Cosine, or sine with the sign that it has for each half, of every position's angles."""
-    angles = torch.outer(torch.arange(context).float(), ROTARY_BASE ** (-torch.arange(half) / half))
+    rates = ROTARY_BASE ** (-torch.arange(half).float() / half)
+    angles = torch.outer(torch.arange(context).float(), rates)
     if sine:
         return torch.cat([-angles.sin(), angles.sin()], dim=1)
     return torch.cat([angles.cos(), angles.cos()], dim=1)

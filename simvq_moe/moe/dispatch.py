@@ -124,7 +124,7 @@ def _weighted_rows(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tens
 def _products(x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
     """Scalar products of x[i] and rows[places[i, j]]."""
     if rows.device.type == "cpu":  # one pass again: how embedding_bag finds its weights' gradient
-        flat = torch.arange(places.numel())
+        flat = torch.arange(places.numel(), device=places.device)
         bags = flat[:: places.shape[1]], flat // places.shape[1]
         product = torch.ops.aten._embedding_bag_per_sample_weights_backward
         return product(x, rows, places.reshape(-1), *bags, 0).view(places.shape)

@@ -113,7 +113,8 @@ def information(
     generator = torch.Generator().manual_seed(0)
     by_chance = 0.0
     for _ in range(SHUFFLES):
-        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        order = torch.randperm(len(labels), generator=generator, device=generator.device)
+        order = order.to(labels.device)
         by_chance += _mutual_information(label_counts(ids, dense[order], experts, number))
     told = _mutual_information(label_counts(ids, dense, experts, number))
     return told - by_chance / SHUFFLES
@@ -185,7 +186,8 @@ def uniform_routing(
 ) -> Int[Tensor, "tokens choices"]:
     """ids of k different experts a token, drawn evenly: what a measure gives for it is its null."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+    scores = torch.rand(tokens, experts, generator=generator, device=generator.device)
+    return scores.topk(top_k).indices
 
 
 def _pairs(ids: Tensor, experts: int) -> Int[Tensor, "experts experts"]:

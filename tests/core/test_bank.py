@@ -50,6 +50,12 @@ def test_step_zero_equals_the_bank_without_a_map(transform: Transform) -> None:
     assert torch.equal(Bank(base, transform=transform, bias=True).rows(), base)
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_map_and_bias_lie_where_the_base_does(transform: Transform) -> None:
+    bank = Bank(torch.randn(4, 6, device="meta"), transform=transform, bias=True)
+    assert {p.device.type for p in bank.parameters()} == {"meta"}
+
+
 @given(base_width=st.integers(1, 8), width=st.integers(1, 8))
 def test_a_map_between_widths_starts_semi_orthogonal(base_width: int, width: int) -> None:
     W = Bank(torch.randn(2, base_width).double(), width=width).W

@@ -19,6 +19,7 @@ from simvq_moe.config.docs import field_docs
 from simvq_moe.config.quantizer import QuantizerOptions
 from simvq_moe.config.registry import kinds
 from simvq_moe.config.schema import Config
+from simvq_moe.core.search.nearest import NotFiniteError
 from simvq_moe.core.usage import counters, counting
 from simvq_moe.hub import Pretrained
 from simvq_moe.quantizers import (
@@ -261,8 +262,13 @@ def test_a_saved_quantizer_comes_back_in_its_precision(
     with torch.inference_mode():
         inside = AnyQuantizer.from_pretrained(tmp_path)
     z = torch.randn(9, quantizer.width, dtype=torch.float64)
-    for again in (restored, inside):
-        assert torch.equal(again.encode(z), quantizer.encode(z))
+    with torch.no_grad():
+        ids = quantizer.encode(z)
+        decoded = quantizer.decode(ids)
+        for again in (restored, inside):
+            assert torch.equal(again.encode(z), ids)
+            assert again.decode(ids).dtype == decoded.dtype
+            assert torch.equal(again.decode(ids), decoded)
 
 
 def test_a_deep_copy_is_independent_and_equal(build: Callable[..., AnyQuantizer]) -> None:
@@ -359,6 +365,37 @@ def test_a_narrow_dtype_is_decoded_as_it_was_quantized(name: str, dtype: torch.d
             book = module.codebook(dtype)
             assert book.dtype == dtype
             assert torch.equal(book[out.ids], out.z_q)
+
+
+def test_infinite_latents_are_an_error_or_bounded(build: Callable[..., AnyQuantizer]) -> None:
+    quantizer = build()
+    train_one_step(quantizer)
+    z = torch.randn(5, quantizer.width)
+    z[2] = torch.inf
+    try:
+        out = quantizer.eval()(z)
+    except NotFiniteError:
+        return
+    assert bool(out.z_q.isfinite().all())
+    assert bool(out.loss.isfinite())
+
+
+def test_it_trains_where_another_device_is_the_default(build: Callable[..., AnyQuantizer]) -> None:
+    quantizer, z = build(), torch.randn(64, build().width)
+    with torch.device("meta"):  # as set_default_device does
+        out = quantizer(z)
+        assert torch.equal(quantizer.eval().encode(z), quantizer(z).ids)
+        quantizer.decode(out.ids)
+    assert out.ids.device == z.device
+
+
+@pytest.mark.parametrize("name", ["fsq", "lfq", "bsq", "vq", "projected", "residual grids"])
+def test_ids_beyond_the_codes_are_an_error(name: str) -> None:
+    quantizer = FAMILIES[name]().eval()
+    ids = quantizer.encode(torch.randn(3, quantizer.width))
+    ids[1] = 1000
+    with pytest.raises(IndexError):
+        quantizer.decode(ids)
 
 
 def test_evaluation_and_folding_draw_no_random_number_and_change_no_state(

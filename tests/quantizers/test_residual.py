@@ -34,6 +34,28 @@ def test_levels_of_fsq_are_those_of_the_peer(levels: list[int], number: int) -> 
     assert torch.equal(ours.encode(z), out.ids)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float32, torch.float64])
+def test_levels_of_fsq_are_exact_whatever_is_the_default_dtype(default: torch.dtype) -> None:
+    levels, number = [5, 3], 3
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        quantizer = ResidualQuantizer([FSQ(levels) for _ in range(number)])
+        z = torch.randn(400, 2, dtype=torch.float64)
+        target = next(iter(quantizer)).target(z)
+    finally:
+        torch.set_default_dtype(before)
+    count = torch.tensor(levels).double()
+    bound = count / (count - 1)
+    assert_close(target, bound * (z / bound).tanh(), rtol=1e-14, atol=0)
+    ids = torch.randint(15, (50, number))
+    value = torch.zeros(50, 2).double()
+    for place in range(number):
+        channels = torch.stack([ids[:, place] % 5, ids[:, place] // 5], 1)
+        value += (2 * channels / (count - 1) - 1) / count**place
+    assert_close(quantizer.decode(ids, torch.float64), value, rtol=1e-14, atol=1e-15)
+
+
 def test_levels_of_lfq_are_those_of_the_peer() -> None:
     torch.manual_seed(0)
     z = torch.randn(1, 500, 6)

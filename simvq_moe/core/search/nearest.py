@@ -169,7 +169,7 @@ def numbered(
     """The ids that a rule other than the distance gave z.
 
     Raises:
-        NotFiniteError: z holds NaN, which has no place among any codes.
+        NotFiniteError: z holds NaN or infinite values, which have no place among any codes.
     """
     return ids if torch.compiler.is_exporting() else _numbered(ids, z.detach())
 
@@ -178,7 +178,7 @@ def numbered(
     "simvq_moe::numbered", mutates_args=(), schema="(Tensor ids, Tensor z) -> Tensor"
 )
 def _numbered(ids: Tensor, z: Tensor) -> Tensor:
-    bad = int(z.isnan().any(1).sum())
+    bad = int((~z.isfinite()).any(1).sum())
     if bad:
         raise NotFiniteError(
             f"{bad} of {len(z)} latents are not finite: lower the learning rate or clip"

@@ -69,7 +69,7 @@ def groups_that_may_win(
         for part in a16.split(TOKEN_TILE)
     ]
     groups = -(-len(codes) // GROUP)
-    top = torch.empty(groups, len(z), dtype=torch.bfloat16)
+    top = torch.empty(groups, len(z), dtype=torch.bfloat16, device=z.device)
     length, error = z.new_empty(groups), z.new_empty(groups)
     # one buffer for all products: memory that was never touched costs as much as the writing
     buffer = top.new_empty((CODE_TILE + GROUP) * TOKEN_TILE)
@@ -86,7 +86,7 @@ def groups_that_may_win(
             score = buffer[: prod(shape)].view(shape)
             torch.mm(tile16, part, out=score)
             top[here, first : first + TOKEN_TILE] = _group_max(score)
-    keep = torch.empty(groups, len(z), dtype=torch.bool)
+    keep = torch.empty(groups, len(z), dtype=torch.bool, device=z.device)
     for first in range(0, len(z), TOKEN_TILE):
         rows = slice(first, first + TOKEN_TILE)
         score = top[:, rows].float()

@@ -36,8 +36,8 @@ class FSQ(Grid):
 
     levels: Tensor
     radix: Tensor
-    scale: Tensor | None
-    """(width,): s of a residual level; None: a quantizer by itself."""
+    cells: Tensor | None
+    """int64 (width,): 1 / s of a residual level; None: a quantizer by itself."""
 
     def __init__(self, levels: Sequence[int], *, channels_first: bool = False) -> None:
         if not levels or min(levels) < 2:
@@ -47,7 +47,7 @@ class FSQ(Grid):
         radix = [prod(levels[:i]) for i in range(len(levels))]
         self.hold("levels", partial(torch.tensor, self.values))
         self.hold("radix", partial(torch.tensor, radix))
-        self.scale = None
+        self.cells = None
         self.is_first_level = False
 
     def join(self, levels: Sequence[AnyQuantizer], place: int) -> None:
@@ -56,40 +56,41 @@ class FSQ(Grid):
             check_each_once(levels, self)
             before = [level for level in levels[:place] if isinstance(level, FSQ)]
             cells = [prod(grid.values[i] for grid in before) for i in range(self.width)]
-            self.hold("scale", partial(torch.tensor, [1 / number for number in cells]))
+            self.hold("cells", partial(torch.tensor, cells))
             self.is_first_level = place == 0
 
     def target(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
         if not self.is_first_level:
             return z
-        bound = (self.levels / (self.levels - 1)).to(z.dtype)
+        bound = self.levels.to(z.dtype) / (self.levels - 1)
         return torch.tanh(z / bound) * bound
 
     def prepare(self, z: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
-        if self.scale is None:
+        if self.cells is None:
             return self._bounded(z) / (self.levels // 2)
-        scale = self.scale.to(z.dtype)
+        scale = 1 / self.cells.to(z.dtype)
         return z.clamp(-scale, scale)
 
     def assign(self, z: Float[Tensor, "tokens width"]) -> Int[Tensor, " tokens"]:
-        if self.scale is None:
-            number = self._bounded(z).round().long() + self.levels // 2
+        if self.cells is None:
+            inside = self._bounded(z)
+            number = inside.round().long() + self.levels // 2
         else:
-            inside = (z / self.scale.to(z.dtype)).clamp(-1, 1)
+            inside = (z * self.cells).clamp(-1, 1)
             number = ((self.levels - 1) * (inside + 1) / 2 + 0.5).floor().long()
         # tanh saturates half a thousandth outside, which is a level of its own beyond 1,000
         number = torch.minimum(number.clamp_min(0), self.levels - 1)
-        return numbered((number * self.radix).sum(-1), z)
+        return numbered((number * self.radix).sum(-1), inside)
 
     def lookup(
         self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, "*batch width"]:
         dtype = dtype or self.precision
         number = ids[..., None] // self.radix % self.levels
-        if self.scale is None:
+        if self.cells is None:
             half = self.levels // 2
             return (number - half).to(dtype) / half
-        return (number.to(dtype) * 2 / (self.levels - 1) - 1) * self.scale.to(dtype)
+        return (number.to(dtype) * 2 / (self.levels - 1) - 1) / self.cells
 
     def losses(
         self,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from simvq_moe.core.gradient import straight_through
@@ -32,6 +32,18 @@ class Grid(Quantizer):
 
     def codebook(self, dtype: torch.dtype | None = None) -> Float[Tensor, "codes width"]:
         return self.lookup(torch.arange(self.codes, device=self.counter.counts.device), dtype)
+
+    def lookup_padded(self, ids: Int[Tensor, "*batch"], dtype: torch.dtype | None = None) -> Tensor:
+        """As `lookup`, with 0 for ids below 0.
+
+        Raises:
+            IndexError: an id is none of a code, which a table would say, but not arithmetic.
+        """
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            largest = int(ids.max()) if ids.numel() else 0
+            if largest >= self.codes:
+                raise IndexError(f"id {largest} of {self.codes} codes: give 0 to {self.codes - 1}")
+        return super().lookup_padded(ids, dtype)
 
     def pass_gradient(
         self, z: Float[Tensor, "tokens width"], e: Float[Tensor, "tokens width"]
