@@ -13,6 +13,7 @@ give files twice), which the log says.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import logging
@@ -249,7 +250,13 @@ def _read_text(path: Path, rows: Rows) -> Iterator[Row]:
     if len(content) > LARGEST_TEXT:
         yield 0, Defect(str(path), f"more than {LARGEST_TEXT:,} bytes: split it")
         return
-    yield 0, decoded(content, str(path))
+    yield from _document(0, content, str(path))
+
+
+def _document(row: int, content: bytes, where: str) -> Iterator[Row]:
+    """The text of a file, without the signature that says it is UTF-8; nothing if it is empty."""
+    if text := content.removeprefix(codecs.BOM_UTF8):
+        yield row, decoded(text, where)
 
 
 def _read_json_lines(path: Path, rows: Rows) -> Iterator[Row]:
@@ -292,8 +299,8 @@ def _read_tar(path: Path, rows: Rows) -> Iterator[Row]:
                 content = opened.read()
                 if suffix == ".json":
                     yield from _with_text(number, content, where, rows.field)
-                elif content:
-                    yield number, decoded(content, where)
+                else:
+                    yield from _document(number, content, where)
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         # ValueError: numbers in the attributes of a member that are none
         yield number, defect_of(path, f"from member {number} on", error)

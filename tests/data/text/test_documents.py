@@ -141,6 +141,19 @@ def test_a_file_without_texts_is_of_another_kind_and_not_broken(tmp_path: Path) 
     assert first_defect(write_tar(tmp_path)) is None
 
 
+def test_the_signature_of_a_utf8_file_is_no_text(tmp_path: Path) -> None:
+    content = "\ufefföne\r\n".encode()
+    (tmp_path / "a.txt").write_bytes(content)
+    (tmp_path / "nothing.txt").write_bytes(content[:3])
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("a.txt")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    for name in ("a.txt", "a.tar"):
+        assert list(read_rows(tmp_path / name, Rows())) == [(0, "öne\r\n")]
+    assert list(read_rows(tmp_path / "nothing.txt", Rows())) == []
+
+
 def test_defects_stop_or_are_named_once_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     defects, other = Defect("a.jsonl line 3", "bad"), Defect("b.tar from member 1 on", "cut")
     with pytest.raises(
