@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from simvq_moe.core.step_state import StepState
+from simvq_moe.core.usage import once
 
 
 class RunningMean(StepState):
@@ -36,15 +37,16 @@ class RunningMean(StepState):
         """Count these in at the end of the step, if in training."""
         if self.collects:
             tokens = torch.full_like(self.pending[:1], len(x))
-            self.pending += torch.cat([x.sum(0, dtype=self.pending.dtype), tokens])
+            self.pending += once(torch.cat([x.sum(0, dtype=self.pending.dtype), tokens]))
 
     def apply_sums(self, sums: Float[Tensor, " size"]) -> None:
         tokens = sums[-1]
+        counts = (tokens > 0) & sums.isfinite().all()  # a step of NaN would stay for ever
         step = self.steps + 1
         weight = (1 - self.decay) / (1 - self.decay ** step.double())
         change = weight * (sums[:-1] / tokens.clamp_min(1) - self.mean)
-        self.mean += torch.where(tokens > 0, change, 0)
-        self.steps += (tokens > 0).to(torch.int64)
+        self.mean += torch.where(counts, change, 0)
+        self.steps += counts.to(torch.int64)
 
     def extra_repr(self) -> str:
         return f"width={len(self.mean)}, decay={self.decay}"

@@ -62,12 +62,15 @@ class StepState(FollowsSteps):
 
     waits = True
     pending: Tensor
-    due = True
-    """Whether the sums of the current step are wanted, the same on all ranks."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.hold("pending", partial(torch.zeros, size, dtype=torch.float64))
+
+    @property
+    def due(self) -> bool:
+        """Whether the sums of the current step are wanted, the same on all ranks."""
+        return True
 
     @property
     def collects(self) -> bool:

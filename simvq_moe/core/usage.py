@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int, Integer
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor, nn
 
 from simvq_moe.core.state import Stateful
@@ -132,7 +132,7 @@ class UsageCounter(Stateful):
         if (self.training or self.counting_in_eval) and not recomputing():
             ids = ids.reshape(-1).to(torch.int64)
             # bincount would wait for a GPU, and its shape breaks torch.compile's graph
-            self.counts.scatter_add_(0, ids.clamp_min(0), (ids >= 0).to(torch.int64))
+            self.counts.scatter_add_(0, ids.clamp_min(0), once((ids >= 0).to(torch.int64)))
 
     @torch.no_grad()
     def take(self) -> Int[Tensor, " slots"]:
@@ -143,8 +143,28 @@ class UsageCounter(Stateful):
 
 
 def recomputing() -> bool:
-    """True inside a backward pass, where activation checkpointing runs a forward again."""
+    """True inside a backward pass, where activation checkpointing runs a forward again.
+
+    Not while a graph is compiled, which then runs in both: see `once` and `first_run`.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def once(x: Tensor) -> Tensor:
+    """x for a sum; in a compiled graph 0 where activation checkpointing runs it again."""
+    return x * first_run(x) if torch.compiler.is_compiling() else x
+
+
+# an operator of its own, so that a compiled graph asks when it runs
+@torch.library.custom_op("simvq_moe::first_run", mutates_args=(), schema="(Tensor like) -> Tensor")
+def first_run(like: Tensor) -> Bool[Tensor, ""]:
+    """Whether this is no run again, as a tensor where `like` is."""
+    return torch.full((), not recomputing(), device=like.device)
+
+
+@first_run.register_fake
+def _(like: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.bool, device=like.device)
 
 
 def counters(model: nn.Module) -> list[UsageCounter]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from simvq_moe.core.step_state import StepState
 from simvq_moe.core.streams import own_stream
+from simvq_moe.core.usage import once
 
 WhiteningKind = Literal["full", "diagonal", "low_rank"]
 
@@ -71,6 +72,7 @@ class Whitening(StepState):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.steps_done = 0
         """Equal to `steps`, and known without waiting for a device."""
+        self._due, self._version = True, 0
 
     @torch.no_grad()
     def collect(self, x: Float[Tensor, "tokens width"]) -> None:
@@ -85,11 +87,11 @@ class Whitening(StepState):
         shift = mean - self.mean
         between = self.seconds_of((tokens.sqrt() * shift)[None]).flatten()
         sums = torch.cat([tokens, tokens * shift, seconds + between])
-        self.pending += sums.to(self.pending.dtype)
+        self.pending += once(sums.to(self.pending.dtype))
 
     def apply_sums(self, sums: Float[Tensor, " size"]) -> None:
         tokens, first, seconds = sums.split([1, self.width, len(sums) - 1 - self.width])
-        if not tokens:
+        if not tokens or not sums.isfinite().all():  # a step of NaN would stay for ever
             return
         age = 1 if self.steps_done < self.every else self.every
         self.weight.mul_(self.decay**age).add_(1)
@@ -149,13 +151,22 @@ class Whitening(StepState):
         scale = torch.where(after > 0, scale, 1 / factor)
         return factors * scale, factor * scale
 
+    @property
+    def due(self) -> bool:
+        unknown = torch.compiler.is_compiling() or self.steps.is_meta or self.steps.is_inference()
+        if not unknown and self.steps._version != self._version:  # written by another's hand
+            self._go_on_after(int(self.steps))
+        return self._due
+
     def _go_on_after(self, steps: int) -> None:
         self.steps_done = steps
-        self.due = steps < self.every or (steps + 1) % self.every == 0
+        self._due = steps < self.every or (steps + 1) % self.every == 0
+        self._version = 0 if self.steps.is_inference() else self.steps._version
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._go_on_after(int(self.steps))
+        if not self.steps.is_meta:
+            self._go_on_after(int(self.steps))
 
     def extra_repr(self) -> str:
         return f"width={self.width}, exponent={self.exponent}, every={self.every}"

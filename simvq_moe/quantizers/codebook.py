@@ -20,7 +20,7 @@ from simvq_moe.core.choices import check_choice
 from simvq_moe.core.gradient import ESTIMATORS, IN_EVALUATION, Gradient
 from simvq_moe.core.search.nearest import nearest, nearest_few
 from simvq_moe.core.step_state import FollowsSteps
-from simvq_moe.core.usage import UsageCounter
+from simvq_moe.core.usage import UsageCounter, first_run
 from simvq_moe.quantizers.base import PADDING, AnyQuantizer, Quantized
 
 
@@ -31,6 +31,15 @@ class SoftAssignment(NamedTuple):
     """int64, the leading shape of z and an axis of neighbours; `PADDING` where masked."""
     weights: Tensor
     """Positive, a latent's sum to 1; 0 where masked."""
+
+
+class Seen(NamedTuple):
+    """What a forward pass shows codes that change by steps."""
+
+    latents: Tensor
+    ids: Tensor
+    first: Tensor | None
+    """Of a compiled pass, whether it is no run again; None: it is none."""
 
 
 class Quantizer(AnyQuantizer, FollowsSteps):
@@ -68,11 +77,13 @@ class Quantizer(AnyQuantizer, FollowsSteps):
         self.counter = UsageCounter(codes, kind="codes")
         self.initialized: Tensor | None = None
         self._waits = False
-        self._seen: list[tuple[Tensor, Tensor]] = []
-        """Latents and ids of the step so far, of codes that change by them."""
+        self._seen: list[Seen] = []
+        """The step so far, of codes that change by it."""
 
     @property
     def waits_for_data(self) -> bool:
+        if self._waits:  # asked again, because another's hand may have written the state
+            _note_initialized(self, None)
         return self._waits
 
     @property
@@ -102,9 +113,7 @@ class Quantizer(AnyQuantizer, FollowsSteps):
         weighted = [self.weights[name] * term for name, term in losses.items()]
         z_q = self.pass_gradient(z, e)
         if self.changes_by_steps and self.collects:
-            self._seen.append((z.detach(), ids))
-            if not self.waits:
-                self.end_step()
+            self._collect(z.detach(), ids)
         return Quantized(z_q, ids, sum(weighted, start=z.new_zeros(())), losses)
 
     def losses(
@@ -140,10 +149,24 @@ class Quantizer(AnyQuantizer, FollowsSteps):
             parts: how many latents each of them had.
         """
 
+    def _collect(self, z: Tensor, ids: Tensor) -> None:
+        first = first_run(z) if torch.compiler.is_compiling() else None
+        if self.waits:
+            self._seen.append(Seen(z, ids, first))
+            return
+        states = list(self.buffers(recurse=False))
+        before = [] if first is None else [state.clone() for state in states]
+        self._seen.append(Seen(z, ids, None))
+        self.end_step()
+        if first is not None:
+            for state, old in zip(states, before, strict=True):
+                state.copy_(torch.where(first, state, old))
+
     def end_step(self) -> None:
-        if self._seen:
-            latents, ids = zip(*self._seen, strict=True)
-            self._seen = []
+        seen = [part for part in self._seen if part.first is None or bool(part.first)]
+        self._seen = []
+        if seen:
+            latents, ids, _ = zip(*seen, strict=True)
             whole = (latents[0], ids[0]) if len(ids) == 1 else (torch.cat(latents), torch.cat(ids))
             self.update(*whole, [len(part) for part in ids])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from simvq_moe.core.running_mean import RunningMean
 from simvq_moe.core.usage import UsageCounter, counters, counting, null_usage, usage
+from tests.models.tracing import of_tracing
 
 COUNTS = st.lists(st.integers(0, 50), min_size=1, max_size=12).filter(any)
 
@@ -125,3 +129,32 @@ def test_recomputed_activations_are_not_counted_twice() -> None:
     assert isinstance(y, torch.Tensor)
     y.sum().backward()
     assert counter.take().tolist() == [1, 0, 1]
+
+
+@of_tracing
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.usefixtures("unchecked")
+def test_compiled_activations_are_not_counted_twice_either(inside: bool, reentrant: bool) -> None:
+    if inside and reentrant:
+        pytest.skip("torch does not compile it")
+    counter, mean = UsageCounter(3, kind="experts"), RunningMean(2)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        counter.add(torch.tensor([0, 2]))
+        mean.collect(x.detach())
+        return x.sin()
+
+    def checkpointed(x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        y = checkpoint(run, x, use_reentrant=reentrant)
+        assert isinstance(y, torch.Tensor)
+        return y
+
+    torch.compiler.reset()
+    compiled: Any = torch.compile(layer, backend="aot_eager")
+    whole: Any = torch.compile(lambda x: checkpointed(x, layer), backend="aot_eager")
+    for _ in range(2):
+        x = torch.ones(5, 2, requires_grad=True)
+        (whole(x) if inside else checkpointed(x, compiled)).sum().backward()
+    assert counter.take().tolist() == [2, 0, 2]
+    assert mean.pending.tolist() == [10, 10, 10]

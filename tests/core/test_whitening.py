@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from simvq_moe import MoE
+from simvq_moe.core.running_mean import RunningMean
 from simvq_moe.core.step_state import after_step
 from simvq_moe.core.whitening import (
     DiagonalWhitening,
@@ -56,6 +57,37 @@ def run(whitening: Whitening, batches: list[Tensor]) -> None:
 
 def map_of(whitening: Whitening) -> np.ndarray:
     return whitening.turn(torch.eye(whitening.width, dtype=torch.float64)).numpy()
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "low_rank"])
+def test_steps_that_another_has_written_are_those_that_it_goes_on_from(kind: Any) -> None:
+    batches = inputs(14)
+    trained, other = (build_whitening(kind, WIDTH, rank=2, every=3) for _ in range(2))
+    run(trained, batches[:8])
+    with torch.no_grad():  # as DistributedDataParallel does with what rank 0 has loaded
+        for mine, theirs in zip(other.buffers(), trained.buffers(), strict=True):
+            mine.copy_(theirs)
+    assert other.due == trained.due
+    for whitening in (trained, other):
+        run(whitening, batches[8:])
+    assert_close(other.state_dict(), trained.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "low_rank"])
+def test_a_step_that_is_not_finite_leaves_no_trace(kind: Any) -> None:
+    whitening, mean = build_whitening(kind, WIDTH, rank=2, every=1), RunningMean(WIDTH)
+    for batch in inputs(3):
+        run(whitening, [batch])
+        mean.collect(batch)
+        after_step(mean)
+    before = copy.deepcopy([whitening.state_dict(), mean.state_dict()])
+    bad = inputs(1)[0]
+    bad[3, 2] = torch.nan
+    run(whitening, [bad])
+    mean.collect(bad)
+    after_step(mean)
+    before[0]["steps"] += 1  # of the optimizer
+    assert_close([whitening.state_dict(), mean.state_dict()], before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("exponent", [-1.0, 0.0, 0.5, 1.0])

@@ -121,6 +121,18 @@ def test_the_first_training_pass_starts_from_data_by_itself_and_once() -> None:
     assert not restored.waits_for_data
 
 
+def test_what_another_rank_has_started_is_not_started_again() -> None:
+    torch.manual_seed(0)
+    started, other = (VQ(8, 3, init="kmeans") for _ in range(2))
+    started.initialize(torch.randn(40, 3))
+    with torch.no_grad():  # as DistributedDataParallel does with what rank 0 has loaded
+        for name, tensor in other.state_dict().items():
+            tensor.copy_(started.state_dict()[name])
+    other.train()(torch.randn(40, 3) + 9)
+    assert not other.waits_for_data
+    assert torch.equal(other.codebook(), started.codebook())
+
+
 def test_masked_latents_do_not_enter_the_start() -> None:
     torch.manual_seed(0)
     z, mask = torch.randn(30, 3), torch.arange(30) < 20

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from simvq_moe import EMAVQ, VQ, ResidualQuantizer
 from simvq_moe.core.step_state import after_step, drop_step, follow_steps
@@ -123,6 +125,30 @@ def test_a_codebook_that_levels_or_heads_share_takes_one_step_a_forward_pass(
             if waits:
                 after_step(quantizer)
         found.append(shared.state_dict())
+    assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+# of torch itself, where it traces an autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("name", ["ema restart", "vq restart", "ns", "running map"])
+def test_a_compiled_pass_that_is_run_again_is_no_step(name: str, waits: bool) -> None:
+    found: list[dict[str, Tensor]] = []
+    for again in (False, True):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        quantizer = BUILD[name]().train()
+        if waits:
+            follow_steps(quantizer)
+        compiled: Any = torch.compile(lambda z, q=quantizer: q(z).loss, backend="aot_eager")
+        for z in batches()[:3]:
+            z = z.requires_grad_()
+            loss = checkpoint(compiled, z, use_reentrant=False) if again else compiled(z)
+            assert isinstance(loss, Tensor)
+            loss.backward()
+            after_step(quantizer)
+        found.append(quantizer.state_dict())
     assert_close(found[0], found[1], rtol=0, atol=0)
 
 

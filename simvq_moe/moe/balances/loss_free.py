@@ -11,6 +11,7 @@ from torch import Tensor
 
 from simvq_moe.config.ranges import Weight
 from simvq_moe.config.registry import register
+from simvq_moe.core.usage import once
 from simvq_moe.moe.balances.base import Balance, SelectionBias
 
 
@@ -55,7 +56,8 @@ class LossFreeBias(SelectionBias):
         ids = (scores + self.bias.to(scores.dtype)).topk(top_k, dim=-1).indices
         if self.collects:
             flat = ids.reshape(-1)
-            self.pending.scatter_add_(0, flat, torch.ones_like(flat, dtype=self.pending.dtype))
+            ones = torch.ones_like(flat, dtype=self.pending.dtype)
+            self.pending.scatter_add_(0, flat, once(ones))
         return ids
 
     def apply_sums(self, sums: Float[Tensor, " size"]) -> None:
