@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from simvq_moe.core.choices import check_choice
 from simvq_moe.core.precision import full_precision
+from simvq_moe.core.search.centring import spread_sample
 
 Transform = Literal["none", "diagonal", "linear", "low_rank", "separate"]
 
@@ -161,14 +162,15 @@ class Bank(nn.Module):
     def folded_rows(self, dtype: torch.dtype) -> Float[Tensor, "*rows width"]:
         """`rows`, without a gradient and kept until the map changes, for use in evaluation.
 
-        W and bias are compared by value: an optimizer that writes to `.data` leaves no other trace.
-        A base that is learned, or was made in inference mode, which counts no changes, is too large
-        to compare, so its rows are not kept.
+        W and bias are compared by value, because what writes to `.data` leaves no other trace. Of
+        the base, which is large, some rows are. One that is learned, or was made in inference mode,
+        which counts no changes, has no kept rows.
         """
         if isinstance(self.base, nn.Parameter) or self.base.is_inference():
             return self._exact_rows(dtype)
         now = [dtype, self.base.data_ptr(), self.base._version]
         learned = [p.detach() for p in (*self.maps, self.bias) if p is not None]
+        learned.append(spread_sample(self.base))
         if self._kept is not None:
             key, values, rows = self._kept
             same = key == now and [v.dtype for v in values] == [p.dtype for p in learned]

@@ -99,7 +99,7 @@ def test_folded_rows_are_kept_until_the_map_changes_however_it_is_written() -> N
     first = bank.folded_rows(torch.float32)
     assert bank.folded_rows(torch.float32) is first
     assert not first.requires_grad
-    for tensor in (bank.W.data, bank.bias.data, bank.base):
+    for tensor in (bank.W.data, bank.bias.data, bank.base, bank.base.data):
         tensor.mul_(1.5).add_(0.1)
         assert_close(bank.folded_rows(torch.float32), bank.rows().detach())
     assert bank.folded_rows(torch.float64).dtype == torch.float64
