@@ -31,7 +31,7 @@ from simvq_moe.files.regular import (
 from simvq_moe.files.tensors import StoredWeights, read_safetensors
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-PRECISION = "precision"
+PRECISION, AGAIN = "precision", "again"
 PRECISIONS = tuple(str(t) for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
 CONFIG_LIMIT = 2**20
 """Bytes of a config.json that are read at most."""
@@ -246,37 +246,63 @@ def _made(spec: Any, directory: Path) -> Any:
         raise BrokenFileError(directory / CONFIG, f"describes no module: {error}") from None
 
 
-def _spec(value: Any) -> Any:
-    """Plain data for a constructor's argument."""
+def _spec(value: Any, met: dict[int, int] | None = None) -> Any:
+    """Plain data for a constructor's argument.
+
+    Args:
+        met: number of each module by its address, in the order in which they were met; one that is
+            met again is {"again": number}.
+    """
+    met = {} if met is None else met
     if isinstance(value, Pretrained):
+        if id(value) in met:
+            return {AGAIN: met[id(value)]}
+        met[id(value)] = len(met)
         given = value.__dict__["arguments"]
-        arguments = {name: _spec(_now(value, name, item)) for name, item in given.items()}
+        arguments = {name: _spec(_now(value, name, item), met) for name, item in given.items()}
         own = {} if value.precision is None else {PRECISION: str(value.precision)}
         return {"class": type(value).__name__, "arguments": arguments, **own}
     if isinstance(value, Options):
         of = family_of(type(value))
         assert of is not None
-        own = {f.name: _spec(getattr(value, f.name)) for f in fields(value)}
+        own = {f.name: _spec(getattr(value, f.name), met) for f in fields(value)}
         return {"options": of.__name__, **own}
     if isinstance(value, MoEConfig):
-        own = {f.name: _spec(getattr(value, f.name)) for f in fields(value)}
+        own = {f.name: _spec(getattr(value, f.name), met) for f in fields(value)}
         return {"options": MoEConfig.__name__, **own}
     if isinstance(value, nn.Module):  # a network of others, which judges in training alone
         return None
-    return [_spec(item) for item in value] if isinstance(value, list | tuple) else value
+    return [_spec(item, met) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _now(module: Pretrained, name: str, given: Any) -> Any:
-    """What has become of an argument that is a module, such as a quantizer that was folded."""
+    """What has become of an argument that is a module or several, such as a quantizer that was
+    folded."""
     now = getattr(module, name, None)
-    return now if isinstance(given, Pretrained) and isinstance(now, Pretrained) else given
+    return now if _are_pretrained(given) and _are_pretrained(now) else given
 
 
-def _build(spec: Any) -> Any:
+def _are_pretrained(value: Any) -> bool:
+    several = value if isinstance(value, list | tuple) else [value]
+    return bool(several) and all(isinstance(one, Pretrained) for one in several)
+
+
+def _build(spec: Any, made: list[Any] | None = None) -> Any:
+    """What `_spec` described.
+
+    Args:
+        made: the modules so far, in the order in which they were met.
+    """
+    made = [] if made is None else made
     if isinstance(spec, list):
-        return [_build(item) for item in spec]
+        return [_build(item, made) for item in spec]
     if isinstance(spec, dict) and "options" in spec:
-        return _options(spec)
+        return _options(spec, made)
+    if isinstance(spec, dict) and AGAIN in spec:
+        number = spec[AGAIN]
+        if number not in range(len(made)) or made[number] is None:
+            raise ValueError(f"{CONFIG}: {AGAIN} {number!r} is none of the modules before it")
+        return made[number]
     if not isinstance(spec, dict) or "class" not in spec:
         return spec
     known = _subclasses(Pretrained)
@@ -284,18 +310,21 @@ def _build(spec: Any) -> Any:
         raise ValueError(f"{CONFIG}: class {spec['class']!r} is none of {sorted(known)}")
     if not isinstance(spec.get("arguments"), dict):
         raise ValueError(f"{CONFIG}: class {spec['class']!r} has no arguments")
-    made = known[spec["class"]](**{name: _build(v) for name, v in spec["arguments"].items()})
-    if made.precision is not None and PRECISION in spec:
+    place = len(made)
+    made.append(None)  # it is not its own part
+    arguments = {name: _build(value, made) for name, value in spec["arguments"].items()}
+    made[place] = module = known[spec["class"]](**arguments)
+    if module.precision is not None and PRECISION in spec:
         if spec[PRECISION] not in PRECISIONS:
             raise ValueError(f"{CONFIG}: {PRECISION} {spec[PRECISION]!r} is none of {PRECISIONS}")
-        made.precision = getattr(torch, spec[PRECISION].removeprefix("torch."))
-    return made
+        module.precision = getattr(torch, spec[PRECISION].removeprefix("torch."))
+    return module
 
 
-def _options(spec: dict[str, Any]) -> Options | MoEConfig:
+def _options(spec: dict[str, Any], made: list[Any]) -> Options | MoEConfig:
     """The options of a component, its family and kind by name and the values of its fields, or of a
     whole layer."""
-    own = {name: _build(value) for name, value in spec.items() if name != "options"}
+    own = {name: _build(value, made) for name, value in spec.items() if name != "options"}
     if spec["options"] == MoEConfig.__name__:
         return MoEConfig(**own)
     return of_kind(family_named(spec["options"]), own.get("kind"), f"{CONFIG}: kind")(**own)

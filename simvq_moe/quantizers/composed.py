@@ -157,6 +157,11 @@ class ResidualQuantizer(_Composed):
         self.dropout = dropout
 
     @property
+    def levels(self) -> list[AnyQuantizer]:
+        """As they are now."""
+        return list(self)
+
+    @property
     def drops(self) -> bool:
         return self.dropout > 0 or super().drops
 
@@ -225,6 +230,11 @@ class GroupedQuantizer(_Composed):
         widths = [head.width for head in heads]
         super().__init__(heads, sum(widths), channels_first=channels_first)
         self.widths = widths
+
+    @property
+    def heads(self) -> list[AnyQuantizer]:
+        """As they are now."""
+        return list(self)
 
     def quantize(self, z: Float[Tensor, "tokens width"]) -> Quantized:
         outs = [self._quantize_part(head, share) for head, share in self._shares(z)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from simvq_moe import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer
+from simvq_moe import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import ConfigError
@@ -128,6 +129,38 @@ def test_grids_of_levels_come_back_as_they_were_saved(tmp_path: Path) -> None:
         loaded = AnyQuantizer.from_pretrained(tmp_path)
         assert torch.equal(loaded(z).ids, quantizer(z).ids)
         assert torch.equal(loaded(z).z_q, quantizer(z).z_q)
+
+
+@pytest.mark.parametrize("family", [ResidualQuantizer, GroupedQuantizer])
+def test_one_codebook_in_several_places_comes_back_as_one(family: Any, tmp_path: Path) -> None:
+    one, other = EMAVQ(8, 2), VQ(8, 2)
+    family([family([one, other]), family([other, one])]).eval().save_pretrained(tmp_path)
+    outer: Any = AnyQuantizer.from_pretrained(tmp_path)
+    first, second = ([*inner] for inner in outer)
+    assert first[0] is second[1]
+    assert first[1] is second[0]
+    assert torch.equal(first[0].decode(torch.arange(8)), one.codebook())
+    for broken in ({"again": 7}, {"again": "0"}, {"again": 0}):
+        spec = json.loads((tmp_path / "config.json").read_text())
+        spec["arguments"][next(iter(spec["arguments"]))][1] = broken
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / "config.json").write_text(json.dumps(spec))
+        (tmp_path / "broken" / "model.safetensors").write_bytes(
+            (tmp_path / "model.safetensors").read_bytes()
+        )
+        with pytest.raises(ValueError, match="config"):
+            AnyQuantizer.from_pretrained(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("family", [ResidualQuantizer, GroupedQuantizer])
+def test_levels_and_heads_that_were_folded_come_back_folded(family: Any, tmp_path: Path) -> None:
+    quantizer = family([SimVQ(8, 2), SimVQ(8, 2)]).eval()
+    quantizer.parts[1] = quantizer.parts[1].fold()
+    quantizer.save_pretrained(tmp_path)
+    loaded: Any = AnyQuantizer.from_pretrained(tmp_path)
+    z = torch.randn(20, quantizer.width)
+    assert [type(part) for part in loaded.parts] == [SimVQ, VQ]
+    assert torch.equal(loaded(z).z_q, quantizer(z).z_q)
 
 
 @pytest.mark.parametrize("heads", [1, 3])
