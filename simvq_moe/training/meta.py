@@ -50,6 +50,8 @@ class RunMeta:
         not finished."""
         config, before = self.run.config, self.run.steps_before
         print(differing(config), file=sys.stderr)
+        for warning in doubts(config):
+            print(f"warning: {warning}", file=sys.stderr)
         steps = config.train.steps
         if before is not None and before < steps:
             print(
@@ -92,6 +94,17 @@ def differing(config: Config) -> str:
     mine, given = without_other_tasks(config), changed(with_default_gates(config))
     found = {key: value for key, value in given.items() if key.split(".")[0] in mine}
     return f"{config.run_dir / CONFIG}, where not as by default:\n{mapping_to_yaml(found)}"
+
+
+def doubts(config: Config) -> list[str]:
+    """What can be trained and is hardly meant, a sentence each."""
+    steps, warmup = config.train.steps, config.optimizer.warmup_steps
+    if warmup <= steps:
+        return []
+    return [
+        f"train.steps {steps} end before optimizer.warmup_steps {warmup} do, so the learning rate "
+        f"stays below optimizer.lr {config.optimizer.lr}"
+    ]
 
 
 def _ranks_of(meta: Mapping[str, Any]) -> str:

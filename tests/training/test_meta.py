@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from simvq_moe.config.checks_moe import with_gates
 from simvq_moe.config.loading import with_overrides
-from simvq_moe.config.schema import Config
-from simvq_moe.training.meta import differing
+from simvq_moe.config.schema import Config, TrainConfig
+from simvq_moe.training.meta import differing, doubts
 
 
 def test_a_run_prints_what_differs_from_the_defaults_and_of_its_own_task() -> None:
@@ -31,3 +31,12 @@ def test_gates_are_named_where_they_are_not_those_that_are_taken_unasked() -> No
     assert "gates" not in differing(unasked)
     asked = replace(unasked, moe=replace(unasked.moe, top_k=2))
     assert "moe.gates: softmax_topk" in differing(asked)
+
+
+def test_a_warmup_longer_than_the_run_is_told() -> None:
+    short = Config(train=TrainConfig(steps=49))
+    assert doubts(short) == [
+        "train.steps 49 end before optimizer.warmup_steps 50 do, so the learning rate stays below "
+        "optimizer.lr 0.001"
+    ]
+    assert doubts(replace(short, train=TrainConfig(steps=50))) == []
