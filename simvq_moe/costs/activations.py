@@ -20,6 +20,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.core.search.nearest import flops_of_search
 from simvq_moe.core.state import held_tensors
 from simvq_moe.engine.devices import this_device
+from simvq_moe.errors import ConfigError
 from simvq_moe.models.blocks import Block, DenseBlock, MoEBlock
 from simvq_moe.models.cross_entropy import LARGEST
 from simvq_moe.models.language_model import LanguageModel
@@ -109,10 +110,19 @@ def sample_cost(model: nn.Module, config: Config) -> SampleCost:
 
     What is computed once in a batch, such as the rows under a shared map, comes out as the cost of
     the batch itself.
+
+    Raises:
+        ConfigError: the task has no such sample.
     """
     task, flops, saved = task_of(config), [], []
+    sample = task.counted_sample(config)
+    if sample is None:
+        raise ConfigError(
+            f"task {config.task!r} has no sample to count costs on: its class needs "
+            "`counted_sample`"
+        )
     with torch.random.fork_rng(devices=[]):
-        one = torch.rand(task.sample_shape(config)).to(next(model.parameters()).device) * 2 - 1
+        one = torch.rand(sample.shape).to(next(model.parameters()).device) * 2 - 1
     for samples in (1, 2):
         copied = copy.deepcopy(model).eval()  # anew, because an evaluated codebook keeps its rows
         with counting() as counter:

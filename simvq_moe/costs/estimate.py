@@ -33,9 +33,9 @@ def estimate(config: Config, ranks: int, cluster: Cluster | None) -> tuple[str, 
     counted = task.without_networks(config) if task.lacks_networks(config) else config
     with torch.device("meta"):  # where no weights can be loaded
         model = task.build_model(on_one_rank(task.without_networks(config)))
-    numbers = task.numbers_of_a_sample(config)
-    if numbers is not None:
-        _check_countable(config, model, numbers)
+    sample = task.counted_sample(config)
+    if sample is not None:
+        _check_countable(config, model, sample.numbers)
         model = task.build_model(on_one_rank(counted))
     plan = Plan(model, config)
     rank = plan.on(ranks, config.train.batch_size // ranks)

@@ -21,6 +21,7 @@ from simvq_moe.models.audio.discriminators import Discriminators
 from simvq_moe.models.audio.spectra import MelDistance
 from simvq_moe.models.audio.tokenizer import AudioTokenizer
 from simvq_moe.tasks.audio_measures import AudioMeasures
+from simvq_moe.tasks.base import CountedSample
 from simvq_moe.tasks.checks import audio_problems
 from simvq_moe.tasks.registry import register
 from simvq_moe.tasks.samples import Samples
@@ -86,13 +87,10 @@ class AudioTokenizerTask(TokenizerTask[AudioTokenizer]):
         )
 
     @classmethod
-    def numbers_of_a_sample(cls, config: Config) -> int:
-        settings = config.audio_tokenizer
-        return _length(config) * settings.hidden * 4 * (len(settings.dilations) + 1)
-
-    @classmethod
-    def sample_shape(cls, config: Config) -> tuple[int, ...]:
-        return (_length(config),)
+    def counted_sample(cls, config: Config) -> CountedSample:
+        settings, length = config.audio_tokenizer, _length(config)
+        numbers = length * settings.hidden * 4 * (len(settings.dilations) + 1)
+        return CountedSample((length,), numbers)
 
     @classmethod
     def tokens_of_a_sample(cls, config: Config) -> int:

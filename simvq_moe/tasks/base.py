@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,14 @@ class DataSet(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Any) -> Tensor: ...
+
+
+class CountedSample(NamedTuple):
+    """A sample whose values lie in [-1, 1], on which the costs of a model are counted."""
+
+    shape: tuple[int, ...]
+    numbers: int
+    """About how many a forward pass makes of it at its full resolution."""
 
 
 class Task(ABC, Generic[Model]):
@@ -153,16 +161,11 @@ class Task(ABC, Generic[Model]):
         """Codes or text tokens of one sample."""
 
     @classmethod
-    def numbers_of_a_sample(cls, config: Config) -> int | None:
-        """About how many numbers a forward pass makes of a sample at its full resolution; None: the
-        costs of the model are counted from its description, without a pass."""
+    def counted_sample(cls, config: Config) -> CountedSample | None:
+        """The sample on which a forward pass counts costs; None: they are counted from the model's
+        description, without a pass."""
         del config
         return None
-
-    @classmethod
-    def sample_shape(cls, config: Config) -> tuple[int, ...]:
-        """Shape of a sample, whose values lie in [-1, 1], where costs are counted by a pass."""
-        raise NotImplementedError
 
     # asked by `fold`
 

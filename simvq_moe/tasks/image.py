@@ -22,6 +22,7 @@ from simvq_moe.errors import ConfigError
 from simvq_moe.models.image.discriminator import PatchDiscriminator
 from simvq_moe.models.image.losses import LPIPS, vgg_file
 from simvq_moe.models.image.tokenizer import ImageTokenizer
+from simvq_moe.tasks.base import CountedSample
 from simvq_moe.tasks.checks import image_problems
 from simvq_moe.tasks.image_measures import (
     ImageMeasures,
@@ -103,14 +104,10 @@ class ImageTokenizerTask(TokenizerTask[ImageTokenizer]):
         )
 
     @classmethod
-    def numbers_of_a_sample(cls, config: Config) -> int:
-        image = config.image_tokenizer
+    def counted_sample(cls, config: Config) -> CountedSample:
+        image, side = config.image_tokenizer, config.data.image_size
         depth = 2 * (image.residual_blocks + 2) * max(image.channel_multipliers, default=1)
-        return config.data.image_size**2 * image.hidden * depth
-
-    @classmethod
-    def sample_shape(cls, config: Config) -> tuple[int, ...]:
-        return 3, config.data.image_size, config.data.image_size
+        return CountedSample((3, side, side), side**2 * image.hidden * depth)
 
     @classmethod
     def tokens_of_a_sample(cls, config: Config) -> int:

@@ -14,7 +14,7 @@ from simvq_moe.config.ranges import Channels
 from simvq_moe.config.registry import register as register_options
 from simvq_moe.config.schema import Config, TaskOptions
 from simvq_moe.errors import ConfigError
-from simvq_moe.tasks.base import Task
+from simvq_moe.tasks.base import CountedSample, Task
 from simvq_moe.tasks.registry import register
 from simvq_moe.tasks.samples import Samples
 
@@ -101,13 +101,8 @@ class PointsTask(Task[PointsModel]):
         return 1
 
     @classmethod
-    def sample_shape(cls, config: Config) -> tuple[int, ...]:
-        del config
-        return (2,)
-
-    @classmethod
-    def numbers_of_a_sample(cls, config: Config) -> int:
-        return 2 * config.quantizer.width
+    def counted_sample(cls, config: Config) -> CountedSample:
+        return CountedSample(shape=(2,), numbers=2 * config.quantizer.width)
 
     @classmethod
     def without_maps(cls, config: Config) -> Config:
