@@ -26,13 +26,14 @@ from torch import nn
 from simvq_moe.benchmarks.ranks import on_ranks
 from simvq_moe.benchmarks.timing import wall_seconds
 from simvq_moe.benchmarks.train import SIDE, check_shape, shape_of, trainer_of
-from simvq_moe.config.loading import ConfigError, to_yaml
+from simvq_moe.config.loading import to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.cluster import Cluster, Prediction, predict
 from simvq_moe.costs.rank import ADAM_BYTES, Plan
 from simvq_moe.engine.devices import device_peak
 from simvq_moe.engine.step_phases import PHASES
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.registry import build_model
 from simvq_moe.text_table import markdown

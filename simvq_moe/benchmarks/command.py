@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from simvq_moe.config.flags import check_range, parse_flags
-from simvq_moe.config.loading import ConfigError, merge_files
+from simvq_moe.config.loading import merge_files
 from simvq_moe.config.ranges import COUNT
 from simvq_moe.config.schema import Config
+from simvq_moe.errors import ConfigError
 
 SUBJECTS = ("quantizer", "moe", "train", "cluster")
 

@@ -23,9 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from simvq_moe.benchmarks.timing import Step, best_of_rounds, installed
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.moe import ExpertOptions
 from simvq_moe.config.registry import as_options
+from simvq_moe.errors import ConfigError
 from simvq_moe.moe import MoE
 from simvq_moe.moe.experts import FeedForward
 from simvq_moe.text_table import markdown

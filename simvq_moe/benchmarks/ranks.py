@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.engine.world import start_distributed
+from simvq_moe.errors import ConfigError
 from simvq_moe.sweeps.machine import free_port
 
 

@@ -30,7 +30,6 @@ from torch.multiprocessing.spawn import start_processes
 from simvq_moe.benchmarks.ranks import on_ranks
 from simvq_moe.benchmarks.timing import best_of_rounds, installed, seconds
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import (
     Config,
     LanguageModelConfig,
@@ -40,6 +39,7 @@ from simvq_moe.config.schema import (
 )
 from simvq_moe.data.text.streaming import TextStream
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe.expert_kinds import SwiGLUExpert
 from simvq_moe.tasks.base import DataSet

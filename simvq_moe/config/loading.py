@@ -31,7 +31,7 @@ from simvq_moe.config.registry import (
     kinds,
     of_kind,
 )
-from simvq_moe.errors import ConfigError as ConfigError
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import MissingFileError, printable
 from simvq_moe.files.yaml import plain_yaml, read_yaml
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from simvq_moe import text_table
-from simvq_moe.config.loading import ConfigError, merge_files
+from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.rank import Plan, RankCosts
+from simvq_moe.errors import ConfigError
 
 LARGEST = 10**9
 """The largest number that a cluster may have for anything."""

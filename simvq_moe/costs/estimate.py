@@ -8,11 +8,12 @@ import psutil
 import torch
 from torch import nn
 
-from simvq_moe.config.loading import ConfigError, changed
+from simvq_moe.config.loading import changed
 from simvq_moe.config.schema import Config, on_one_rank
 from simvq_moe.costs.cluster import Cluster, predictions, table
 from simvq_moe.costs.flops import parameter_counts
 from simvq_moe.costs.rank import Plan, RankCosts
+from simvq_moe.errors import ConfigError
 from simvq_moe.tasks.registry import task_of
 
 TITLES = {

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from simvq_moe.config.checks import zero_problems
-from simvq_moe.config.loading import ConfigError, suggestion
+from simvq_moe.config.loading import suggestion
 from simvq_moe.config.schema import Config
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import BrokenFileError, MissingFileError, parse_json, read_text
 
 BUCKET = 500_000_000

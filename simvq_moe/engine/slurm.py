@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import MutableMapping
 
-from simvq_moe.config.loading import ConfigError
+from simvq_moe.errors import ConfigError
 
 FIRST_PORT, PORTS = 20_000, 10_000
 STRIDE = 97

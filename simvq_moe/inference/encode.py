@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from simvq_moe.config.flags import check_least
-from simvq_moe.config.loading import ConfigError, first_difference
+from simvq_moe.config.loading import first_difference
 from simvq_moe.data.code_items import Item, write_items
 from simvq_moe.data.codes import (
     MANIFEST,
@@ -42,6 +42,7 @@ from simvq_moe.data.codes import (
 from simvq_moe.engine.devices import this_device
 from simvq_moe.engine.slurm import adopt_slurm
 from simvq_moe.engine.world import World, launched_ranks, start_distributed
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.unfinished import ASIDE, filled_alone
 from simvq_moe.inference.evaluate import with_source
 from simvq_moe.models.tokenizer import Tokenizer

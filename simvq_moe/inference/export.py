@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from simvq_moe.config.loading import ConfigError, to_yaml
+from simvq_moe.config.loading import to_yaml
 from simvq_moe.data.text.tokenizer import end_of_text, load_tokenizer
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import write_atomically, write_json
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.inference.architectures import (

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from simvq_moe.config.loading import ConfigError, to_yaml
+from simvq_moe.config.loading import to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.data.text.tokenizer import load_tokenizer
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import read_bytes, write_atomically, written_whole
 from simvq_moe.files.tensors import StoredWeights, forms_of, write_safetensors
 from simvq_moe.files.unfinished import check_free, filling

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import (
     BrokenFileError,
     parse_json,

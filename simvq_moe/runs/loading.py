@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simvq_moe.config.loading import ConfigError, merge_files
+from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config, on_one_rank
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.tensors import StoredWeights, read_safetensors
 from simvq_moe.files.yaml import read_yaml
 from simvq_moe.runs import checkpoint

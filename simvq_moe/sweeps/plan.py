@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from simvq_moe.config.conversion import shown
-from simvq_moe.config.loading import ConfigError, merge_files, suggestion, with_overrides
+from simvq_moe.config.loading import merge_files, suggestion, with_overrides
 from simvq_moe.config.recipes import recipe_file
 from simvq_moe.config.schema import Config
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import write_json
 from simvq_moe.runs.folder import status_of
 from simvq_moe.runs.sweep_file import Stamp

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from simvq_moe.config.loading import ConfigError
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import read_json, write_json
 from simvq_moe.records.catalogue import metric
 from simvq_moe.sweeps.plan import PROCESS, PlannedRun, RateGrid, SweepPlan, run_of

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.data.codes import Manifest, entropy_bits, is_codes, open_codes, read_manifest
 from simvq_moe.engine.devices import this_device
 from simvq_moe.engine.sharding import ready
+from simvq_moe.errors import ConfigError
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.decoder import Decoder, tokenizer_run
 from simvq_moe.tasks.registry import register

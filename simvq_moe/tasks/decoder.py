@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.data.code_items import Item, window_of
 from simvq_moe.data.codes import MANIFEST, CodeSequences, Manifest, read_manifest
+from simvq_moe.errors import ConfigError
 from simvq_moe.tasks.loading import NOT_BUILT, load_run, take_weights
 from simvq_moe.tasks.samples import Samples
 from simvq_moe.tasks.tokenizers import tokenizer_task

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import ImageTokenizerConfig
+from simvq_moe.errors import ConfigError
 from simvq_moe.models.image.losses import LPIPS, vgg_file
 from simvq_moe.models.image.ssim import ssim
 

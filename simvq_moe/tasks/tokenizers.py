@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.core.bank import effective_rank
 from simvq_moe.data.code_items import Item
 from simvq_moe.engine.sharding import gathered
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import written_whole
 from simvq_moe.models.tokenizer import Tokenizer
 from simvq_moe.quantizers import AnyQuantizer, Quantizer

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
 
-from simvq_moe.config.loading import ConfigError, to_yaml
+from simvq_moe.config.loading import to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.core.shares import in_shares, move
 from simvq_moe.core.step_state import follow_steps
@@ -29,6 +29,7 @@ from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.sharding import in_turn
 from simvq_moe.engine.step_phases import Phase, profiled
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.records.progress import Progress
 from simvq_moe.runs import checkpoint
 from simvq_moe.runs.saving import Saves

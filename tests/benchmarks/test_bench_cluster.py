@@ -10,9 +10,9 @@ import pytest
 from simvq_moe.benchmarks.cluster import bench_cluster, cluster_file, cluster_table
 from simvq_moe.benchmarks.train import config_of
 from simvq_moe.cli import main
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.costs.cluster import read_cluster
+from simvq_moe.errors import ConfigError
 from tests.launching import ROOT
 
 TINY = config_of(width=16, heads=2, layers=1, experts=4, top_k=2, hidden=8)

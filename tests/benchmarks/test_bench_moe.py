@@ -21,8 +21,8 @@ from simvq_moe.benchmarks.moe import (
     moe_cases,
     moe_table,
 )
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.moe import MoEConfig
+from simvq_moe.errors import ConfigError
 from simvq_moe.moe.routers.topk import TopKRouter
 
 SMALL = MoECase(width=16, hidden=8, experts=4, top_k=2, tokens=32)

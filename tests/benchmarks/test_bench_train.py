@@ -19,9 +19,9 @@ from simvq_moe.benchmarks.train import (
     train_table,
     with_swiglu,
 )
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.moe.expert_kinds import GeluExpert
 from simvq_moe.tasks.registry import build_model
 from tests.launching import ROOT

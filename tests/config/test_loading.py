@@ -9,7 +9,6 @@ import pytest
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.loading import (
-    ConfigError,
     first_difference,
     flatten,
     key_names,
@@ -18,6 +17,7 @@ from simvq_moe.config.loading import (
     to_yaml,
 )
 from simvq_moe.config.schema import Config
+from simvq_moe.errors import ConfigError
 
 
 def load(tmp_path: Path, *texts: str) -> Config:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from simvq_moe.config.checks import check
 from simvq_moe.config.checks_values import LIST
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError, flatten, merge_files, to_yaml, with_overrides
+from simvq_moe.config.loading import flatten, merge_files, to_yaml, with_overrides
 from simvq_moe.config.quantizer import QuantizerOptions
 from simvq_moe.config.ranges import SEED, ranges_of
 from simvq_moe.config.registry import kinds
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.estimate import estimate
+from simvq_moe.errors import ConfigError
 from simvq_moe.quantizers.kinds.simvq import SimVQOptions
 from tests.files.test_yaml import TEXT
 

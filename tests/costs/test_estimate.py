@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from simvq_moe.cli import main
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.costs.activations import activation_bytes, sample_cost, saved_bytes
 from simvq_moe.costs.cluster import Cluster, gpu_counts, predict, predictions, read_cluster
@@ -23,6 +22,7 @@ from simvq_moe.costs.rank import Plan, RankCosts
 from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.step_phases import exchanged
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.registry import build_model
 from simvq_moe.training.loop import Trainer

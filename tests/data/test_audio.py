@@ -16,7 +16,6 @@ import torch
 from numpy.testing import assert_allclose
 
 import simvq_moe.data.audio as audio
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.audio import (
     AudioClips,
     LazyClips,
@@ -25,6 +24,7 @@ from simvq_moe.data.audio import (
     recording_windows,
     resample,
 )
+from simvq_moe.errors import ConfigError
 
 RATE = 1_000
 LENGTH = 50

@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.codes import (
     CodeSequences,
     Manifest,
@@ -28,6 +27,7 @@ from simvq_moe.data.codes import (
     write_manifest,
     write_shard,
 )
+from simvq_moe.errors import ConfigError
 
 
 def manifest(levels: int, codes: int = 7) -> Manifest:

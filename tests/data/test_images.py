@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.image_sets import ImageCrops, LazyCrops
 from simvq_moe.data.images import check_source, image_crops
 from simvq_moe.data.media.pictures import (
@@ -23,6 +22,7 @@ from simvq_moe.data.media.pictures import (
     Spooled,
     files,
 )
+from simvq_moe.errors import ConfigError
 
 SIZE = 8
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.data.rows.base import Rows
 from simvq_moe.data.rows.saved_sets import own_splits, shards
@@ -19,6 +18,7 @@ from simvq_moe.data.text.corpora import check_source, token_windows
 from simvq_moe.data.text.documents import list_files, read_rows
 from simvq_moe.data.text.streaming import TextStream, text_stream
 from simvq_moe.data.text.tokens import Corpus, TokenWindows
+from simvq_moe.errors import ConfigError
 
 TEXTS = [f"document {i} " + "word " * (i % 7) * 20 for i in range(60)]
 

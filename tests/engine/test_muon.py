@@ -12,11 +12,11 @@ from torch.testing import assert_close
 
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.optimizer import parameter_groups
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.tasks.registry import build_model
 from tests.launching import ROOT, metrics
 from tests.short_training import train_flags

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config, OptimizerConfig
 from simvq_moe.engine.optimizer import choose_kernel, make_optimizer
 from simvq_moe.engine.settings import DECIDED, check_device, engine_settings, zero_stage
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from tests.launching import ROOT
 from tests.short_training import train_two_steps
 

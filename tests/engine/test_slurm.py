@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.engine.slurm import adopt_slurm, first_host, tasks_of_node
 from simvq_moe.engine.world import share_cores
+from simvq_moe.errors import ConfigError
 
 STEP = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
 NODES = {"SLURM_STEP_NODELIST": "gpu[007-008]", "SLURM_JOB_ID": "123456"}

@@ -17,11 +17,12 @@ from torch.testing import assert_close
 from simvq_moe.cli import main
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError, to_yaml
+from simvq_moe.config.loading import to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.sharding import is_sharded
 from simvq_moe.engine.world import World, start_distributed
+from simvq_moe.errors import ConfigError
 from simvq_moe.runs.checkpoint import read_index
 from simvq_moe.runs.chunks import read_whole
 from simvq_moe.tasks.registry import build_model

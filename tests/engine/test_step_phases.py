@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.devices import peak_flops
 from simvq_moe.engine.step_phases import PHASES, Phases, profiled
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from tests.launching import ROOT, metrics
 from tests.short_training import train_flags
 from tests.two_ranks import TwoRanks

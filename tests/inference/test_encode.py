@@ -16,11 +16,12 @@ from torch.testing import assert_close
 
 from simvq_moe.cli import main
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError, merge_files, to_yaml
+from simvq_moe.config.loading import merge_files, to_yaml
 from simvq_moe.config.moe import MoEConfig
 from simvq_moe.config.schema import Config
 from simvq_moe.data.codes import MANIFEST, open_codes, read_manifest
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.unfinished import filled_alone
 from simvq_moe.models.audio.tokenizer import AudioTokenizer
 from simvq_moe.models.image.tokenizer import ImageTokenizer

@@ -12,9 +12,10 @@ import torch
 
 from simvq_moe.cli import main
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import ConfigError, merge_files
+from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.data.codes import open_codes
+from simvq_moe.errors import ConfigError
 from simvq_moe.inference.official_checkpoint import write_run
 from simvq_moe.models.image.official_layout import image_tokenizer_from
 from simvq_moe.tasks.registry import build_task

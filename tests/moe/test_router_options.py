@@ -12,13 +12,13 @@ from torch.testing import assert_close
 from simvq_moe.config.checks import check
 from simvq_moe.config.checks_moe import with_gates
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.moe import RouterOptions
 from simvq_moe.config.registry import kinds
 from simvq_moe.config.schema import Config
 from simvq_moe.core.step_state import after_step
 from simvq_moe.engine.optimizer import parameter_groups
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.inference.fold import fold_weights
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from simvq_moe import EMAVQ, VQ, ResidualQuantizer
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
+from simvq_moe.errors import ConfigError
 from simvq_moe.quantizers import PADDING, AnyQuantizer, GroupedQuantizer, Projected
 
 LEVELS, WIDTH, CODES = 4, 3, 8

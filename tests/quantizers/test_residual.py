@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from simvq_moe import EMAVQ, FSQ, LFQ, VQ, ResidualQuantizer, SimVQ
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
+from simvq_moe.errors import ConfigError
 from simvq_moe.quantizers import BSQ, AnyQuantizer, CosineVQ, GroupedQuantizer, Projected
 
 peer: Any = pytest.importorskip("vector_quantize_pytorch")

@@ -12,10 +12,10 @@ from torch.testing import assert_close
 from simvq_moe import EMAVQ, VQ
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.build import make_engine
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.quantizers import CosineVQ, Quantizer
 
 CODES, WIDTH = 64, 4

@@ -16,8 +16,8 @@ from scipy import stats as reference
 
 from simvq_moe.analysis.comparison import compute
 from simvq_moe.analysis.run_folders import find, read_run
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.core.usage import null_usage, usage
+from simvq_moe.errors import ConfigError
 from simvq_moe.records.printing import difference, mean_and_sd, number, percent, probability
 from simvq_moe.reports.report import report
 from tests.reports.printed import missing

@@ -18,9 +18,10 @@ import torch
 from torch.testing import assert_close
 
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError, to_yaml
+from simvq_moe.config.loading import to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.runs import checkpoint
 from simvq_moe.runs.chunks import read_whole
 from simvq_moe.training.loop import Trainer

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 from simvq_moe.cli import main
-from simvq_moe.config.loading import ConfigError, merge_files, to_yaml
+from simvq_moe.config.loading import merge_files, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.runs import folder as folders
 from simvq_moe.runs.folder import LOCK, NOISE, check_same_run, check_shared, claimed, log_file

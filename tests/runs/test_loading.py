@@ -17,9 +17,10 @@ from torch.testing import assert_close
 
 from simvq_moe.cli import main
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError, merge_files, to_yaml
+from simvq_moe.config.loading import merge_files, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.runs.checkpoint import committed_steps
 from simvq_moe.runs.loading import FOLDED
 from simvq_moe.tasks.loading import load_model, load_run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simvq_moe.config.loading import ConfigError
+from simvq_moe.errors import ConfigError
 from simvq_moe.sweeps.plan import plan
 from simvq_moe.sweeps.rate_grid import best, grid_runs, with_rates
 from tests.launching import run_here

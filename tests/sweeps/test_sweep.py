@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import ConfigError, first_difference
+from simvq_moe.config.loading import first_difference
 from simvq_moe.config.schema import Config
+from simvq_moe.errors import ConfigError
 from simvq_moe.runs.folder import is_trained
 from simvq_moe.sweeps import execute, machine
 from simvq_moe.sweeps.checks import check_runs

@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import (
     AudioTokenizerConfig,
     Config,
@@ -22,6 +21,7 @@ from simvq_moe.config.schema import (
 )
 from simvq_moe.data.audio import AudioClips, audio_clips, resample
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.models.audio.spectra import MelDistance
 from simvq_moe.models.audio.tokenizer import AudioTokenizer
 from simvq_moe.quantizers.kinds.simvq import SimVQOptions

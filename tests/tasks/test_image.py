@@ -16,7 +16,6 @@ from torch.testing import assert_close
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from simvq_moe.config.checks import check
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import (
     Config,
     DataConfig,
@@ -24,6 +23,7 @@ from simvq_moe.config.schema import (
     TrainConfig,
 )
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.models.image.losses import LPIPS
 from simvq_moe.models.image.tokenizer import ImageTokenizer
 from simvq_moe.quantizers.kinds.simvq import SimVQOptions

@@ -13,11 +13,12 @@ from torch.testing import assert_close
 from simvq_moe import EMAVQ, FSQ, LFQ, VQ, SimVQ
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError, with_overrides
+from simvq_moe.config.loading import with_overrides
 from simvq_moe.config.quantizer import QuantizerOptions
 from simvq_moe.config.registry import kinds
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.models.image.tokenizer import ImageTokenizer
 from simvq_moe.quantizers import BSQ, IBQ, MLPVQ, NSVQ, CosineVQ, GroupVQ, Quantizer, RunningMapVQ
 from simvq_moe.tasks.registry import build_model

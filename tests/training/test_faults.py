@@ -20,12 +20,12 @@ from torch.testing import assert_close
 from simvq_moe.cli import main
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.data.order import StepBatches
 from simvq_moe.engine.agreement import TrainingFailed
 from simvq_moe.engine.optimizer import learning_rate_factor
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.runs import checkpoint
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.watchdog import Place, find_hang, read_places

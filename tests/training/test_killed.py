@@ -11,9 +11,9 @@ from PIL import Image
 
 from simvq_moe.cli import main
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.unfinished import MARK, check_free, filling
 from tests.killing import killed_at
 from tests.short_training import train_two_steps

@@ -15,9 +15,9 @@ from torch.testing import assert_close
 from simvq_moe.cli import main
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.tasks.registry import build_task
 from simvq_moe.tasks.text import LanguageModelTask
 from tests.launching import ROOT, metrics, run_forked

@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 from simvq_moe.config.checks import check
 from simvq_moe.config.flags import with_flags
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.agreement import Interrupted
 from simvq_moe.engine.world import World
+from simvq_moe.errors import ConfigError
 from simvq_moe.runs import checkpoint
 from simvq_moe.training.loop import Trainer
 from tests.launching import metrics, run_forked

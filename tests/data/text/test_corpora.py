@@ -19,12 +19,12 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.held_out import held_out_by_content
 from simvq_moe.data.order import place_of
 from simvq_moe.data.text import corpora, documents
 from simvq_moe.data.text.cache import build_once
 from simvq_moe.data.text.corpora import check_source, token_windows
+from simvq_moe.errors import ConfigError
 from simvq_moe.files.locks import alone
 
 WORDS = ["shared", "map", "code", "expert", "idle", "naïve", "漢字", "🙂", "<|endoftext|>\t\r\n"]

@@ -18,12 +18,12 @@ import pytest
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.rows import base
 from simvq_moe.data.rows.base import CorruptDataError, Defect, Rows, UnreachableError
 from simvq_moe.data.text.corpora import check_source, token_windows
 from simvq_moe.data.text.documents import Defects, OnCorrupt, first_defect, list_files, read_rows
 from simvq_moe.data.text.tokens import TokenWindows
+from simvq_moe.errors import ConfigError
 
 TEXTS = [f"document {i} " + "word " * (i % 7) * 20 for i in range(60)]
 

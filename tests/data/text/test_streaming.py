@@ -17,13 +17,13 @@ import torch
 from datasets import IterableDataset
 from pyarrow import parquet
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.order import Share, place_of
 from simvq_moe.data.rows.base import CorruptDataError, Rows
 from simvq_moe.data.text.documents import content_name
 from simvq_moe.data.text.sources import HubCursor, HubDataset, LocalFiles, check_stream
 from simvq_moe.data.text.streaming import TextStream, text_stream
 from simvq_moe.data.text.tokens import Corpus
+from simvq_moe.errors import ConfigError
 
 LANES = 4
 STEPS = 170

@@ -13,7 +13,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.text.corpora import token_windows
 from simvq_moe.data.text.tokenizer import (
     bytes_of_token,
@@ -24,6 +23,7 @@ from simvq_moe.data.text.tokenizer import (
     train_tokenizer,
 )
 from simvq_moe.data.text.tokens import Corpus, TokenWindows
+from simvq_moe.errors import ConfigError
 
 TEXT = "    def naïve(漢字):\n\treturn '🙂'  # twice\n"
 

@@ -12,10 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from simvq_moe.config.loading import ConfigError
 from simvq_moe.data.rows.base import CorruptDataError
 from simvq_moe.data.text.corpora import token_windows
 from simvq_moe.data.text.tokens import Corpus, TokenShards, TokenWindows
+from simvq_moe.errors import ConfigError
 
 
 def windows(source: Path, cache: Path, vocabulary: int = 257, context: int = 16) -> Corpus:
