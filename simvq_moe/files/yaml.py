@@ -35,7 +35,7 @@ NUMBER = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
 IMPLICIT = {
     "null": (r"~|null|Null|NULL|", ("~", "n", "N", "")),
     "bool": (r"(?i:yes|no|true|false|on|off)", tuple("yYnNtTfFoO")),
-    "int": (r"[-+]?(?:0|[1-9][0-9_]*)", tuple("-+0123456789")),
+    "int": (r"[-+]?(?:0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:_[0-9]{3})+)", tuple("-+0123456789")),
     "float": (
         rf"{NUMBER}|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
         tuple("-+0123456789."),
@@ -43,7 +43,8 @@ IMPLICIT = {
     "merge": (r"<<", ("<",)),
 }
 """What is no text without quotes, by its pattern and its first characters: YAML 1.1 without dates
-and without numbers in base 8, 16 and 60, but with 3e-4 as a number."""
+and without numbers in base 8, 16 and 60, but with 3e-4 as a number. Integers may have their
+thousands apart, as in 8_192; 2026_11_30 is text, because it would be another name as a number."""
 
 
 def read_yaml(path: Path, *, inside: Path | None = None) -> dict[str, Any]:
@@ -132,14 +133,18 @@ class _Loader(Composer, SafeConstructor, Resolver):
             raise yaml.YAMLError(f"more than {VALUES:,} values, with what aliases stand for")
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = set()
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = set()  # looked at here, because a merge puts the keys of others into the node
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.YAMLError(f"a key that is no text{key.start_mark}")
             if key.value in keys and key.tag != MERGE:
                 raise yaml.YAMLError(f"key {key.value} twice{key.start_mark}")
             keys.add(key.value)
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 

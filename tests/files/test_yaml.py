@@ -76,6 +76,8 @@ def test_any_text_is_plain_data_or_one_line_of_error(text: str) -> None:
         ("a: 1e3", 1000.0),
         ("a: 3e-4", 3e-4),
         ("a: 8_192", 8192),
+        ("a: 2026_11_30", "2026_11_30"),
+        ("a: 1_0", "1_0"),
         ("a: off", False),
         ("a:", None),
     ],
@@ -90,6 +92,12 @@ def test_keys_are_text_and_aliases_and_merge_keys_are_read() -> None:
     text = "base: &base {lr: 1, steps: 2}\non: {<<: *base, steps: 3}\n512: *base"
     base = {"lr": 1, "steps": 2}
     assert parse_yaml(text, "text") == {"base": base, "on": {"lr": 1, "steps": 3}, "512": base}
+
+
+def test_a_mapping_that_was_merged_may_be_merged_again_from_wherever_it_stands() -> None:
+    text = "a: &a {x: 1, y: 1}\nb: {inner: &inner {<<: *a, x: 2}}\nc: {<<: *inner, y: 3}"
+    found = parse_yaml(text, "text")
+    assert found == {"a": {"x": 1, "y": 1}, "b": {"inner": {"x": 2, "y": 1}}, "c": {"x": 2, "y": 3}}
 
 
 def bomb() -> str:
@@ -110,6 +118,7 @@ def bomb() -> str:
         ("a: &a {<<: *a}", ["stands within itself"]),
         ("a: *b", ["undefined alias"]),
         ("a: 1\na: 2", ["key a twice", "line 2"]),
+        ("a: {<<: {b: 1, b: 2}}", ["key b twice"]),
         ("[a]: 1", ["a key that is no text"]),
         ("a: " + "9" * 5000, ["digits"]),
         ('a: "\\UFFFFFFFF"', ["readable"]),
