@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from simvq_moe.engine.launched import launched_rank
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import printable
 
@@ -30,7 +31,10 @@ DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 def is_first_rank() -> bool:
     """Whether this process speaks for a launch, as its launcher says."""
-    return os.environ.get("RANK", "0") == "0"
+    try:
+        return launched_rank() == 0
+    except ConfigError:  # which every process may tell
+        return True
 
 
 def open_streams() -> None:

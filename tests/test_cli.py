@@ -119,8 +119,12 @@ def test_only_the_first_rank_prints_the_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", "--quantizer.codes", "1"]) == 2
     assert capsys.readouterr().err == ""
+    monkeypatch.delenv("WORLD_SIZE")  # of a process that inherits its rank, and is alone
+    assert main(["train", "--quantizer.codes", "1"]) == 2
+    assert "quantizer.codes 1" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_parameters_and_writes_nothing(

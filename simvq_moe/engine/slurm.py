@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import MutableMapping
 
+from simvq_moe.engine.launched import number_of
 from simvq_moe.errors import ConfigError
 
 FIRST_PORT, PORTS = 20_000, 10_000
@@ -24,10 +25,13 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
     What another launcher, or the user, has set stays.
 
     Raises:
-        ConfigError: the step's nodes are not named, so that no rank knows where the first one is.
+        ConfigError: the step's nodes are not named, so that no rank knows where the first one is,
+            or a number of SLURM is none.
     """
-    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
-    if "RANK" in environ or "SLURM_PROCID" not in environ or int(tasks) < 2:
+    if "RANK" in environ or "SLURM_PROCID" not in environ:
+        return
+    tasks = number_of(environ, "SLURM_STEP_NUM_TASKS") or number_of(environ, "SLURM_NTASKS", 1)
+    if tasks < 2:
         return
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
     if not nodes and "MASTER_ADDR" not in environ:
@@ -35,15 +39,17 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
             f"SLURM_JOB_NODELIST is not set in a step of {tasks} tasks: export MASTER_ADDR, the "
             "host of task 0"
         )
+    if "SLURM_LOCALID" not in environ:
+        raise ConfigError(f"SLURM_LOCALID is not set in a step of {tasks} tasks: start it by srun")
     environ["RANK"] = environ["SLURM_PROCID"]
     environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
-    environ["WORLD_SIZE"] = tasks
+    environ["WORLD_SIZE"] = str(tasks)
     environ.setdefault("MASTER_ADDR", first_host(nodes))
-    job, step = (int(environ.get(f"SLURM_{name}_ID", "0")) for name in ("JOB", "STEP"))
+    job, step = (number_of(environ, f"SLURM_{name}_ID", most=2**63) for name in ("JOB", "STEP"))
     environ.setdefault("MASTER_PORT", str(FIRST_PORT + (job + STRIDE * step) % PORTS))
     per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_NTASKS_PER_NODE")
     if per_node:
-        here = tasks_of_node(per_node, int(environ.get("SLURM_NODEID", "0")))
+        here = tasks_of_node(per_node, number_of(environ, "SLURM_NODEID"))
         environ.setdefault("LOCAL_WORLD_SIZE", str(here))
 
 

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore
 
 from simvq_moe.engine.devices import keep_freed_memory
 from simvq_moe.engine.elastic import agent_store
+from simvq_moe.engine.launched import launched_rank, launched_ranks, number_of
 from simvq_moe.engine.settings import import_deepspeed
 from simvq_moe.errors import ConfigError
 
@@ -119,16 +120,6 @@ def raise_any(refusals: Sequence[str | None]) -> None:
             raise ConfigError(refusal if rank == 0 else f"rank {rank}: {refusal}")
 
 
-def launched_ranks() -> int:
-    """Number of ranks that a launcher has started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched_rank() -> int:
-    """Rank that a launcher has given this process; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def share_cores(environ: Mapping[str, str]) -> None:
     """Give each rank of a machine its part of the cores, unless OMP_NUM_THREADS says otherwise.
 
@@ -137,10 +128,10 @@ def share_cores(environ: Mapping[str, str]) -> None:
     """
     if "OMP_NUM_THREADS" in environ:
         return
-    if own := int(environ.get("SLURM_CPUS_PER_TASK") or 0):
+    if own := number_of(environ, "SLURM_CPUS_PER_TASK"):
         torch.set_num_threads(min(own, torch.get_num_threads()))
         return
-    ranks = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or 1)
+    ranks = number_of(environ, "LOCAL_WORLD_SIZE") or number_of(environ, "LOCAL_SIZE")
     if ranks > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
 
@@ -159,10 +150,15 @@ def start_distributed(timeout_s: float = 0.0) -> World:
         keep_freed_memory()
     share_cores(os.environ)
     backend = "nccl" if cuda else "gloo"
-    local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # the engine reads it as well
+    local = max(0, number_of(os.environ, "LOCAL_RANK", least=-1))
+    os.environ["LOCAL_RANK"] = str(local)  # the engine reads it as well
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ.get(name):  # an empty one says nothing, and is no number for others
+            os.environ.pop(name, None)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     # a process that another has started may inherit its rank, but nobody to meet
-    nobody = launched_ranks() == 1 and "MASTER_ADDR" not in os.environ
+    nobody = "MASTER_ADDR" not in os.environ or number_of(os.environ, "RANK") > 0
+    nobody = nobody and launched_ranks() == 1
     if ("RANK" not in os.environ or nobody) and not dist.is_initialized():
         # in this process' memory: there is nobody to meet, and so no file that would be left behind
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)

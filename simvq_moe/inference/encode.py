@@ -40,8 +40,9 @@ from simvq_moe.data.codes import (
     write_shard,
 )
 from simvq_moe.engine.devices import this_device
+from simvq_moe.engine.launched import check_launched, launched_ranks
 from simvq_moe.engine.slurm import adopt_slurm
-from simvq_moe.engine.world import World, launched_ranks, start_distributed
+from simvq_moe.engine.world import World, start_distributed
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.unfinished import ASIDE, filled_alone
 from simvq_moe.inference.evaluate import with_source
@@ -65,6 +66,7 @@ def encode_run(
         ConfigError: it is no tokenizer's run, or the folder holds something else.
     """
     adopt_slurm(os.environ)
+    check_launched(os.environ)
     check_least(shard_samples=(shard_samples, 1))
     config, weights = load_run(run_dir)
     task = tokenizer_task(config, run_dir)

@@ -11,7 +11,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.config.tasks import without_other_tasks
 from simvq_moe.costs.cluster import fitting_gpus, read_cluster
 from simvq_moe.costs.estimate import estimate
-from simvq_moe.engine.world import launched_ranks
+from simvq_moe.engine.launched import launched_ranks
 from simvq_moe.errors import ConfigError
 from simvq_moe.training.preflight import check_settings, check_start, resolved
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from simvq_moe.config.checks import check, check_ranks
 from simvq_moe.config.checks_moe import with_gates
 from simvq_moe.config.schema import Config
+from simvq_moe.engine.launched import launched_rank
 from simvq_moe.engine.settings import engine_settings
-from simvq_moe.engine.world import launched_rank
 from simvq_moe.records.trackers.guarded import check_trackers
 from simvq_moe.runs.folder import RunFolder, check_same_run, claimed, has_summary
 from simvq_moe.tasks.registry import check_files, fit_to_data

@@ -19,9 +19,10 @@ from simvq_moe.engine.agreement import (
     is_out_of_memory,
     writing,
 )
+from simvq_moe.engine.launched import check_launched, launched_rank, launched_ranks
 from simvq_moe.engine.settings import check_device
 from simvq_moe.engine.slurm import adopt_slurm
-from simvq_moe.engine.world import World, launched_rank, launched_ranks, start_distributed
+from simvq_moe.engine.world import World, start_distributed
 from simvq_moe.errors import ConfigError
 from simvq_moe.runs import checkpoint
 from simvq_moe.runs.folder import check_shared, log_file
@@ -41,6 +42,7 @@ def train(config: Config) -> int:
         ConfigError: the config can't run here; nothing was written.
     """
     adopt_slurm(os.environ)
+    check_launched(os.environ)
     config = resolved(config)
     check_settings(config, launched_ranks())
     check_device(config)

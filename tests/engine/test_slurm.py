@@ -59,6 +59,22 @@ def test_the_users_own_address_is_kept_and_a_missing_one_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS 'x'"),
+        ({"SLURM_JOB_ID": "1.5"}, "SLURM_JOB_ID '1.5'"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "a"}, "SLURM_NODEID 'a'"),
+    ],
+)
+def test_what_is_no_number_is_named(wrong: dict[str, str], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        adopt_slurm(STEP | NODES | wrong)
+    alone = {name: value for name, value in (STEP | NODES).items() if name != "SLURM_LOCALID"}
+    with pytest.raises(ConfigError, match="SLURM_LOCALID is not set"):
+        adopt_slurm(alone)
+
+
+@pytest.mark.parametrize(
     ("tasks", "node", "here"), [("4", 0, 4), ("4(x2),3", 1, 4), ("4(x2),3", 2, 3), ("8", 3, 8)]
 )
 def test_the_tasks_of_a_node_in_a_compressed_list(tasks: str, node: int, here: int) -> None:
