@@ -12,7 +12,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from typing import Any
 
 from simvq_moe.engine.launched import launched_rank
@@ -49,6 +49,38 @@ def open_streams() -> None:
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
     if sys.stderr is None:
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False))
+
+
+class _Unheard(io.TextIOBase):
+    """A stream whose reader may go."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    @property
+    def encoding(self) -> str:
+        return self.stream.encoding
+
+    def write(self, text: str, /) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+
+def unheard() -> redirect_stderr[Any]:
+    """A block whose work goes on where what it tells on standard error is not heard any more: a
+    terminal is closed, a `tee` ends. Records of it are in files."""
+    return redirect_stderr(_Unheard(sys.stderr))
 
 
 def ending(work: Callable[[], int], *, told: Callable[[], bool] = lambda: True) -> int:

@@ -15,7 +15,7 @@ from simvq_moe.config.flags import check_range, parse_flags
 from simvq_moe.config.plugins import load_plugins
 from simvq_moe.config.ranges import COUNT, FACTOR, SEED
 from simvq_moe.errors import ConfigError
-from simvq_moe.terminal import is_first_rank
+from simvq_moe.terminal import is_first_rank, unheard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,13 +162,14 @@ def encode(args: Sequence[str]) -> int:
     check_range(shard_samples=(options.shard_samples, 1, COUNT))
     from simvq_moe.inference import encode as encoding
 
-    manifest = encoding.encode_run(
-        options.run,
-        options.data,
-        options.out,
-        shard_samples=options.shard_samples,
-        whole=not options.crops,
-    )
+    with unheard():
+        manifest = encoding.encode_run(
+            options.run,
+            options.data,
+            options.out,
+            shard_samples=options.shard_samples,
+            whole=not options.crops,
+        )
     if is_first_rank():
         counts = " + ".join(f"{samples:,} {part}" for part, samples in manifest.samples.items())
         size = f"{manifest.context} codes of {manifest.begin}"

@@ -16,7 +16,7 @@ from simvq_moe.config.loading import merge_files
 from simvq_moe.config.ranges import COUNT
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
-from simvq_moe.terminal import FAILED
+from simvq_moe.terminal import FAILED, unheard
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def train(args: Sequence[str]) -> int:
     from simvq_moe.training import run
 
     before = left_alone()
-    code = run.train(config)
+    with unheard():
+        code = run.train(config)
     if left_alone() - before:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -109,7 +110,8 @@ def sweep(args: Sequence[str]) -> int:
     with launcher_slot.Slots() as slots:
         by_launcher = slots if forks and options.ranks > 1 else machine.launched
         starter = forked_run.forked if forks and not options.launcher else by_launcher
-        own = execute.execute(plan, here, options.index, options.count, starter=starter)
+        with unheard():
+            own = execute.execute(plan, here, options.index, options.count, starter=starter)
     complete = all(run.status == "finished" for run in own)
     if any(run.status in ("pending", "running") for run in plan.runs):
         print(

@@ -16,9 +16,11 @@ from simvq_moe.engine.settings import import_deepspeed
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM are remembered, so that the loop stops after a whole step."""
+    """SIGINT, SIGTERM and the SIGHUP of a terminal that is closed are remembered, so that the loop
+    stops after a whole step; nohup, which wants SIGHUP to be ignored, has its way."""
     received: list[int] = []
-    handled = (signal.SIGINT, signal.SIGTERM)
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    handled = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hangs_up else ()))
     before = {s: signal.signal(s, lambda number, _: received.append(number)) for s in handled}
     try:
         yield lambda: bool(received)
