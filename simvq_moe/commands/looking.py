@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from simvq_moe.config.checks_values import check_text
 from simvq_moe.config.flags import check_range, parse_flags
 from simvq_moe.errors import ConfigError
 
@@ -114,6 +115,7 @@ def init(args: Sequence[str]) -> int:
         print(f"init: {folder}/; {folder}/local.sh 2 --config RECIPE starts a run", file=sys.stderr)
         return 0
     out = options.out or Path(f"{Path(options.recipe).stem}.yaml")
+    check_text("--out", str(out))  # the header of the copy names it
     command = copy_out(options.recipe, out)
     print(f"init: {out}; it runs by {command or f'--config {out}'}", file=sys.stderr)
     return 0

@@ -11,6 +11,7 @@ from simvq_moe.config.conversion import shown
 from simvq_moe.config.loading import flatten
 from simvq_moe.config.ranges import Range, ranges_of
 from simvq_moe.config.schema import Config
+from simvq_moe.errors import ConfigError
 
 LIST = 64
 """Values of a list at most."""
@@ -41,6 +42,13 @@ def _number_problems(key: str, value: Any, one: int | float, bounds: Range) -> I
         yield f"{key} {shown(value)} < {bounds.least:g}: use at least {bounds.least:g}"
     if one > bounds.most or not isfinite(one):  # in this order: isfinite takes no huge integer
         yield f"{key} {shown(value)} > {bounds.most:,}: use at most that"
+
+
+def check_text(key: str, text: str) -> None:
+    """Raise `ConfigError` for a text that is empty, or has characters that can't be printed, such
+    as bytes of a path that are no UTF-8: a file that says it could not be read."""
+    for message in _text_problems(key, text):
+        raise ConfigError(message)
 
 
 def _text_problems(key: str, text: str) -> Iterator[str]:

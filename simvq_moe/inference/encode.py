@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from simvq_moe.config.checks_values import check_text
 from simvq_moe.config.flags import check_least
 from simvq_moe.config.loading import first_difference
 from simvq_moe.data.code_items import Item, write_items
@@ -75,13 +76,15 @@ def encode_run(
         config = with_source(config, source)
     task.check_files(config)
     _check_folder(out)
+    run = os.path.relpath(run_dir.resolve(), out.resolve())
+    check_text("path of the run, which the manifest says,", run)
     world = start_distributed() if launched_ranks() > 1 else World(0, 1, this_device())
     data = world.main_first(lambda: task.windows(config) if whole else task.crops(config))
     parts = {"train": data.train, "held_out": data.held_out}
     encoder = Encoder(model_of(config, weights), parts, config.train.eval_batch_size, world.device)
     items = data.items and {"train": data.items[0], "held_out": data.items[1]}
     reference = TokenizerReference(
-        run=os.path.relpath(run_dir.resolve(), out.resolve()),
+        run=run,
         weights_sha256=weights.digest(),
         config=asdict(config),
     )

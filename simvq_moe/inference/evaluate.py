@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from simvq_moe.config.checks_values import check_text
 from simvq_moe.config.schema import Config, DataConfig
 from simvq_moe.engine.devices import this_device
 from simvq_moe.engine.world import World
-from simvq_moe.errors import ConfigError
 from simvq_moe.tasks.loading import load_run, take_weights
 from simvq_moe.tasks.registry import task_of
 from simvq_moe.training.evaluation import evaluate
@@ -29,6 +29,8 @@ def evaluate_run(
         cache_dir: folder of what is derived from text; None: the usual one, below the working
             directory. The config of a run does not say where its readers write.
     """
+    if cache_dir is not None:
+        check_text("--cache_dir", str(cache_dir))
     config, weights = load_run(run_dir)
     if source is not None:
         task_of(config).check_same_meaning(config, source)
@@ -46,10 +48,9 @@ def with_source(config: Config, source: str) -> Config:
     """The config that reads another source, held-out part and all, in place of whatever it read.
 
     Raises:
-        ConfigError: it is empty.
+        ConfigError: it is empty, or can't be printed.
     """
-    if not source.strip():
-        raise ConfigError(f"--data {source!r} is empty: give a source, or leave it out")
+    check_text("--data", source)
     alone = {"held_out_source": None, "sources": (), "source_weights": ()}
     return replace(config, data=replace(config.data, source=source, **alone))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,15 @@ def test_a_copy_says_the_command_that_runs_the_copy(
         assert capsys.readouterr().err == f"init: mine.yaml; it runs by {command}\n"
         assert f"# Command:  {command}\n" in (tmp_path / "mine.yaml").read_text()
         (tmp_path / "mine.yaml").unlink()
+
+
+@pytest.mark.parametrize("name", ["a\nb: 1.yaml", os.fsdecode(b"caf\xe9.yaml")])
+def test_a_copy_whose_name_its_header_could_not_say_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", "image_quickstart", "--out", name]) == 2
+    assert "has characters that can't be printed" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_copy_is_refused_where_it_would_lie_on_a_file_and_for_no_recipe(

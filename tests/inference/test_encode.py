@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,16 @@ def test_what_can_not_be_encoded_or_decoded_is_refused(
     assert words in error
     assert error.count("\n") == 1
     assert not Path("new").exists()
+
+
+def test_a_run_whose_path_a_manifest_could_not_say_is_not_encoded(
+    encoded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(encoded["image"] / "runs/run", link)
+    assert main(["encode", str(link), *to(tmp_path / "new")]) == 2
+    assert "caf\\udce9' has characters that can't be printed" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_another_process_encodes_into_is_refused(
