@@ -153,7 +153,7 @@ class Pretrained(nn.Module):
         spec = parse_json(read_bytes(directory / CONFIG, limit=CONFIG_LIMIT), directory / CONFIG)
         weights = read_safetensors(directory / WEIGHTS)
         _check_depths(spec, len(weights), directory)
-        with torch.device("meta"):  # described first, for its sizes may be anything
+        with torch.device("meta"):  # described first, because its sizes may be anything
             described = _made(spec, directory)
         if not isinstance(described, cls):
             name = type(described).__name__

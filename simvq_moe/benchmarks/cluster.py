@@ -1,12 +1,11 @@
 """Measure what predictions need to know of a machine, and hold a prediction against steps on it.
 
-Ranks are processes of this machine, of one thread each on a CPU, and all do the same at once, for
-neighbours share memory and power; the slowest counts. Forward and backward of the bare model at two
-batch sizes give the share of the peak and what a micro-batch costs without tokens; AdamW alone the
-bandwidth of memory; an all-reduce of next to nothing the latency between ranks; an all-reduce of
-all gradients and an all-gather of all weights, as ZeRO 1 has them, the bandwidth. Then steps of a
-run are measured, beside what `predict` makes of them.
-"""
+Ranks are processes of this machine, of one thread each on a CPU. All do the same at once, because
+neighbours share memory and power, and the slowest counts. Forward and backward of the bare model at
+two batch sizes give the share of the peak and what a micro-batch costs without tokens; AdamW alone
+the bandwidth of memory; an all-reduce of next to nothing the latency between ranks; an all-reduce
+of all gradients and an all-gather of all weights, as ZeRO 1 has them, the bandwidth. Then steps of
+a run are measured, beside what `predict` makes of them. """
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class FoldArgs(OfRun):
     """Folder of model.safetensors and its config.yaml."""
     merge_norms: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Language models: also merge the gain of each norm into the matrices that read its output. The
-    gain before a tied head stays, for its matrix is also the embedding."""
+    gain before a tied head stays, because its matrix is also the embedding."""
 
 
 def fold(args: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """Flags on top of a config: `--section.key value`, typed, by tyro.
 
-Kinds of components are applied first, for they decide which options there are; the rule of
+Kinds of components are applied first, because they decide which options there are; the rule of
 `loading` says what stays of the options so far.
 """
 
@@ -103,7 +103,7 @@ def _with_kinds(config: T, flags: Sequence[str]) -> tuple[T, list[str]]:
             named[name] = [words[0], word, words.pop(0)]
         else:
             rest.append(word)
-    # the outer ones first, for they decide which inner ones there are
+    # the outer ones first, because they decide which inner ones there are
     for name, (value, *own) in sorted(named.items(), key=lambda one: one[0].count(".")):
         found = _with_kind(config, name.split(".")[:-1], value, f"--{name}")
         rest += own if found is None else []

@@ -80,7 +80,7 @@ def noise_substitution(
     """z + |e - z| v^, its value and its gradient in z and e: v^ is a random direction.
 
     It is for training alone. The task's own loss trains codes, without a codebook loss, and drives
-    the length of the error down, for all that the decoder sees of it is noise.
+    the length of the error down, because all that the decoder sees of it is noise.
     """
     direction, _ = _direction(torch.randn_like(z))
     return z + (e - z).norm(dim=-1, keepdim=True) * direction

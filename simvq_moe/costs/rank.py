@@ -249,7 +249,7 @@ class Plan:
 
     def _passes_of(self, samples: int, kept: int) -> Work:
         """What a micro-batch of so many samples makes, and an evaluation. Of tokenizers it is what
-        they keep, for the space that convolutions need depends on the machine.
+        they keep, because the space that convolutions need depends on the machine.
 
         Args:
             kept: bytes that the forward pass keeps, with a block that runs again.

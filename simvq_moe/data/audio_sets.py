@@ -322,7 +322,7 @@ def _digest(
     # places say neither where every clip is a whole recording
     found.update(f"{length} samples at {rate} Hz\n".encode())
     for part in parts:
-        # the content, for a name says nothing of it
+        # the content, because a name says nothing of it
         content = part.key or os.fsencode(part.path.name).hex()
         found.update(f"{content} {part.first} {part.end} {part.rate}\n".encode())
     return found.hexdigest()

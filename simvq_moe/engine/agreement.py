@@ -35,7 +35,7 @@ class WriteFailed(RuntimeError):
 
 @contextmanager
 def writing(what: str | Path) -> Iterator[None]:
-    """Name what could not be written, for the system names no file when a disk is full."""
+    """Name what could not be written, because the system names no file when a disk is full."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -46,7 +46,7 @@ def writing(what: str | Path) -> Iterator[None]:
 def together(world: World, work: Callable[[], T]) -> list[T]:
     """What every rank's work returned; all ranks must call it, and raise if one could not write.
 
-    Work makes no collective calls, for others would wait for them.
+    Work makes no collective calls, because others would wait for them.
 
     Raises:
         WriteFailed: on every rank, with what each that failed has to say.
@@ -73,7 +73,7 @@ def said_by_any(world: World, error: Exception | None) -> str:
 
 
 def is_lost_rank(error: Exception) -> bool:
-    """Whether a collective call failed for the end of a connection: a rank was killed, or its
+    """Whether a collective call failed because a connection ended: a rank was killed, or its
     machine has gone. Words of gloo and of NCCL."""
     ends = ("by peer", "Broken pipe", "remote process exited")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ends)
@@ -115,7 +115,7 @@ class Undo:
     """Puts a model's buffers and what its modules hold back as they were before a step: moving
     averages, counts, sums.
 
-    Parameters need no copy, for the engine leaves out a step whose gradient is not finite.
+    Parameters need no copy, because the engine leaves out a step whose gradient is not finite.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -71,7 +71,7 @@ class World:
     def agree(self, work: Callable[[], T]) -> T:
         """What work returns here, once it has on every rank; every rank must call it.
 
-        Work makes no collective calls, for others may not.
+        Work makes no collective calls, because others may make none.
 
         Raises:
             ConfigError: on every rank, if it was raised on one.

@@ -1,7 +1,7 @@
 """YAML as plain data: mappings, lists, text, numbers, true and false, null.
 
 Nothing in it is looked up, resolved or run: `${...}`, `???` and the like are text. Depth, size and
-what aliases stand for are bounded before anything is built, for the file may be anybody's.
+what aliases stand for are bounded before anything is built, because the file may be anybody's.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Attention(Stateful):
         self, x: Float[Tensor, "batch tokens width"], documents: Documents | None = None
     ) -> Float[Tensor, "batch tokens width"]:
         batch, tokens, width = x.shape
-        # the size said, for a batch may be empty
+        # the size said, because a batch may be empty
         shape = (batch, tokens, 3 * self.heads, self.channels)
         qk, v = self.qkv(x).view(shape).split([2 * self.heads, self.heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:

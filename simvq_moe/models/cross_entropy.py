@@ -2,7 +2,7 @@
 their gradient, would take more memory than all layers below.
 
 Tokens go through the matrix of the head in pieces. In training a piece's scores also give their
-part of both gradients at once, for the gradient of a score is its share minus 1 where it is the
+part of both gradients at once, because the gradient of a score is its share minus 1 where it is the
 target's: so no product is made twice (the way of Liger Kernel, arXiv:2410.10989).
 """
 

@@ -173,7 +173,7 @@ def _has_flex(device: torch.device) -> bool:
 
 @cache
 def _flex(name: str) -> Any:
-    """A function of FlexAttention, compiled, for as it comes it makes the whole mask."""
+    """A function of FlexAttention, compiled, because as it comes it makes the whole mask."""
     from torch.nn.attention import flex_attention  # its import takes long
 
     return torch.compile(getattr(flex_attention, name))

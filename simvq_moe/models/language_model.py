@@ -83,7 +83,7 @@ class LanguageModel(Pretrained):
             )
             self.norm = nn.RMSNorm(width)
             self.head = None if tied_head else keep_share(nn.Linear(width, vocabulary, bias=False))
-        # a part of the model, for it is known with the tokenizer alone
+        # a part of the model, because it is known with the tokenizer alone
         end = torch.tensor(0) if document_mask else None
         self.register_buffer("end_of_text", end)
         self._initialize((2 * layers) ** 0.5 if depth_scaled else 1.0)
@@ -176,7 +176,7 @@ class LanguageModel(Pretrained):
 
         A dense block is one graph, and so is a block with a mixture in bfloat16; of other mixtures
         the sizes depend on the data, and only the attention before them is compiled. That also
-        holds for mixtures under activation checkpointing, for a graph could not tell whether it
+        holds for mixtures under activation checkpointing, because a graph could not tell whether it
         runs for the second time and would count the usage twice. Call it once the weights have
         the precision of the training.
         """
@@ -190,7 +190,7 @@ class LanguageModel(Pretrained):
     def merge_norms_(self) -> None:
         """Merge the gain of each norm into the matrices that read its output, which leaves ones.
 
-        The gain before a tied head stays, for its matrix is also the embedding.
+        The gain before a tied head stays, because its matrix is also the embedding.
 
         Raises:
             ValueError: a router is not linear in its input, or a map is not folded yet.

@@ -209,6 +209,6 @@ def grouped_product(
     aligned = all(size * x.element_size() % 16 == 0 for size in weights.shape[1:])
     if x.dtype in fused and aligned:
         return F.grouped_mm(x, weights, offs=counts.cumsum(0).to(torch.int32))
-    # unbind, for the backward of weights[i] in a loop writes every group's gradient each time
+    # unbind, because the backward of weights[i] in a loop writes every group's gradient each time
     parts = zip(x.split(counts.tolist()), weights.unbind(0), strict=True)
     return torch.cat([rows @ weight for rows, weight in parts])

@@ -62,8 +62,8 @@ def partner_share(ids: Integer[Tensor, "tokens choices"], experts: int) -> float
 
     The mean over experts, weighted by their tokens, so that an expert with few tokens, whose
     largest share is large by chance, does not count much. 0: nobody has a partner (top-1); 1: every
-    expert has one that sees all its tokens. Chance is above (k - 1) / (N - 1), for it is a maximum:
-    measure `uniform_routing`.
+    expert has one that sees all its tokens. Chance is above (k - 1) / (N - 1), because it is a
+    maximum: measure `uniform_routing`.
     """
     pairs = _pairs(ids, experts)
     tokens = int(pairs.diagonal().sum())

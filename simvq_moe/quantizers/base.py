@@ -166,8 +166,9 @@ class AnyQuantizer(Pretrained, Stateful, ABC):
         """Start from these latents, of all ranks together, if the start needs data and had none.
 
         The first forward pass in training does so by itself. Call this before a training engine
-        copies the parameters (DeepSpeed, FSDP), for it would not see the change, and before
-        `torch.compile` with fullgraph=True, for whether there are latents at all depends on data.
+        copies the parameters (DeepSpeed, FSDP), because it would not see the change, and before
+        `torch.compile` with fullgraph=True, because whether there are latents at all depends on
+        data.
         """
         if self.waits_for_data:
             self._fit(self._rows(z, mask))

@@ -144,7 +144,7 @@ def launched(config: Path, log: Path, machine: Machine, gpus: Sequence[str]) -> 
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment(machine, gpus),
-            # its own group, for the launcher leaves the ranks behind when it alone is killed
+            # its own group, because the launcher leaves the ranks behind when it alone is killed
             start_new_session=True,
         )
 

@@ -106,7 +106,8 @@ def stoi(clip: np.ndarray, reconstruction: np.ndarray, sample_rate: int) -> floa
 def pesq(clip: np.ndarray, reconstruction: np.ndarray, sample_rate: int) -> float | None:
     """ITU-T P.862 at 8 kHz, P.862.2 in wide band at all other rates; None: no speech found.
 
-    A reconstruction of zeros counts 1, the scale's lower end, for the package divides by its power.
+    A reconstruction of zeros counts 1, the scale's lower end, because the package divides by its
+    power.
     """
     if not reconstruction.any():
         return 1.0

@@ -58,7 +58,7 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def described(config: Config) -> nn.Module:
-    """The model of a config without memory of its own, for its sizes may be anything."""
+    """The model of a config without memory of its own, because its sizes may be anything."""
     task = task_of(config)
     with torch.device("meta"):
         return task.build_model(task.without_networks(config))

@@ -24,7 +24,7 @@ def evaluate(
     mine, largest = shares[world.rank], len(shares[0])
     with counting(task.model) as found:
         sums: dict[str, Tensor] = {}
-        # as many batches on every rank, maybe empty ones, for experts of other ranks wait for them
+        # as many batches on every rank, maybe empty ones, because experts of other ranks wait
         for start in range(0, max(largest, 1), batch_size):
             batch = task.held_out.batch(mine[start : start + batch_size]).to(world.device)
             of_batch = task.evaluate(batch)

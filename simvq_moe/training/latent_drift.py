@@ -1,4 +1,4 @@
-"""How far a tokenizer's latents go in a step, for codes that nothing draws do not go with them."""
+"""How far a tokenizer's latents go in a step, because codes that nothing draws stay behind."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class ImageWindows:
         return found.hexdigest()
 
     def _image(self, number: int, *, keep: bool) -> UInt8[np.ndarray, "height width 3"] | None:
-        """Pixels of an image; the last one of a batch is kept, for the next may go on with it."""
+        """Pixels of an image; a batch keeps its last one, because the next may go on with it."""
         known, pixels = self._last
         if known != number:
             pixels = pixels_of(self.parts[number], 1)

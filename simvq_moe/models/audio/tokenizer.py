@@ -33,7 +33,7 @@ class Snake(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channels time"]
     ) -> Float[Tensor, "batch channels time"]:
-        # a small constant, for the frequency may pass through 0
+        # a small constant, because the frequency may pass through 0
         return x + (self.frequency * x).sin().square() / (self.frequency + 1e-9)
 
 
@@ -148,7 +148,7 @@ class AudioTokenizer(Tokenizer):
             self.forwards += 1
         if not begun:
             zero = audio.new_zeros(())
-            # a loss of every parameter, for data-parallel engines wait for all gradients
+            # a loss of every parameter, because data-parallel engines wait for all gradients
             idle = torch.stack([p.float().sum() for p in discriminators.parameters()]).sum() * 0
             return {"adversarial": zero, "feature": zero, "discriminator": zero}, idle
         weights = next(discriminators.parameters()).dtype

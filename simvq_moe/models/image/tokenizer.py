@@ -141,7 +141,7 @@ class ImageTokenizer(Tokenizer):
             self.forwards += 1
         names = ("adversarial_loss", "discriminator_loss", "adversarial_weight")
         if not begun:
-            # a loss of every parameter, for data-parallel engines wait for all gradients
+            # a loss of every parameter, because data-parallel engines wait for all gradients
             idle = torch.stack([p.float().sum() for p in discriminator.parameters()]).sum() * 0
             return idle, dict.fromkeys(names, images.new_zeros(()))
         dtype = next(discriminator.parameters()).dtype

@@ -32,7 +32,7 @@ class ExpertChoiceRouter(TopKRouter):
     ) -> tuple[Int[Tensor, "tokens choices"], Float[Tensor, "tokens choices"]]:
         scores = logits.softmax(-1)
         takes = ceil(len(scores) * self.top_k / self.num_experts)
-        # by detached scores, for the gradient goes through the gates alone
+        # by detached scores, because the gradient goes through the gates alone
         taken = scores.detach().topk(takes, dim=0).indices
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, taken, True)
         ids = torch.where(chosen, scores.detach(), -1.0).argsort(-1, descending=True)

@@ -19,8 +19,8 @@ from simvq_moe.quantizers.options import level_problems
 class BSQ(LFQ):
     """Binary spherical quantization: latents on the unit sphere, codes of +-1/sqrt(width).
 
-    The arguments are those of `LFQ`. It is no residual level behind another, for its codes are all
-    of length 1.
+    The arguments are those of `LFQ`. It is no residual level behind another, because its codes are
+    all of length 1.
     """
 
     @property

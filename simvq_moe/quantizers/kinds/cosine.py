@@ -22,7 +22,7 @@ class CosineVQ(VQ):
     """A codebook on the unit sphere: latents and codes are l2-normalized before they meet.
 
     Published at width 8, between projections (`Projected`), where it is known as factorized codes.
-    By itself it is no residual level behind another, for its codes are all of length 1.
+    By itself it is no residual level behind another, because its codes are all of length 1.
     """
 
     def join(self, levels: Sequence[AnyQuantizer], place: int) -> None:

@@ -120,7 +120,7 @@ class IBQ(VQ):
 def _scores(
     z: Float[Tensor, "tokens width"], E: Float[Tensor, "codes width"]
 ) -> Float[Tensor, "tokens codes"]:
-    """z · e in full precision, for the largest is chosen; a compiler knows no switches."""
+    """z · e in full precision, because the largest is chosen; a compiler knows no switches."""
     with nullcontext() if torch.compiler.is_compiling() else full_precision():
         return z @ E.T
 
