@@ -5,7 +5,8 @@ neighbours share memory and power, and the slowest counts. Forward and backward 
 two batch sizes give the share of the peak and what a micro-batch costs without tokens; AdamW alone
 the bandwidth of memory; an all-reduce of next to nothing the latency between ranks; an all-reduce
 of all gradients and an all-gather of all weights, as ZeRO 1 has them, the bandwidth. Then steps of
-a run are measured, beside what `predict` makes of them. """
+a run are measured, beside what `predict` makes of them.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from simvq_moe.data.audio_sets import (
     RecordingWindows,
     named,
 )
-from simvq_moe.data.held_out import file_key, held_out_by_content
+from simvq_moe.data.held_out import FEWEST, SHARE, file_key, held_out_by_content
 from simvq_moe.data.media.recordings import RATES, Part, check_readable, header, resample
 from simvq_moe.data.media.speakers import voices
 from simvq_moe.data.order import place_of
@@ -59,10 +59,6 @@ EMBEDDED = ("spoken-characters", "asterisk")
 numbers were measured so."""
 EARLY_SHARE = 0.82
 """Share of a recording that training hears, where every recording is split early and late."""
-FILES_TO_SPLIT_BY_FILE = 20
-"""From this many recordings on, whole files are held out instead."""
-HELD_OUT_SHARE = 0.1
-"""Share of the files, or of the speakers, held out then."""
 SUFFIXES = {
     *(".aac", ".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".oga", ".ogg"),
     *(".opus", ".raw", ".snd", ".sph", ".voc", ".w64", ".wav", ".wma"),
@@ -360,17 +356,17 @@ def _sides(source: str, parts: list[Part], long_enough: list[bool]) -> list[bool
     by_voice = None if source in EMBEDDED else voices(names, keys)
     labels = by_voice or keys
     chosen = [i for i, enough in enumerate(long_enough) if enough]
-    if by_voice is None and len(chosen) < FILES_TO_SPLIT_BY_FILE:
+    if by_voice is None and len(chosen) < FEWEST:
         return None
     late = held_out_by_content(
         [labels[i] for i in chosen],
-        HELD_OUT_SHARE,
+        SHARE,
         names=[names[i] for i in chosen] if source in EMBEDDED else None,
     )
     if not any(late):
         return None
     side_of = {labels[i]: side for i, side in zip(chosen, late, strict=True)}
-    return [side_of.get(label, place_of(label) < HELD_OUT_SHARE) for label in labels]
+    return [side_of.get(label, place_of(label) < SHARE) for label in labels]
 
 
 def _side(whole: Part, side: Literal["early", "late"]) -> Part:

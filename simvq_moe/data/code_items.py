@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
-from simvq_moe.data.codes import PARTS, Manifest
+from simvq_moe.data.codes import Manifest
+from simvq_moe.data.held_out import PARTS
 from simvq_moe.files.regular import BrokenFileError, read_json, write_atomically
 
 ITEMS = "items.json"

@@ -24,6 +24,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from simvq_moe.data.hashing import file_sha256
+from simvq_moe.data.held_out import PARTS
 from simvq_moe.data.ids import check_ids
 from simvq_moe.data.order import Indices
 from simvq_moe.errors import ConfigError
@@ -40,7 +41,6 @@ from simvq_moe.files.regular import (
 MANIFEST = "manifest.json"
 FORMAT = "codes of samples 1"
 """Form of the folder; another one is not read."""
-PARTS = ("train", "held_out")
 BLOCK = 2**20
 """Rows that are counted at a time."""
 

@@ -15,6 +15,12 @@ from pathlib import Path
 
 from simvq_moe.data.order import held_out_by_name
 
+SHARE = 0.1
+"""Share of the different files, documents or speakers that is held out."""
+FEWEST = 20
+"""Where fewer of them are different, the end of each is held out instead."""
+PARTS = ("train", "held_out")
+"""Names of the two sides."""
 BLOCK = 2**14
 """Bytes of a large file that are read at its start, in its middle and at its end."""
 

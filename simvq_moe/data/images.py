@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simvq_moe.data.held_out import held_out_by_content
+from simvq_moe.data.held_out import FEWEST, SHARE, held_out_by_content
 from simvq_moe.data.image_sets import (
     LEFT_SHARE,
     ImageCrops,
@@ -36,10 +36,6 @@ from simvq_moe.data.rows.saved_sets import is_saved_set, own_splits
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import printable
 
-FILES_TO_SPLIT_BY_FILE = 20
-"""From this many different images on, whole files are held out instead."""
-HELD_OUT_SHARE = 0.1
-"""Share of the files held out then."""
 NAMED = 5
 """Images that a warning names; the rest are counted."""
 
@@ -183,11 +179,11 @@ def split_sides(source: str, size: int, shorter_side: int, limit: int, *, whole:
     least = (size, size)
     if whole:
         train, held_out = usable, []
-    elif contents >= FILES_TO_SPLIT_BY_FILE or (len(usable) >= FILES_TO_SPLIT_BY_FILE and not wide):
+    elif contents >= FEWEST or (len(usable) >= FEWEST and not wide):
         train, held_out = _by_content(usable, source)
     else:
         usable = wide
-        if len(parts) < FILES_TO_SPLIT_BY_FILE:
+        if len(parts) < FEWEST:
             least = (_least_width(size), size)
         train = [part._replace(columns="left") for part in usable]
         held_out = [part._replace(columns="right") for part in usable]
@@ -205,7 +201,7 @@ def _least_width(size: int) -> int:
 
 def _by_content(parts: list[Part], source: str) -> tuple[list[Part], list[Part]]:
     """Training and held-out images; copies of an image lie on one side."""
-    sides = held_out_by_content([part.header.key for part in parts], HELD_OUT_SHARE)
+    sides = held_out_by_content([part.header.key for part in parts], SHARE)
     if not any(sides):
         log.warning(
             "%s: all %d images are equal, and held-out crops are of what training sees: give "

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 
+from simvq_moe.data.held_out import SHARE
 from simvq_moe.data.image_sets import Part, pixels_of
-from simvq_moe.data.images import HELD_OUT_SHARE, split_sides, warn_skipped
+from simvq_moe.data.images import split_sides, warn_skipped
 from simvq_moe.data.media.pictures import STREAM
 from simvq_moe.data.media.pixels import PixelBudget
 from simvq_moe.data.order import Indices, place_of
@@ -160,7 +161,7 @@ def _sides(
     split = split_sides(source, size, shorter_side, 2**62, whole=whole)
     train, held_out = list(split.train), list(split.held_out)
     for small in split.small:
-        late = not whole and place_of(small.header.key) < HELD_OUT_SHARE
+        late = not whole and place_of(small.header.key) < SHARE
         (held_out if late else train).append(small)
     warn_skipped(source, "unreadable images", split.unreadable)
     warn_skipped(source, "too large images", split.too_large)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simvq_moe.data.held_out import held_out_by_content
+from simvq_moe.data.held_out import FEWEST, SHARE, held_out_by_content
 from simvq_moe.data.rows.base import TEXT_FIELD, CorruptDataError
 from simvq_moe.data.rows.saved_sets import own_splits
 from simvq_moe.data.text import tokens
@@ -41,10 +41,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from tokenizers import Tokenizer
 
-HELD_OUT_SHARE = 0.1
-"""Share of the different documents that is held out."""
-DOCUMENTS_TO_SPLIT_BY_DOCUMENT = 20
-"""The end of each document is held out instead where fewer of them are different."""
 LAYOUT = "2"
 """Names the way in which token files are made; a new one makes old caches unused."""
 BY_CONTENT = " by content"
@@ -202,13 +198,13 @@ def _split(documents: Dataset, *, embedded: bool) -> tuple[Dataset, Dataset]:
     from datasets import Dataset
 
     keys = list(documents["key"])
-    if len(set(keys)) >= DOCUMENTS_TO_SPLIT_BY_DOCUMENT:
+    if len(set(keys)) >= FEWEST:
         names = list(documents["name"]) if embedded else None
-        is_held_out = np.array(held_out_by_content(keys, HELD_OUT_SHARE, names=names))
+        is_held_out = np.array(held_out_by_content(keys, SHARE, names=names))
         train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
         return documents.select(train), documents.select(held_out)
     texts, of = list(documents["text"]), list(documents["domain"])
-    ends = [round((1 - HELD_OUT_SHARE) * len(text)) for text in texts]
+    ends = [round((1 - SHARE) * len(text)) for text in texts]
     parts = zip(texts, ends, strict=True)
     train, held_out = zip(*((text[:end], text[end:]) for text, end in parts), strict=True)
     return (

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from simvq_moe.data.held_out import file_key
+from simvq_moe.data.held_out import PARTS, file_key
 from simvq_moe.data.ids import check_ids
 from simvq_moe.data.order import Indices
 from simvq_moe.data.rows.base import CorruptDataError
@@ -44,7 +44,6 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int, Field(ge=1, le=2**31)]
 MANIFEST = "manifest.json"
 DOMAINS = "held_out_domains.npz"
-PARTS = ("train", "held_out")
 
 
 class PartContent(TypedDict, total=False):

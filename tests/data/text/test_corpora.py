@@ -19,7 +19,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from simvq_moe.data.held_out import held_out_by_content
+from simvq_moe.data.held_out import SHARE, held_out_by_content
 from simvq_moe.data.order import place_of
 from simvq_moe.data.text import corpora, documents
 from simvq_moe.data.text.cache import build_once
@@ -106,14 +106,14 @@ def test_the_tokenizer_knows_training_documents_alone(tmp_path, source):
 def sides(source):
     files = documents.list_files(str(source))
     keys = [documents.content_name(file.path.read_bytes().decode()) for file in files]
-    return [file.name for file in files], held_out_by_content(keys, corpora.HELD_OUT_SHARE)
+    return [file.name for file in files], held_out_by_content(keys, SHARE)
 
 
 def others_held_out():
     """Other texts whose content is held out."""
     for i in itertools.count():
         other = f"{i} entirely other words " * 50
-        if place_of(documents.content_name(other)) < corpora.HELD_OUT_SHARE:
+        if place_of(documents.content_name(other)) < SHARE:
             yield other
 
 
