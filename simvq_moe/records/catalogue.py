@@ -1,8 +1,9 @@
 """Every metric that a run can log, once: TensorBoard, reports, `watch`, the progress line and
 docs/metrics.md follow from here.
 
-A metric is one entry in described_models.py or described_slots.py; their order is that of columns,
-charts and rows. A name that no entry describes is shown as it is, with four digits.
+A metric is one entry in described_models.py or described_slots.py, or one that a plug-in brings
+(`describe`); their order is that of columns, charts and rows. A name that no entry describes is
+shown as it is, with four digits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SECTIONS = {
     "Progress and cost": COSTS,
     "Tasks of lm-eval": TASKS,
 }
-METRICS: tuple[Metric, ...] = tuple(one for section in SECTIONS.values() for one in section)
+METRICS: list[Metric] = [one for section in SECTIONS.values() for one in section]
 ALL_BANKS = "mean"
 """It stands for all banks of a run in names of curves, such as "bank/mean/condition"."""
 WHOLE = ("codes", "codes/mean", "moe/mean")
@@ -32,6 +33,21 @@ OF_TASKS = "eval/"
 """How names of measures of tasks begin."""
 HELD_OUT = {"codes": "val/codes/", "experts": "val/moe/mean/"}
 """How the held-out usage measures of a kind of slot begin; of experts, the mean over layers."""
+
+
+def describe(*metrics: Metric) -> None:
+    """Add what a plug-in logs: it is printed, charted and compared as the entries say.
+
+    Raises:
+        ValueError: a metric of this name has another entry.
+    """
+    for one in metrics:
+        known = find(one.name)
+        if known not in (None, one):
+            raise ValueError(f"metric {one.name!r} is {known.label!r} already: name it otherwise")
+        if known is None:
+            METRICS.append(one)
+            find.cache_clear()
 
 
 @lru_cache(100_000)

@@ -24,7 +24,8 @@ MINE = {"router": {"kind": "direction", "sharpness": 2.0, "map": {"kind": "linea
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    shutil.copy(Path(__file__).parent / "my_router.py", tmp_path)
+    for name in ("my_router.py", "my_parts.py"):
+        shutil.copy(Path(__file__).parent / name, tmp_path)
     (tmp_path / "corpus").mkdir()
     shutil.copy(ROOT / "simvq_moe" / "core" / "bank.py", tmp_path / "corpus")
     return tmp_path
@@ -49,6 +50,25 @@ def test_a_router_of_one_file_trains_on_two_ranks_is_named_and_folds(folder: Pat
     assert folded.returncode == 0, folded.stderr
     text = cli(folder, "generate", "folded", "--tokens", "2", *allowed)
     assert text.returncode == 0, text.stderr
+
+
+def test_a_balance_and_an_expert_of_one_file_have_flags_costs_and_records_like_ours(
+    folder: Path,
+) -> None:
+    parts = {"balance": {"kind": "importance"}, "expert": {"kind": "squared_relu"}}
+    write(folder / "mine.yaml", SMALL | {"plugins": ["my_parts.py"], "moe": SMALL["moe"] | parts})
+    train = ("train", "--config", "mine.yaml", "--name", "mine")
+    wrong = cli(folder, *train, "--moe.balance.weight", "-1")
+    assert wrong.returncode == 2
+    assert "moe.balance.weight -1.0 < 0: use at least 0" in wrong.stderr
+    dry = cli(folder, *train, "--dry-run")
+    assert json.loads(dry.stdout)["per_rank"]["activation_bytes"] > 0
+    done = cli(folder, *train, "--moe.balance.weight", "0.5")
+    assert done.returncode == 0, done.stderr
+    line = json.loads((folder / "runs/mine/metrics.jsonl").read_text().splitlines()[-1])
+    parts_of_loss = line["train/cross_entropy"] + 0.5 * line["train/balance_loss"]
+    assert line["train/balance_loss"] > 0
+    assert line["train/loss"] == pytest.approx(parts_of_loss, rel=1e-5)
 
 
 def test_an_arm_may_have_a_router_of_a_plug_in(folder: Path) -> None:

@@ -10,11 +10,15 @@ from simvq_moe.core.dynamics import BankStep
 from simvq_moe.core.usage import Usage
 from simvq_moe.engine.step_phases import PHASES
 from simvq_moe.models.image.tokenizer import TERMS
+from simvq_moe.records import catalogue
 from simvq_moe.records.catalogue import (
     METRICS,
     WHOLE,
     compared_leaves,
+    describe,
+    directed,
     find,
+    held_out_names,
     label,
     metric,
     names,
@@ -22,7 +26,7 @@ from simvq_moe.records.catalogue import (
     router_leaves,
     usage_leaves,
 )
-from simvq_moe.records.metric import PARTS
+from simvq_moe.records.metric import PARTS, Metric
 from simvq_moe.records.metrics_page import page
 from simvq_moe.records.printing import number
 from simvq_moe.records.tensorboard_layout import AT_A_GLANCE, layout
@@ -68,6 +72,21 @@ def test_a_name_has_one_entry_and_an_entry_is_a_whole_sentence() -> None:
         for part in PARTS:
             left = left.replace(part, "")
         assert not set("{}[]") & set(left), one.name
+
+
+def test_a_metric_of_a_plug_in_is_one_of_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "METRICS", [*METRICS])
+    mine = Metric("val/reach", "reach", "Largest error.", "m", better="lower", charts=("overview",))
+    assert find("val/reach") is None
+    for _ in range(2):
+        describe(mine)
+    assert find("val/reach") is mine
+    assert directed("val/reach") == "reach ↓"
+    assert "val/reach" in held_out_names()
+    assert results().count("val/reach") == 1
+    with pytest.raises(ValueError, match=r"'val/mse' is '.*' already: name it otherwise"):
+        describe(Metric("val/mse", "mine", "Mine."))
+    find.cache_clear()
 
 
 def test_a_name_that_nobody_described_is_shown_as_it_is() -> None:
