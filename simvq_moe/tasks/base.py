@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from simvq_moe.config.schema import Config
 from simvq_moe.data.text.streaming import TextStream
 from simvq_moe.errors import ConfigError
+from simvq_moe.tasks.probe_tokens import ProbeTokens
 from simvq_moe.tasks.samples import Samples
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -237,6 +239,16 @@ class Task(ABC, Generic[Model]):
 
     def compile(self) -> None:
         """Compile the parts of the model whose sizes are known beforehand, if there are any."""
+
+    def probe_tokens(self, number: int) -> ProbeTokens | None:
+        """About so many held-out tokens, whose routing the probe follows; None: no probe."""
+        del number
+        return None
+
+    def route(self, windows: Int[Tensor, "batch window"]) -> None:
+        """Send windows of `probe_tokens` through the layers of experts, each input token once and
+        in order."""
+        raise NotImplementedError(f"{type(self).__name__} gives probe_tokens, and no route")
 
     @abstractmethod
     def evaluate(self, batch: Tensor) -> dict[str, Tensor]:

@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 from torch import Tensor
 
 from simvq_moe.config.schema import Config
+from simvq_moe.data.codes import CodeSequences
+from simvq_moe.data.text.tokens import TokenWindows
 from simvq_moe.errors import ConfigError
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe.routers.base import start_from_data
 from simvq_moe.tasks.base import Task
 from simvq_moe.tasks.checks import language_problems
+from simvq_moe.tasks.probe_tokens import ProbeTokens, choose_tokens
 
 
 class SequenceTask(Task[LanguageModel]):
@@ -92,6 +95,13 @@ class SequenceTask(Task[LanguageModel]):
 
     def compile(self) -> None:
         self.model.compile_blocks()
+
+    def probe_tokens(self, number: int) -> ProbeTokens:
+        assert isinstance(self.held_out, TokenWindows | CodeSequences)
+        return choose_tokens(self.held_out, number)
+
+    def route(self, windows: Int[Tensor, "batch window"]) -> None:
+        self.model.hidden_states(windows[:, :-1])
 
     def evaluate(self, batch: Tensor) -> dict[str, Tensor]:
         """Nats of all tokens but the first of each sequence, and their number."""

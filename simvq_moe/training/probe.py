@@ -17,17 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from simvq_moe.config.schema import TrainConfig
-from simvq_moe.data.codes import CodeSequences
-from simvq_moe.data.text.tokens import TokenWindows
 from simvq_moe.engine.sharding import gathered, is_sharded
 from simvq_moe.engine.world import World
 from simvq_moe.files.arrays import Layout, read_arrays
 from simvq_moe.files.regular import BrokenFileError, written_whole
-from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe import MoE
 from simvq_moe.moe import routing_measures as of
 from simvq_moe.moe.mixture import Mixture
@@ -39,28 +36,10 @@ logger = logging.getLogger(__name__)
 
 COMPARED_TOKENS = 128
 """Probe tokens, evenly spread, on which all experts' outputs are compared."""
-LARGEST_DOMAINS = 15
-"""Domains that are told apart, by their probe tokens; all others are one more."""
-OTHERS = "(others)"
 LAYOUT = {"steps": Layout("i", 1), "ids": Layout("i", 4), "domain_counts": Layout("i", 4)}
 """What is read of probe.npz; the first axis is that of evaluations."""
 WIDEST_PICTURE = 1024
 """Pixels, until an expert is one pixel wide."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The probe's windows and what is known of their input tokens."""
-
-    windows: Int[Tensor, "batch window"]
-    domains: Int[Tensor, " tokens"]
-    """Numbers of `names`."""
-    names: tuple[str, ...]
-    """Names of domains, that with the most tokens first."""
-
-    @property
-    def inputs(self) -> Int[Tensor, " tokens"]:
-        return self.windows[:, :-1].flatten()
 
 
 @dataclass(frozen=True)
@@ -75,7 +54,8 @@ class Evaluation:
 
 
 class Probe:
-    """Follows the routers of a model; without MoE layers or tokens it does nothing.
+    """Follows the routers of a model; without MoE layers or tokens it does nothing, and so it does
+    for a task that gives it none.
 
     Args:
         task: the live model and its held-out set.
@@ -94,11 +74,13 @@ class Probe:
         self.evaluations: list[Evaluation] = []
         if train.probe_tokens:
             self.layers = [m for m in task.model.modules() if isinstance(m, Mixture)]
-        if not self.layers or not self._takes_part():
+        tokens = None
+        if self.layers and self._takes_part():
+            tokens = task.probe_tokens(train.probe_tokens)
+        if tokens is None:
             self.layers = []
             return
-        assert isinstance(task.held_out, TokenWindows | CodeSequences)
-        self.tokens = choose_tokens(task.held_out, train.probe_tokens)
+        self.task, self.tokens = task, tokens
         self.experts, self.top_k = self.layers[0].num_experts, self.layers[0].top_k
         chance = of.uniform_routing(len(self.tokens.inputs), self.experts, self.top_k)
         self.chance = {"val/moe/co_activation_null": of.partner_share(chance, self.experts)}
@@ -210,10 +192,9 @@ class Probe:
 
     def _route(self) -> tuple[list[Tensor], list[Routing]]:
         """Inputs of every MoE layer and its routing, tokens in order."""
-        assert isinstance(self.model, LanguageModel)
         with _recorded(self.layers) as records:
             for windows in self.tokens.windows.split(self.batch):
-                self.model.hidden_states(windows[:, :-1].to(self.world.device))
+                self.task.route(windows.to(self.world.device))
         inputs = [torch.cat(record.inputs) for record in records]
         return inputs, [_joined(record.routings) for record in records]
 
@@ -256,23 +237,6 @@ class Probe:
         return np.array(
             [[of.saturation(*pair) for pair in zip(ids, each[-1], strict=True)] for ids in each]
         )
-
-
-def choose_tokens(held_out: TokenWindows | CodeSequences, tokens: int) -> Tokens:
-    """Windows of about so many tokens, evenly spread, so that they come from many documents."""
-    number = min(len(held_out), max(1, tokens // held_out.context))
-    indices = np.linspace(0, len(held_out) - 1, number).round().astype(np.int64)
-    domains = held_out.domains_of(indices)
-    if held_out.domains is None or domains is None:
-        return Tokens(held_out.batch(indices), torch.zeros(number * held_out.context).long(), ("",))
-    counts = np.bincount(domains.flatten(), minlength=len(held_out.domains.names))
-    present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-    names = [held_out.domains.names[i] for i in present[:LARGEST_DOMAINS]]
-    place = np.full(len(counts), LARGEST_DOMAINS)
-    place[present[:LARGEST_DOMAINS]] = np.arange(len(names))
-    if len(present) > LARGEST_DOMAINS:
-        names.append(OTHERS)
-    return Tokens(held_out.batch(indices), torch.from_numpy(place[domains.flatten()]), tuple(names))
 
 
 def read(path: Path) -> list[Evaluation]:

@@ -1,4 +1,6 @@
-"""A plug-in: points of a plane in codes and back. `plugins: [my_task.py]`, `task: points`"""
+"""A plug-in: points of a plane in codes and back, by way of experts. `plugins: [my_task.py]`,
+`task: points`
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,9 @@ from simvq_moe.config.ranges import Channels
 from simvq_moe.config.registry import register as register_options
 from simvq_moe.config.schema import Config, TaskOptions
 from simvq_moe.errors import ConfigError
+from simvq_moe.moe.layer import build_mixture
+from simvq_moe.moe.losses import mean_losses
+from simvq_moe.moe.routers.base import Routing
 from simvq_moe.tasks.base import CountedSample, Task
 from simvq_moe.tasks.registry import register
 from simvq_moe.tasks.samples import Samples
@@ -46,23 +51,30 @@ class Points:
 
 
 class PointsModel(nn.Module):
-    """Two layers, a quantizer, and two layers."""
+    """A layer, experts beside it, a quantizer, and two layers."""
 
     def __init__(self, config: Config, hidden: int) -> None:
         super().__init__()
         self.quantizer = config.quantizer.build()
         width = config.quantizer.width
-        self.encoder = nn.Sequential(nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        self.encoder = nn.Sequential(nn.Linear(2, hidden), nn.ReLU())
+        self.mixture = build_mixture(hidden, config.moe, None)
+        self.latents = nn.Linear(hidden, width)
         self.decoder = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 2))
+        self.loss_weights, self.balance = config.moe.loss_weights, config.moe.balance
 
-    def reconstruct(self, x: Float[Tensor, "batch 2"]) -> tuple[Tensor, Any]:
-        out = self.quantizer(self.encoder(x))
-        return self.decoder(out.z_q.to(x.dtype)), out
+    def reconstruct(self, x: Float[Tensor, "batch 2"]) -> tuple[Tensor, Any, Routing]:
+        hidden = self.encoder(x)
+        mixed, routing = self.mixture(hidden, with_routing=True)
+        out = self.quantizer(self.latents(hidden + mixed))
+        return self.decoder(out.z_q.to(x.dtype)), out, routing
 
     def forward(self, x: Float[Tensor, "batch 2"]) -> tuple[Tensor, dict[str, Tensor]]:
-        reconstruction, out = self.reconstruct(x)
+        reconstruction, out, routing = self.reconstruct(x)
         error = (reconstruction - x).square().mean()
-        return error + out.loss, {"mse": error}
+        losses = mean_losses([routing], all_ranks=self.training, balance=self.balance.loss)
+        weighted = sum(self.loss_weights[name] * loss for name, loss in losses.items())
+        return error + out.loss + weighted, {"mse": error}
 
 
 @register
@@ -71,7 +83,7 @@ class PointsTask(Task[PointsModel]):
 
     name = "points"
     embedded = "circle"
-    sections = ("quantizer", "task_options")
+    sections = ("quantizer", "moe", "task_options")
 
     def __init__(self, config: Config) -> None:
         source, data = self.source(config), config.data
@@ -109,7 +121,7 @@ class PointsTask(Task[PointsModel]):
         folded = config.quantizer.folded()
         if folded is None:
             raise ConfigError(f"quantizer.kind {config.quantizer.kind!r} has no shared map")
-        return replace(config, quantizer=folded)
+        return replace(config, quantizer=folded, moe=config.moe.folded())
 
     @classmethod
     def outputs_of_noise(cls, model: PointsModel, config: Config) -> Tensor:

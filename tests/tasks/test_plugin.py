@@ -17,6 +17,7 @@ SMALL = (
 def test_a_task_of_one_file_trains_is_measured_folded_and_swept(tmp_path: Path) -> None:
     shutil.copy(Path(__file__).parent / "my_task.py", tmp_path)
     text = "plugins: [my_task.py]\ntask: points\ntask_options: {kind: points, hidden: 6}\n"
+    text += "moe: {experts: 4, top_k: 2, hidden: 3}\n"
     (tmp_path / "mine.yaml").write_text(text)
     train = ("train", "--config", "mine.yaml", *SMALL)
     unknown = cli(tmp_path, "train", "--task", "points", *SMALL)
@@ -36,6 +37,8 @@ def test_a_task_of_one_file_trains_is_measured_folded_and_swept(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/mine/summary.json").read_text())
     assert summary["val/codes/used"] > 0
+    assert summary["val/moe/00/used"] > 0
+    assert not (tmp_path / "runs/mine/probe.npz").exists(), "the task gives the probe no tokens"
     allowed = cli(tmp_path, "eval", "runs/mine", "--data", "ellipse", "--plugins", "my_task.py")
     assert allowed.returncode == 0, allowed.stderr
     assert json.loads(allowed.stdout)["val/loss"] != summary["val/loss"]

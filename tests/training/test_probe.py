@@ -19,7 +19,6 @@ from torch.testing import assert_close
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config, DataConfig, LanguageModelConfig, MoEConfig, TrainConfig
 from simvq_moe.core.usage import counters
-from simvq_moe.data.text.domains import Domains
 from simvq_moe.data.text.tokens import TokenWindows
 from simvq_moe.engine.world import World
 from simvq_moe.moe import MoE
@@ -35,9 +34,10 @@ from simvq_moe.moe.routing_measures import (
     label_counts,
     saturation,
 )
+from simvq_moe.tasks.probe_tokens import choose_tokens
 from simvq_moe.tasks.registry import AnyTask, build_task
 from simvq_moe.training.loop import Trainer
-from simvq_moe.training.probe import OTHERS, Probe, choose_tokens, read
+from simvq_moe.training.probe import Probe, read
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
@@ -125,17 +125,6 @@ def test_probe_tokens_are_spread_over_the_held_out_set_and_always_the_same(folde
     expected = [held_out.domains.names[i] for i in domains.flatten()]
     assert [tokens.names[i] for i in tokens.domains] == expected
     assert len(choose_tokens(held_out, 10**6).windows) == len(held_out)
-
-
-def test_the_largest_domains_are_told_apart_and_the_others_are_one() -> None:
-    # document i has 2 + i tokens of domain i
-    tokens = np.concatenate([[1] * (1 + i) + [0] for i in range(20)] + [[1]]).astype(np.uint16)
-    names = tuple(f"d{i:02}" for i in range(20))
-    windows = TokenWindows(tokens, 1, Domains((*names, "z"), np.arange(21)))
-    found = choose_tokens(windows, len(tokens))
-    assert found.names == (*(f"d{i:02}" for i in range(19, 4, -1)), OTHERS)
-    counts = torch.bincount(found.domains).tolist()
-    assert counts == [*(2 + i for i in range(19, 4, -1)), sum(2 + i for i in range(5))]
 
 
 def test_measures_are_those_of_what_the_routers_chose(
