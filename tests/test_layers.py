@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """What a room may know beside itself and `errors`; one that is not named here stands on top and may
 know all."""
 EXCEPTIONS = {
+    ("analysis", "simvq_moe.core.ids"),
     ("analysis", "simvq_moe.core.usage"),
     ("analysis", "simvq_moe.moe.routing_measures"),
 }

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from simvq_moe.analysis.arms import Arm, Group, RunRecord
+from simvq_moe.core.ids import NOBODY
 from simvq_moe.files.regular import BrokenFileError, printable
 from simvq_moe.moe.routing_measures import co_activation
-from simvq_moe.runs.counts import NOBODY, read_probe
+from simvq_moe.runs.counts import read_probe
 
 MOST_EXPERTS = 128
 """Experts that are shown, at most: those with the most tokens."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NOBODY = -1
+"""Expert id of a choice that is left open."""
+
 
 def as_ids(ids: Tensor, name: str = "ids") -> Tensor:
     """The same numbers as int64, which alone every operation takes for what they are.

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simvq_moe.moe.routers.base import NOBODY, count
+from simvq_moe.core.ids import NOBODY
+from simvq_moe.moe.routers.base import count
 
 
 def dispatch(

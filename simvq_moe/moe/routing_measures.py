@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from simvq_moe.core.ids import as_ids
-from simvq_moe.moe.routers.base import NOBODY, count
+from simvq_moe.core.ids import NOBODY, as_ids
+from simvq_moe.moe.routers.base import count
 
 SHUFFLES = 4
 """Random orders of the labels that estimate what chance alone would tell."""

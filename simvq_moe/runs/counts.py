@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from simvq_moe.core.ids import NOBODY
 from simvq_moe.files.arrays import Layout, read_arrays
 from simvq_moe.files.regular import BrokenFileError, MissingFileError
 
 USAGE = "usage.npz"
-NOBODY = -1
-"""An id of a probe that means no expert."""
 MOST_DRAWS = 2**62
 """Draws of all slots of a layer together, at most, so that their sum is an int64."""
 

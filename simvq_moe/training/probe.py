@@ -21,23 +21,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from simvq_moe.config.schema import TrainConfig
+from simvq_moe.core.ids import NOBODY
 from simvq_moe.engine.sharding import gathered, is_sharded
 from simvq_moe.engine.world import World
-from simvq_moe.files.arrays import Layout, read_arrays
 from simvq_moe.files.regular import BrokenFileError, written_whole
 from simvq_moe.moe import MoE
 from simvq_moe.moe import routing_measures as of
 from simvq_moe.moe.mixture import Mixture
-from simvq_moe.moe.routers.base import NOBODY, Routing
+from simvq_moe.moe.routers.base import Routing
 from simvq_moe.records.tensorboard import CELL, heat_map
+from simvq_moe.runs.counts import read_probe
 from simvq_moe.tasks.registry import AnyTask
 
 logger = logging.getLogger(__name__)
 
 COMPARED_TOKENS = 128
 """Probe tokens, evenly spread, on which all experts' outputs are compared."""
-LAYOUT = {"steps": Layout("i", 1), "ids": Layout("i", 4), "domain_counts": Layout("i", 4)}
-"""What is read of probe.npz; the first axis is that of evaluations."""
 WIDEST_PICTURE = 1024
 """Pixels, until an expert is one pixel wide."""
 
@@ -48,7 +47,7 @@ class Evaluation:
 
     step: int
     ids: np.ndarray
-    """(layer, token, choice), -1: nobody."""
+    """(layer, token, choice), `NOBODY`: none."""
     domain_counts: np.ndarray
     """int64 (layer, expert, domain): tokens of each domain that each expert has."""
 
@@ -84,7 +83,7 @@ class Probe:
         self.experts, self.top_k = self.layers[0].num_experts, self.layers[0].top_k
         chance = of.uniform_routing(len(self.tokens.inputs), self.experts, self.top_k)
         self.chance = {"val/moe/co_activation_null": of.partner_share(chance, self.experts)}
-        if world.is_main and step and self.path.is_file():
+        if world.is_main and step:
             self._take_up(step)
 
     @torch.no_grad()
@@ -182,13 +181,18 @@ class Probe:
         layers, tokens, domains = len(self.layers), len(self.tokens.inputs), len(self.tokens.names)
         shapes = (layers, tokens), (layers, self.experts, domains)
         try:
-            found = read(self.path)
-            if any((e.ids.shape[:2], e.domain_counts.shape) != shapes for e in found):
-                raise BrokenFileError(self.path, f"is not of {layers} layers and {tokens} tokens")
+            kept = read_probe(self.path.parent)
+            if kept is None:
+                return
+            ids, counts = kept["ids"], kept["domain_counts"]
+            if "steps" not in kept or (ids.shape[1:3], counts.shape[1:]) != shapes:
+                reason = f"has no steps, or is not of {layers} layers and {tokens} tokens"
+                raise BrokenFileError(self.path, reason)
         except BrokenFileError as error:
             logger.warning("%s: evaluations of steps up to %d are lost from it", error, step)
             return
-        self.evaluations = [e for e in found if e.step <= step]
+        found = zip(kept["steps"].tolist(), ids, counts, strict=True)
+        self.evaluations = [Evaluation(*one) for one in found if one[0] <= step]
 
     def _route(self) -> tuple[list[Tensor], list[Routing]]:
         """Inputs of every MoE layer and its routing, tokens in order."""
@@ -237,19 +241,6 @@ class Probe:
         return np.array(
             [[of.saturation(*pair) for pair in zip(ids, each[-1], strict=True)] for ids in each]
         )
-
-
-def read(path: Path) -> list[Evaluation]:
-    """The evaluations in a probe.npz.
-
-    Raises:
-        BrokenFileError: it is torn, or no such file.
-    """
-    saved = read_arrays(path, LAYOUT)
-    if len({len(saved[name]) for name in LAYOUT}) > 1:
-        raise BrokenFileError(path, "has arrays of different lengths")
-    kept = zip(*(saved[name] for name in LAYOUT), strict=True)
-    return [Evaluation(int(step), ids, counts) for step, ids, counts in kept]
 
 
 class Record:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from simvq_moe import MoE
 from simvq_moe.config.moe import ExpertOptions, MapOptions, MoEConfig, RouterOptions
 from simvq_moe.config.registry import as_options, kinds
+from simvq_moe.core.ids import NOBODY
 from simvq_moe.core.running_mean import RunningMean
 from simvq_moe.core.step_state import after_step
 from simvq_moe.core.whitening import Whitening
@@ -24,7 +25,7 @@ from simvq_moe.moe.balances.base import load_balance_loss
 from simvq_moe.moe.balances.loss_free import LossFreeBalance
 from simvq_moe.moe.losses import z_loss
 from simvq_moe.moe.maps import LinearMap, NoMap, SeparateMaps
-from simvq_moe.moe.routers.base import NOBODY, Router, Routing, start_from_data
+from simvq_moe.moe.routers.base import Router, Routing, start_from_data
 from simvq_moe.moe.routers.cosine import CosineOptions
 from simvq_moe.moe.routers.distance import DistanceOptions, DistanceRouter
 from simvq_moe.moe.routers.expert_choice import ExpertChoiceOptions

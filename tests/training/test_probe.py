@@ -34,10 +34,11 @@ from simvq_moe.moe.routing_measures import (
     label_counts,
     saturation,
 )
+from simvq_moe.runs.counts import read_probe
 from simvq_moe.tasks.probe_tokens import choose_tokens
 from simvq_moe.tasks.registry import AnyTask, build_task
 from simvq_moe.training.loop import Trainer
-from simvq_moe.training.probe import Probe, read
+from simvq_moe.training.probe import Probe
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
@@ -90,6 +91,12 @@ def shake(task: AnyTask) -> None:
     with torch.no_grad():
         for p in task.model.parameters():
             p += 0.3 * torch.randn(p.shape, generator=generator)
+
+
+def kept_steps(run: Path) -> list[int]:
+    probe = read_probe(run)
+    assert probe is not None
+    return probe["steps"].tolist()
 
 
 def moe_layers(task: AnyTask) -> list[MoE]:
@@ -222,8 +229,29 @@ def test_a_resumed_probe_keeps_what_came_before_its_checkpoint(
     assert resumed.measure(40) == whole
     again = probe_of(task, tmp_path, world, step=20)
     assert [e.step for e in again.evaluations] == [10, 20]
-    assert [e.step for e in read(tmp_path / "probe.npz")] == [10, 20, 30]
+    assert kept_steps(tmp_path) == [10, 20, 30]
     assert probe_of(task, tmp_path, world).evaluations == []
+
+
+def test_evaluations_are_lost_with_a_line_where_the_file_is_not_of_the_run(
+    followed: tuple[AnyTask, Probe],
+    tmp_path: Path,
+    world: World,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task, file = followed[0], tmp_path / "probe.npz"
+    with np.load(file) as saved:
+        kept = dict(saved)
+    others = {name: kept[name] for name in kept if name != "steps"}
+    for changed in (others, kept | {"ids": kept["ids"][:, :1]}, kept | {"ids": kept["ids"] + 99}):
+        np.savez(file, **changed)
+        caplog.clear()
+        assert probe_of(task, tmp_path, world, step=20).evaluations == []
+        assert "evaluations of steps up to 20 are lost from it" in caplog.text
+    file.unlink()
+    caplog.clear()
+    assert probe_of(task, tmp_path, world, step=20).evaluations == []
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -335,7 +363,7 @@ def test_a_run_logs_measures_pictures_and_the_probe(
     for name in ("00", "01", "mean"):
         assert {f"val/moe/{name}/{m}" for m in MEASURES} <= set(last)
     assert summary["val/moe/mean/confidence"] == last["val/moe/mean/confidence"]
-    assert [e.step for e in read(run_dir / "probe.npz")] == [2]
+    assert kept_steps(run_dir) == [2]
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     images = set(events.Tags()["images"])
     assert {f"val/moe/01/{name}" for name in ("co_activation", "domains")} <= images

@@ -23,9 +23,6 @@ from simvq_moe.core.whitening import Whitening
 from simvq_moe.moe.balances.base import SelectionBias
 from simvq_moe.moe.products import Product
 
-NOBODY = -1
-"""Expert id of a choice that is left open."""
-
 
 @dataclass(frozen=True)
 class ScoringOptions(RouterOptions):

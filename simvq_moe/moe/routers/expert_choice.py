@@ -12,7 +12,7 @@ from torch import Tensor
 
 from simvq_moe.config.moe import Gates
 from simvq_moe.config.registry import register
-from simvq_moe.moe.routers.base import NOBODY
+from simvq_moe.core.ids import NOBODY
 from simvq_moe.moe.routers.topk import RowProductOptions, TopKRouter
 
 
