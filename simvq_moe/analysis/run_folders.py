@@ -75,7 +75,7 @@ def find(paths: Sequence[Path], baseline: str | None = None) -> Found:
             inside = [path for path, _ in run_folders(directory) if path != directory]
         for path in inside:
             loose.setdefault(os.path.realpath(path), path)
-    runs = [read_run(directory) for directory in loose.values()]
+    runs = [read_record(directory) for directory in loose.values()]
     broken += [run for run in runs if run.status == BROKEN]
     runs = [run for run in runs if run.status != BROKEN]
     if broken and not groups and not runs:
@@ -114,7 +114,7 @@ def run_folders(path: Path) -> Iterator[tuple[Path, bool]]:
         folders[:] = sorted(f for f in folders if not (is_run and f in PARTS))
 
 
-def read_run(
+def read_record(
     path: Path, *, arm: str | None = None, planned: dict[str, Any] | None = None
 ) -> RunRecord:
     """The run in a directory, whatever is there of it.
@@ -230,7 +230,7 @@ def _read_planned(directory: Path, arm: str, run: SavedRun) -> RunRecord:
     if not is_inside(path, directory):
         error = BrokenFileError(path, f"is a link out of {directory}: its target is not read")
         return replace(_broken(path, error), arm=arm, seed=run.seed)
-    return read_run(path, arm=arm, planned=run.model_dump())
+    return read_record(path, arm=arm, planned=run.model_dump())
 
 
 def _group_loose(runs: Sequence[RunRecord], named: set[str], baseline: str | None) -> list[Group]:

@@ -70,7 +70,7 @@ def score_bytes(model: LanguageModel, tokens: int) -> int:
     return 2 * min(whole, LARGEST[this_device().type])
 
 
-def saved_bytes(model: nn.Module, batch: Tensor) -> tuple[int, Tensor]:
+def kept_bytes(model: nn.Module, batch: Tensor) -> tuple[int, Tensor]:
     """Bytes of all storages that autograd keeps in `model(batch)` but the model's own, and its
     loss."""
     tensors = (*model.parameters(), *model.buffers(), *held_tensors(model))
@@ -100,7 +100,7 @@ class SampleCost(NamedTuple):
         """Operations a token in a batch of so many samples."""
         return (self.flops[0] / samples + self.flops[1]) / self.tokens
 
-    def saved_bytes(self, samples: int, size: int) -> int:
+    def kept_bytes(self, samples: int, size: int) -> int:
         """Bytes that a batch of so many samples saves, with so many bytes a number."""
         return round((self.saved[0] + self.saved[1] * samples) * size / FLOAT32)
 
@@ -126,7 +126,7 @@ def sample_cost(model: nn.Module, config: Config) -> SampleCost:
     for samples in (1, 2):
         copied = copy.deepcopy(model).eval()  # anew, because an evaluated codebook keeps its rows
         with counting() as counter:
-            size, loss = saved_bytes(copied, one.expand(samples, *one.shape).contiguous())
+            size, loss = kept_bytes(copied, one.expand(samples, *one.shape).contiguous())
             loss.backward()
         flops.append(float(counter.get_total_flops()))
         saved.append(float(size))

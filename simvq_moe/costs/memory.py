@@ -146,7 +146,7 @@ def record_bytes(model: nn.Module) -> int:
     return found
 
 
-def saved_bytes(model: nn.Module) -> int:
+def checkpoint_bytes(model: nn.Module) -> int:
     """What a checkpoint has of tensors: weights and two moments in float32, buffers as they are."""
     state = model.state_dict(keep_vars=True).values()
     return sum(3 * FLOAT32 * t.numel() if t.requires_grad else t.nbytes for t in state)

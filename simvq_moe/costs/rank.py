@@ -29,11 +29,11 @@ from simvq_moe.costs.flops import expert_parameters, flops_per_token, of_experts
 from simvq_moe.costs.memory import (
     Shares,
     Work,
+    checkpoint_bytes,
     gradients,
     largest_piece,
     peak,
     record_bytes,
-    saved_bytes,
     start_bytes,
 )
 from simvq_moe.engine.optimizer import parameter_groups
@@ -104,7 +104,7 @@ class Plan:
         self.dense = learned - self.experts
         self.frozen_bytes = sum(b.numel() * b.element_size() for b in model.buffers())
         self.record_bytes = record_bytes(model)
-        self.saved_bytes = saved_bytes(model) if config.train.async_save else 0
+        self.checkpoint_bytes = checkpoint_bytes(model) if config.train.async_save else 0
         self.largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
         self.piece = largest_piece(model)
         self.step_sums = sum(
@@ -167,7 +167,7 @@ class Plan:
                     self._passes_of(samples // train.accumulation, saved),
                 ),
             ),
-            save_bytes=self.saved_bytes // ranks,
+            save_bytes=self.checkpoint_bytes // ranks,
             update_bytes=self._updated(stage, ranks, local, held),
             dense_bytes=round((sent * self.dense + 2 * self._summed()) * (ranks - 1) / ranks),
             expert_bytes=round(sent * self.experts / parallel * (1 - parallel / ranks)),
@@ -244,7 +244,7 @@ class Plan:
             flops = float(flops_per_token(self.model, tokens))
             saved = activation_bytes(self.model, tokens, self.size)
             return self.config.data.context, flops, saved
-        flops, saved = self.sample.flops_per_token(samples), self.sample.saved_bytes
+        flops, saved = self.sample.flops_per_token(samples), self.sample.kept_bytes
         return self.sample.tokens, flops, saved(samples, self.size)
 
     def _passes_of(self, samples: int, kept: int) -> Work:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from simvq_moe.config.flags import check_least
+from simvq_moe.core.search.nearest import NotFiniteError
 from simvq_moe.data.text.tokenizer import encode_text, end_of_text, load_tokenizer
 from simvq_moe.engine.devices import this_device
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.unfinished import check_free, filling
-from simvq_moe.models.language_model import LanguageModel, NotFiniteError
+from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.codes import CodesTask, check_same_vocabulary, codes_of, draw_sequences
 from simvq_moe.tasks.decoder import Decoder
 from simvq_moe.tasks.loading import load_model, load_run, model_of

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simvq_moe.config.moe import MoEConfig
+from simvq_moe.core.search.nearest import NotFiniteError
 from simvq_moe.core.shares import keep_share, opened
 from simvq_moe.core.streams import own_stream
 from simvq_moe.hub import Pretrained
@@ -22,10 +23,6 @@ from simvq_moe.moe.losses import mean_losses
 from simvq_moe.moe.routers.base import Routing
 
 INITIAL_STD = 0.02
-
-
-class NotFiniteError(ValueError):
-    """There is nothing to draw from: the model has diverged."""
 
 
 class LanguageModel(Pretrained):

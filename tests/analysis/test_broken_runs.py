@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from simvq_moe import cli
-from simvq_moe.analysis.run_folders import find, read_run
+from simvq_moe.analysis.run_folders import find, read_record
 from simvq_moe.errors import ConfigError
 from simvq_moe.reports.dashboard import link_runs
 from simvq_moe.reports.report import report
@@ -133,7 +133,7 @@ def test_counts_that_can_not_be_are_left_out_with_the_reason(
 ):
     run = write_small_run(tmp_path / "a")
     np.savez(run / "usage.npz", **arrays)  # pyright: ignore[reportArgumentType]
-    found = read_run(run)
+    found = read_record(run)
     assert (found.status, found.held_out_counts) == ("finished", None)
     assert "usage.npz" in found.left_out[0]
     written = report([run], tmp_path / "out")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from simvq_moe.cli import main
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config
-from simvq_moe.costs.activations import activation_bytes, sample_cost, saved_bytes
+from simvq_moe.costs.activations import activation_bytes, kept_bytes, sample_cost
 from simvq_moe.costs.cluster import Cluster, gpu_counts, predict, predictions, read_cluster
 from simvq_moe.costs.rank import Plan, RankCosts
 from simvq_moe.engine.build import make_engine
@@ -77,7 +77,7 @@ def plan(flags: str = "") -> Plan:
 def test_what_a_forward_pass_keeps_is_what_the_formula_says(flags: str, dtype: torch.dtype) -> None:
     model = build_model(config_of(flags)).to(dtype)
     assert isinstance(model, LanguageModel)
-    kept, _ = saved_bytes(model, torch.randint(260, (32, 17)))
+    kept, _ = kept_bytes(model, torch.randint(260, (32, 17)))
     # losses, weights in another precision and small buffers are left out
     assert activation_bytes(model, 32 * 16, dtype.itemsize) == pytest.approx(kept, rel=0.04)
 
@@ -89,7 +89,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks_and_one_whole_block() -> None:
             flags = f"--language_model.layers {layers} --train.activation_checkpointing {again}"
             model = build_model(config_of(flags))
             assert isinstance(model, LanguageModel)
-            kept, _ = saved_bytes(model, torch.randint(260, (32, 17)))
+            kept, _ = kept_bytes(model, torch.randint(260, (32, 17)))
             sizes[layers, again] = kept
             whole = 0 if not again else sizes[2, False] - sizes[1, False] if layers == 2 else None
             if whole is not None:
@@ -212,8 +212,8 @@ def test_a_tokenizer_costs_a_batch_once_and_every_sample_alike() -> None:
     fewer = sample_cost(build_model(few), few)
     # a token meets every code once, whichever way the search takes
     assert found.flops[1] - fewer.flops[1] == 4 * 2 * (4096 - 1024) * 32
-    kept, _ = saved_bytes(model.eval(), torch.rand(5, 3, 8, 8))
-    assert found.saved_bytes(5, 4) == pytest.approx(kept, rel=0.01)  # scalars of means
+    kept, _ = kept_bytes(model.eval(), torch.rand(5, 3, 8, 8))
+    assert found.kept_bytes(5, 4) == pytest.approx(kept, rel=0.01)  # scalars of means
 
 
 def test_a_dry_run_with_a_cluster_prints_rank_and_predictions_and_builds_nothing(

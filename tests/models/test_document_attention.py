@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from simvq_moe.config.flags import with_flags
 from simvq_moe.config.schema import Config
-from simvq_moe.costs.activations import saved_bytes
+from simvq_moe.costs.activations import kept_bytes
 from simvq_moe.models import language_model
 from simvq_moe.models.attention import causal_attention
 from simvq_moe.models.document_attention import (
@@ -185,7 +185,7 @@ def test_a_masked_pass_needs_a_tenth_more_memory_at_most(context: int, lengths: 
     kept, peaks = [], []
     for masked in (True, False):
         lm = model(context, masked, torch.bfloat16)
-        kept.append(saved_bytes(lm, tokens)[0])
+        kept.append(kept_bytes(lm, tokens)[0])
         peaks.append(peak_bytes(lambda lm=lm: lm(tokens)[0].backward()))
     assert kept[0] <= 1.1 * kept[1]
     assert peaks[0] <= 1.1 * peaks[1]

@@ -15,7 +15,7 @@ import soundfile
 from scipy import stats as reference
 
 from simvq_moe.analysis.comparison import compute
-from simvq_moe.analysis.run_folders import find, read_run
+from simvq_moe.analysis.run_folders import find, read_record
 from simvq_moe.core.usage import null_usage, usage
 from simvq_moe.errors import ConfigError
 from simvq_moe.records.printing import difference, mean_and_sd, number, percent, probability
@@ -201,7 +201,7 @@ def test_a_torn_line_and_torn_files_of_a_killed_run_are_left_out(tmp_path: Path)
         file.write('{"step": 900, "train/lo')
     (run / "usage.npz").write_bytes((run / "usage.npz").read_bytes()[:100])
     (run / "samples/val_000900.png").write_bytes(b"\x89PNG torn")
-    found = read_run(run)
+    found = read_record(run)
     assert found.step == 800
     assert found.held_out_counts is None
     assert "val/mse" in found.final
@@ -214,7 +214,7 @@ def test_a_resumed_run_repeats_steps_and_its_later_lines_hold(tmp_path: Path):
     write_run(run, KNOWN[0], 0)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 800, "train/loss": 42.0}\n')
-    steps, values = read_run(run).series("train/loss")
+    steps, values = read_record(run).series("train/loss")
     assert len(steps) == 8
     assert values[-1] == 42.0
 

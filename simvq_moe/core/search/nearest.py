@@ -46,7 +46,7 @@ _faster = FasterWay()
 
 
 class NotFiniteError(ValueError):
-    """Latents or codes are NaN or infinite, so that no code is nearest."""
+    """Numbers to choose by are NaN or infinite: no code is nearest, no next token is likely."""
 
 
 @torch.no_grad()
