@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 from simvq_moe.config.loading import with_overrides
 from simvq_moe.config.schema import Config
+from simvq_moe.config.tasks import task_of, tasks
 from simvq_moe.engine.settings import import_deepspeed
 from simvq_moe.errors import ConfigError
 from simvq_moe.sweeps.machine import launcher
-from simvq_moe.tasks.registry import check_files, tasks
 
 REQUIRED = (
     *("torch", "deepspeed", "tokenizers", "datasets", "tensorboard", "numpy", "scipy"),
@@ -92,7 +92,8 @@ def _deepspeed() -> Iterator[Finding]:
 def _data() -> Iterator[Finding]:
     for name, source in {task.name: task.embedded for task in tasks()}.items():
         try:
-            check_files(with_overrides(Config(), {"task": name}, "doctor"))
+            config = with_overrides(Config(), {"task": name}, "doctor")
+            task_of(config).check_files(config)
             yield Finding(f"data {source!r}", f"readable, for {name}")
         except ConfigError as error:
             yield Finding(f"data {source!r}", "not readable", str(error))

@@ -18,7 +18,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.records.catalogue import find
 from simvq_moe.tasks import text
-from simvq_moe.tasks.registry import fit_to_data
+from simvq_moe.tasks.registry import task_of
 from simvq_moe.training.loop import Trainer
 from tests.launching import ROOT
 
@@ -34,7 +34,8 @@ def short_samples() -> Iterator[None]:
 def train_flags(world: World, folder: Path, *flags: str) -> Path:
     """Train what flags say, on every rank of the world; the run's folder, with its config."""
     kept = ("--runs_dir", str(folder / "runs"), "--data.cache_dir", str(folder / "cache"))
-    config = fit_to_data(with_flags(Config(), (*flags, *kept), "train"))
+    config = with_flags(Config(), (*flags, *kept), "train")
+    config = task_of(config).fit_to_data(config)
     check(config)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with short_samples(), contextlib.closing(Trainer(config, world, lambda: False)) as trainer:

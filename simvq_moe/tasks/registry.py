@@ -1,8 +1,7 @@
-"""The class of a config's task, and what is asked of it most; see `config.tasks`."""
+"""The class of a config's task, and what is made of it; which tasks there are: `config.tasks`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from simvq_moe.config import tasks as known
@@ -11,11 +10,6 @@ from simvq_moe.config.tasks import register as register
 from simvq_moe.tasks.base import Task
 
 AnyTask = Task[Any]
-
-
-def tasks() -> Sequence[type[AnyTask]]:
-    """Every task, our own first."""
-    return known.tasks()
 
 
 def task_of(config: Config) -> type[AnyTask]:
@@ -28,21 +22,10 @@ def task_of(config: Config) -> type[AnyTask]:
 
 
 def build_model(config: Config) -> Any:
-    """The model of the config's task, started from its seed; the same seed gives arms the same
-    weights where their shapes allow."""
+    """The model of a config, see `Task.build_model`."""
     return task_of(config).build_model(config)
 
 
 def build_task(config: Config) -> AnyTask:
     """Data and model of a config; the seed fixes the initial weights of the model."""
     return task_of(config)(config)  # pyright: ignore[reportCallIssue]
-
-
-def fit_to_data(config: Config) -> Config:
-    """The config with what its data alone say, see `Task.fit_to_data`."""
-    return task_of(config).fit_to_data(config)
-
-
-def check_files(config: Config) -> None:
-    """Raise `ConfigError` for data or weights of others that are not here."""
-    task_of(config).check_files(config)

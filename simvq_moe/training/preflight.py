@@ -17,7 +17,7 @@ from simvq_moe.engine.launched import launched_rank
 from simvq_moe.engine.settings import engine_settings
 from simvq_moe.records.trackers.guarded import check_trackers
 from simvq_moe.runs.folder import RunFolder, check_same_run, claimed, has_summary
-from simvq_moe.tasks.registry import check_files, fit_to_data
+from simvq_moe.tasks.registry import task_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def resolved(config: Config) -> Config:
     Raises:
         ConfigError: it can't run, whatever the number of ranks.
     """
-    config = with_gates(fit_to_data(config))
+    config = with_gates(task_of(config).fit_to_data(config))
     check(config)
     return config
 
@@ -55,7 +55,7 @@ def check_settings(config: Config, ranks: int) -> None:
 def check_start(config: Config) -> None:
     """Raise `ConfigError` where data, networks of the loss or the folder are not as a resolved
     config needs them."""
-    check_files(config)
+    task_of(config).check_files(config)
     check_same_run(config)
 
 
@@ -72,7 +72,7 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Preflight:
     Args:
         held: the folder is taken for as long as it is open.
     """
-    check_files(config)
+    task_of(config).check_files(config)
     if launched_rank() != 0:
         return Preflight(config)
     found = _look(config)

@@ -27,9 +27,9 @@ from simvq_moe.files.unfinished import filled_alone
 from simvq_moe.models.audio.tokenizer import AudioTokenizer
 from simvq_moe.models.image.tokenizer import ImageTokenizer
 from simvq_moe.models.language_model import LanguageModel
-from simvq_moe.tasks.codes import draw_sequences
+from simvq_moe.tasks.codes import CodesTask, draw_sequences
 from simvq_moe.tasks.decoder import Decoder
-from simvq_moe.tasks.registry import build_model, build_task, fit_to_data
+from simvq_moe.tasks.registry import build_model, build_task
 from tests.launching import metrics, run_forked
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
@@ -357,7 +357,7 @@ def test_a_language_model_on_codes_is_measured_in_bits_and_draws_new_samples(
 ) -> None:
     codes = encoded[kind] / "codes"
     flags = [*LANGUAGE, "--data.source", str(codes)]
-    config = fit_to_data(with_flags(Config(), flags, "train"))
+    config = CodesTask.fit_to_data(with_flags(Config(), flags, "train"))
     manifest = read_manifest(codes)
     assert config.data.vocabulary == manifest.codes * manifest.levels + 1
     summary = train_two_steps(config, tmp_path / "runs", world)
@@ -401,7 +401,7 @@ def test_samples_do_not_touch_the_random_numbers_of_the_training(
     encoded: dict[str, Path],
 ) -> None:
     flags = [*LANGUAGE, "--data.source", str(encoded["image"] / "codes")]
-    task = build_task(fit_to_data(with_flags(Config(), flags, "train")))
+    task = build_task(CodesTask.fit_to_data(with_flags(Config(), flags, "train")))
     state = torch.get_rng_state()
     device = torch.device("cpu")
     first, again = (task.samples(step, device).picture for step in (1, 2))
@@ -425,7 +425,7 @@ def test_settings_that_do_not_fit_the_codes_are_refused(
 ) -> None:
     source = ("--data.source", str(encoded["image"] / "codes"))
     with pytest.raises(ConfigError) as error:
-        fit_to_data(with_flags(Config(), [*LANGUAGE, *source, *flags], "train"))
+        CodesTask.fit_to_data(with_flags(Config(), [*LANGUAGE, *source, *flags], "train"))
     assert words in str(error.value)
 
 
@@ -441,7 +441,7 @@ def test_codes_whose_tokenizer_is_gone_or_another_are_refused(
     assert "was encoded by the run" in capsys.readouterr().err
     flags = [*LANGUAGE, "--data.source", str(folder / "codes")]
     with pytest.raises(ConfigError, match="which is gone"):
-        fit_to_data(with_flags(Config(), flags, "train"))
+        CodesTask.fit_to_data(with_flags(Config(), flags, "train"))
     other = with_flags(Config(), [*TOKENIZERS["image"], "--seed", "1"], "train")
     train_two_steps(other, folder / "runs", world)
     assert main([*command, str(tmp_path / "out2")]) == 2
@@ -481,7 +481,7 @@ def test_a_run_on_codes_is_evaluated_on_codes_of_the_same_tokenizer_alone(
 ) -> None:
     folder, photos = encoded["image"], tmp_path / "photos"
     config = with_flags(Config(), [*LANGUAGE, "--data.source", str(folder / "codes")], "train")
-    train_two_steps(fit_to_data(config), tmp_path / "runs", world)
+    train_two_steps(CodesTask.fit_to_data(config), tmp_path / "runs", world)
     command = ["eval", str(tmp_path / "runs/run"), "--data"]
     photos.mkdir()
     Image.effect_mandelbrot((128, 64), (-2, -1, 1, 1), 60).save(photos / "a.png")
@@ -534,7 +534,7 @@ def test_two_ranks_write_the_bytes_of_one_and_train_on_them(
 def test_new_samples_decode_to_new_images(encoded: dict[str, Path]) -> None:
     decoder = Decoder(encoded["residual"] / "codes", torch.device("cpu"))
     flags = [*LANGUAGE, "--data.source", str(encoded["residual"] / "codes")]
-    model = build_model(fit_to_data(with_flags(Config(), flags, "train")))
+    model = build_model(CodesTask.fit_to_data(with_flags(Config(), flags, "train")))
     assert isinstance(model, LanguageModel)
     random = torch.Generator().manual_seed(0)
     drawn = draw_sequences(model, decoder.manifest, 2, generator=random)

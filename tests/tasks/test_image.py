@@ -27,8 +27,9 @@ from simvq_moe.errors import ConfigError
 from simvq_moe.models.image.losses import LPIPS
 from simvq_moe.models.image.tokenizer import ImageTokenizer
 from simvq_moe.quantizers.kinds.simvq import SimVQOptions
+from simvq_moe.tasks.image import ImageTokenizerTask
 from simvq_moe.tasks.image_measures import ImageMeasures, as_bytes, optional_measures
-from simvq_moe.tasks.registry import build_model, build_task, check_files
+from simvq_moe.tasks.registry import build_model, build_task
 from tests.launching import metrics
 from tests.short_training import train_flags, train_two_steps
 from tests.two_ranks import TwoRanks
@@ -106,7 +107,7 @@ def test_a_loss_without_its_network_is_named(tmp_path: Path) -> None:
     image = replace(JUDGED, lpips_weight=1.0, lpips_file=str(file))
     config = replace(CONFIG, image_tokenizer=image)
     with pytest.raises(ConfigError, match=r"lpips_weight 1\.0: .*vgg\.pth is missing: put torch"):
-        check_files(config)
+        ImageTokenizerTask.check_files(config)
     model = build_model(config)  # which can be evaluated all the same
     assert isinstance(model, ImageTokenizer)
     assert model.distance.lpips is None

@@ -8,9 +8,10 @@ import pytest
 
 from simvq_moe.config import tasks as known
 from simvq_moe.config.schema import Config
+from simvq_moe.config.tasks import tasks
 from simvq_moe.errors import ConfigError
 from simvq_moe.tasks.image import ImageTokenizerTask
-from simvq_moe.tasks.registry import AnyTask, register, task_of, tasks
+from simvq_moe.tasks.registry import AnyTask, register, task_of
 
 
 def test_every_task_has_a_name_sections_and_an_embedded_source_of_its_own() -> None:

@@ -35,7 +35,7 @@ LANGUAGE = (
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     """A folder with the run of a tokenizer, its codes, and a language model on them."""
-    from simvq_moe.tasks.registry import fit_to_data
+    from simvq_moe.tasks.codes import CodesTask
 
     folder = tmp_path_factory.mktemp("here")
     (folder / "images").mkdir()
@@ -46,7 +46,8 @@ def here(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
     train_two_steps(with_flags(Config(), flags, "train"), folder / "runs", world)
     assert main(["encode", str(folder / "runs/run"), "--out", str(folder / "codes")]) == 0
     flags = (*LANGUAGE, "--data.source", str(folder / "codes"))
-    train_two_steps(fit_to_data(with_flags(Config(), flags, "train")), folder / "lm", world)
+    config = with_flags(Config(), flags, "train")
+    train_two_steps(CodesTask.fit_to_data(config), folder / "lm", world)
     return folder
 
 
