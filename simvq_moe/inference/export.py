@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from simvq_moe.config.loading import to_yaml
-from simvq_moe.data.text.tokenizer import end_of_text, load_tokenizer
+from simvq_moe.data.text.tokenizer import end_of_text
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import write_atomically, write_json
 from simvq_moe.files.unfinished import check_free, filling
@@ -31,8 +31,8 @@ from simvq_moe.inference.architectures import (
 from simvq_moe.inference.fold import Folded, folded_run, write_weights
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.runs.loading import FOLDED
-from simvq_moe.tasks.loading import described, model_of
-from simvq_moe.tasks.text import TOKENIZER
+from simvq_moe.tasks.loading import model_of
+from simvq_moe.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -63,8 +63,7 @@ def export_run(run_dir: Path, out: Path, form: Form) -> str:
         return _export_checkpoint(run_dir, out)
     folded = folded_run(run_dir, plain=True)
     notes = {"format": "pt", "config.yaml": to_yaml(folded.config)}
-    if folded.tokenizer is not None:
-        notes[TOKENIZER] = folded.tokenizer.decode()
+    notes |= {name: content.decode() for name, content in folded.files.items()}
     with filling(out, "export", {"weights": folded.made_of, "form": form}):
         write_weights(out / FOLDED, folded.weights, notes)
     return f"{FOLDED}, {folded.difference:.1g} from the run's outputs in float64"
@@ -72,9 +71,7 @@ def export_run(run_dir: Path, out: Path, form: Form) -> str:
 
 def _export_checkpoint(run_dir: Path, out: Path) -> str:
     folded = folded_run(run_dir, plain=True)
-    _check_fits(folded, run_dir)
-    assert folded.tokenizer is not None
-    tokenizer = load_tokenizer(str(run_dir / TOKENIZER), folded.config.data.vocabulary)
+    tokenizer = _tokenizer_of(folded, run_dir)
     config = _transformers_config(folded, tokenizer)
     weights = weights_of(folded.config, dict(folded.weights))
     difference = _difference(folded, config, weights, end_of_text(tokenizer))
@@ -95,15 +92,22 @@ def _export_checkpoint(run_dir: Path, out: Path) -> str:
     return f"{name}, logits {difference:.1g} from ours in float32"
 
 
-def _check_fits(folded: Folded, run_dir: Path) -> None:
+def _tokenizer_of(folded: Folded, run_dir: Path) -> Tokenizer:
+    """The text tokenizer of a run that a checkpoint can be made of.
+
+    Raises:
+        ConfigError: it has none, or its model is of no standard architecture.
+    """
     other = "or use --to safetensors"
-    if not isinstance(described(folded.config), LanguageModel) or folded.tokenizer is None:
+    tokenizer = task_of(folded.config).text_tokenizer(folded.config, run_dir)
+    if tokenizer is None:
         raise ConfigError(
-            f"{run_dir} is a run of task {folded.config.task!r} without a {TOKENIZER}: --to hf "
+            f"{run_dir} is a run of task {folded.config.task!r} without a tokenizer.json: --to hf "
             f"takes a language model on text: give one, {other}"
         )
     for problem in misfits(folded.config):
         raise ConfigError(f"{run_dir}: {problem}, {other}")
+    return tokenizer
 
 
 def _transformers_config(folded: Folded, tokenizer: Tokenizer) -> Any:

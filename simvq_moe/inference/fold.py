@@ -4,7 +4,6 @@ so that the model of a config without maps computes the same.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ from simvq_moe.config.loading import to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening
-from simvq_moe.data.text.tokenizer import load_tokenizer
 from simvq_moe.errors import ConfigError
-from simvq_moe.files.regular import read_bytes, write_atomically, written_whole
+from simvq_moe.files.regular import write_atomically, written_whole
 from simvq_moe.files.tensors import StoredWeights, forms_of, write_safetensors
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.moe import MoE
@@ -26,7 +24,6 @@ from simvq_moe.quantizers import RunningMapVQ
 from simvq_moe.runs.loading import FOLDED
 from simvq_moe.tasks.loading import described, load_run, model_of
 from simvq_moe.tasks.registry import AnyTask, task_of
-from simvq_moe.tasks.text import TOKENIZER
 
 LARGEST_DIFFERENCE = 1e-9
 """Between outputs before and after folding, in float64, relative to the largest output."""
@@ -42,8 +39,8 @@ class Folded:
     """Weights in float32; those of a run without maps are read where they are asked for."""
     difference: float
     """The largest between outputs before and after, in float64, relative to the largest output."""
-    tokenizer: bytes | None
-    """The run's tokenizer.json; None: it has none."""
+    files: Mapping[str, bytes]
+    """What the run keeps beside its weights, by name."""
     made_of: str
     """Digest of the run's weights."""
 
@@ -63,7 +60,7 @@ def fold_run(run_dir: Path, out: Path, *, merge_norms: bool = False) -> float:
     check_free(out)
     folded = folded_run(run_dir, merge_norms=merge_norms)
     with filling(out, "fold", {"weights": folded.made_of, "merge_norms": merge_norms}):
-        write_model(out, folded.config, folded.weights, folded.tokenizer)
+        write_model(out, folded.config, folded.weights, folded.files)
     return folded.difference
 
 
@@ -79,10 +76,10 @@ def folded_run(run_dir: Path, *, merge_norms: bool = False, plain: bool = False)
     """
     config, weights = load_run(run_dir)
     task = task_of(config)
-    tokenizer, made_of = _tokenizer(run_dir, config), weights.digest()
+    files, made_of = task.kept_files(config, run_dir), weights.digest()
     if not (merge_norms or has_maps(described(config))):
         if plain:
-            return Folded(config, as_built(config, weights), 0.0, tokenizer, made_of)
+            return Folded(config, as_built(config, weights), 0.0, files, made_of)
         norms = " but norms: --merge_norms" if task.has_norms else ""
         raise ConfigError(f"{run_dir} has no shared map: there is nothing to fold{norms}")
     model = model_of(config, weights).double().eval()
@@ -100,7 +97,7 @@ def folded_run(run_dir: Path, *, merge_norms: bool = False, plain: bool = False)
             f"folding {run_dir} changes its outputs by {difference:.2g} of the largest, or they "
             "are not finite: the run has diverged, use another checkpoint or train again"
         )
-    return Folded(folded_config, folded.float().state_dict(), difference, tokenizer, made_of)
+    return Folded(folded_config, folded.float().state_dict(), difference, files, made_of)
 
 
 def has_maps(model: nn.Module) -> bool:
@@ -117,21 +114,13 @@ def as_built(config: Config, weights: Mapping[str, Tensor]) -> StoredWeights:
     return StoredWeights(forms, lambda name: weights[name].to(forms[name].dtype))
 
 
-def _tokenizer(run_dir: Path, config: Config) -> bytes | None:
-    if not os.path.lexists(run_dir / TOKENIZER):  # codes have none
-        return None
-    # read as a tokenizer first: a copy must not publish another file that a link leads to
-    load_tokenizer(str(run_dir / TOKENIZER), config.data.vocabulary)
-    return read_bytes(run_dir / TOKENIZER)
-
-
 def write_model(
-    out: Path, config: Config, weights: Mapping[str, Tensor], tokenizer: bytes | None = None
+    out: Path, config: Config, weights: Mapping[str, Tensor], files: Mapping[str, bytes]
 ) -> None:
     """A folder that is taken for a run: config.yaml comes last, and with it the folder is one."""
     write_weights(out / FOLDED, weights)
-    if tokenizer is not None:
-        write_atomically(out / TOKENIZER, tokenizer)
+    for name, content in files.items():
+        write_atomically(out / name, content)
     write_atomically(out / "config.yaml", to_yaml(config))
 
 

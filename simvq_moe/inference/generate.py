@@ -12,7 +12,7 @@ import torch
 
 from simvq_moe.config.flags import check_least
 from simvq_moe.core.search.nearest import NotFiniteError
-from simvq_moe.data.text.tokenizer import encode_text, end_of_text, load_tokenizer
+from simvq_moe.data.text.tokenizer import encode_text, end_of_text
 from simvq_moe.engine.devices import this_device
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.unfinished import check_free, filling
@@ -21,7 +21,6 @@ from simvq_moe.tasks.codes import CodesTask, check_same_vocabulary, codes_of, dr
 from simvq_moe.tasks.decoder import Decoder
 from simvq_moe.tasks.loading import load_model, load_run, model_of
 from simvq_moe.tasks.registry import task_of
-from simvq_moe.tasks.text import TOKENIZER
 
 SAMPLES_AT_A_TIME = 64
 """Samples that are drawn together."""
@@ -85,12 +84,13 @@ def generate_text(
     except UnicodeEncodeError:
         raise ConfigError(f"--prompt {prompt!r} is no UTF-8: give text in that encoding") from None
     config, model = load_model(run_dir)
-    if not isinstance(model, LanguageModel) or not (run_dir / TOKENIZER).is_file():
+    tokenizer = task_of(config).text_tokenizer(config, run_dir)
+    if tokenizer is None:
         raise ConfigError(
-            f"{run_dir} is a run of task {config.task!r} without a {TOKENIZER}: give the folder of "
-            "a language model's run, and --out for one on codes"
+            f"{run_dir} is a run of task {config.task!r} without a tokenizer.json: give the "
+            "folder of a language model's run, and --out for one on codes"
         )
-    tokenizer = load_tokenizer(str(run_dir / TOKENIZER), config.data.vocabulary)
+    assert isinstance(model, LanguageModel)
     beginning = torch.tensor([[end_of_text(tokenizer), *encode_text(tokenizer, prompt)]])
     with drawing.of_finite_scores(run_dir):
         whole = model.generate(beginning, tokens, **drawing.options())

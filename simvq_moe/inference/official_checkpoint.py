@@ -68,7 +68,7 @@ def write_run(checkpoint: Path, out: Path, data: DataConfig, *, averages: bool =
     )
     weights = tokenizer.float().state_dict()
     with filling(out, "write_run", {"weights": weights_sha256(weights)}):
-        write_model(out, config, weights)
+        write_model(out, config, weights, {})
     return config
 
 

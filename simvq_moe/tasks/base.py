@@ -8,7 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    runtime_checkable,
+)
 
 import torch
 from jaxtyping import Int
@@ -19,6 +28,9 @@ from simvq_moe.data.text.streaming import TextStream
 from simvq_moe.errors import ConfigError
 from simvq_moe.tasks.probe_tokens import ProbeTokens
 from simvq_moe.tasks.samples import Samples
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as TextTokenizer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,8 +76,6 @@ class Task(ABC, Generic[Model]):
     """The keys of a config of which every unit has a tensor of its own, or more."""
     has_norms: ClassVar[bool] = False
     """Whether the gains of its models' norms can be merged, see `merge_norms`."""
-    tokenizer: Path | None = None
-    """The file of the text tokenizer, of which a run keeps a copy; None: the task has none."""
 
     def __init__(
         self,
@@ -169,6 +179,29 @@ class Task(ABC, Generic[Model]):
         del config
         return None
 
+    # asked of a finished run
+
+    @classmethod
+    def text_tokenizer(cls, config: Config, run_dir: Path) -> TextTokenizer | None:
+        """The tokenizer of the text that a run's model reads and writes, from the run's folder or
+        that of its folded model; None: there is none.
+
+        Raises:
+            ConfigError: its file holds none, or one of another vocabulary.
+        """
+        del config, run_dir
+        return None
+
+    @classmethod
+    def kept_files(cls, config: Config, run_dir: Path) -> dict[str, bytes]:
+        """What `files_to_keep` has left in a run's folder, by name.
+
+        Raises:
+            ConfigError: a file is not what it should be.
+        """
+        del config, run_dir
+        return {}
+
     # asked by `fold`
 
     @classmethod
@@ -236,6 +269,10 @@ class Task(ABC, Generic[Model]):
             batch: this rank's part of the first training batch.
         """
         del batch
+
+    def files_to_keep(self) -> dict[str, bytes]:
+        """Files of the data that lie beside the model for good, by name; see `kept_files`."""
+        return {}
 
     def compile(self) -> None:
         """Compile the parts of the model whose sizes are known beforehand, if there are any."""

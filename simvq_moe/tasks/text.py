@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,16 +17,19 @@ from simvq_moe.data.codes import is_codes
 from simvq_moe.data.text import corpora, streaming
 from simvq_moe.data.text.sources import check_stream
 from simvq_moe.data.text.streaming import TextStream
+from simvq_moe.data.text.tokenizer import TOKENIZER_FILE, load_tokenizer
 from simvq_moe.data.text.tokens import Corpus
 from simvq_moe.engine.sharding import ready
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.regular import read_bytes
 from simvq_moe.tasks.base import DataSet
 from simvq_moe.tasks.registry import register
 from simvq_moe.tasks.samples import Samples, evenly_spread
 from simvq_moe.tasks.sequences import SequenceTask
 
-TOKENIZER = "tokenizer.json"
-"""The copy of the text tokenizer in a run's folder."""
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 CONTINUED = 4
 """Held-out beginnings that are continued."""
 BEGINNING, CONTINUATION = 32, 64
@@ -51,7 +56,7 @@ class LanguageModelTask(SequenceTask):
             held_out=corpus.held_out,
             data_digest=corpus.digest,
         )
-        self.corpus, self.tokenizer = corpus, corpus.tokenizer
+        self.corpus = corpus
         if self.model.end_of_text is not None:
             self.model.end_of_text.fill_(corpus.end_of_text)
 
@@ -86,6 +91,23 @@ class LanguageModelTask(SequenceTask):
     ) -> LanguageModelTask:
         cls.check_measures(measures)
         return cls(config, tokenizer=_copied_tokenizer(run_dir, config))
+
+    @classmethod
+    def text_tokenizer(cls, config: Config, run_dir: Path) -> Tokenizer | None:
+        file = run_dir / TOKENIZER_FILE
+        if not os.path.lexists(file):  # of codes that are gone
+            return None
+        return load_tokenizer(str(file), config.data.vocabulary)
+
+    @classmethod
+    def kept_files(cls, config: Config, run_dir: Path) -> dict[str, bytes]:
+        # read as a tokenizer first: a copy must not publish another file that a link leads to
+        if cls.text_tokenizer(config, run_dir) is None:
+            return {}
+        return {TOKENIZER_FILE: read_bytes(run_dir / TOKENIZER_FILE)}
+
+    def files_to_keep(self) -> dict[str, bytes]:
+        return {TOKENIZER_FILE: self.corpus.tokenizer.read_bytes()}
 
     def evaluate(self, batch: Tensor) -> dict[str, Tensor]:
         """Nats, tokens and bytes of a held-out batch."""
@@ -158,11 +180,11 @@ def _copied_tokenizer(run_dir: Path, config: Config) -> Path | None:
     Raises:
         ConfigError: the copy is gone, and the config names another file or one of the hub.
     """
-    if (run_dir / TOKENIZER).is_file():
-        return run_dir / TOKENIZER
+    if (run_dir / TOKENIZER_FILE).is_file():
+        return run_dir / TOKENIZER_FILE
     if config.data.tokenizer is not None:
         raise ConfigError(
-            f"{run_dir} has no {TOKENIZER}, its copy of data.tokenizer {config.data.tokenizer!r}: "
-            "put it there"
+            f"{run_dir} has no {TOKENIZER_FILE}, its copy of data.tokenizer "
+            f"{config.data.tokenizer!r}: put it there"
         )
     return None

@@ -25,7 +25,6 @@ from simvq_moe.records.usage_metrics import layers_of, usage_metrics
 from simvq_moe.runs.checkpoint import LoopState, Restored
 from simvq_moe.runs.folder import own_meta
 from simvq_moe.tasks.registry import AnyTask
-from simvq_moe.tasks.text import TOKENIZER
 from simvq_moe.training.evaluation import evaluate, take_counts
 from simvq_moe.training.latent_drift import LatentDrift
 from simvq_moe.training.probe import Probe
@@ -78,8 +77,8 @@ class Recorder:
             WriteFailed: they can't be written.
         """
         with writing(f"records of {self.config.run_dir}"):
-            if self.task.tokenizer is not None:
-                write_atomically(self.config.run_dir / TOKENIZER, self.task.tokenizer.read_bytes())
+            for name, content in self.task.files_to_keep().items():
+                write_atomically(self.config.run_dir / name, content)
             steps = self.config.train.steps
             self.log = RunLog(
                 self.config.run_dir,

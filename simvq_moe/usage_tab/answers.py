@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from simvq_moe.data.text.tokenizer import open_tokenizer
+from simvq_moe.data.text.tokenizer import TOKENIZER_FILE, open_tokenizer
 from simvq_moe.files.regular import BrokenFileError, is_inside
 from simvq_moe.records.usage_metrics import Layer
 from simvq_moe.runs.counts import USAGE, Windows
@@ -257,7 +257,7 @@ def _top_tokens(
 
 def _texts(folder: Folder, one: Run) -> Callable[[int], str | None]:
     """The text of a token by the run's own tokenizer; None: it has none, or no such token."""
-    file = one.path / "tokenizer.json"
+    file = one.path / TOKENIZER_FILE
 
     def read() -> Any:
         try:

@@ -91,12 +91,14 @@ def run_of(folder: Path, *flags: str) -> Path:
     tokenizer = train_tokenizer([TEXT], config.data.vocabulary)
     if model.end_of_text is not None:
         model.end_of_text.fill_(end_of_text(tokenizer))
-    return written(folder, config, model, tokenizer.to_str().encode())
+    return written(folder, config, model, {"tokenizer.json": tokenizer.to_str().encode()})
 
 
-def written(folder: Path, config: Config, model: nn.Module, tokenizer: bytes | None = None) -> Path:
+def written(
+    folder: Path, config: Config, model: nn.Module, files: dict[str, bytes] | None = None
+) -> Path:
     folder.mkdir(parents=True)
-    write_model(folder, config, model.state_dict(), tokenizer)
+    write_model(folder, config, model.state_dict(), files or {})
     return folder
 
 
@@ -230,7 +232,7 @@ def test_a_model_that_has_diverged_is_not_written(
     weights = load_file(run / "model.safetensors")
     weights["norm.weight"][0] = torch.nan
     config, _ = load_model(run)
-    write_model(run, config, weights)
+    write_model(run, config, weights, {})
     assert main(["export", str(run), "--to", "hf", "--out", str(tmp_path / "hf")]) == 2
     assert "the run has diverged" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()

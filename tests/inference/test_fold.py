@@ -17,8 +17,8 @@ from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.errors import ConfigError
-from simvq_moe.inference import fold
 from simvq_moe.tasks.registry import build_model
+from simvq_moe.tasks.text import LanguageModelTask
 from tests.short_training import train_two_steps
 
 FLAGS = {
@@ -130,4 +130,4 @@ def test_a_tokenizer_that_is_no_regular_file_is_not_passed_over(
 ) -> None:
     make(tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match=r"tokenizer.json"):
-        fold._tokenizer(tmp_path, Config())
+        LanguageModelTask.kept_files(Config(), tmp_path)
