@@ -14,9 +14,24 @@ from simvq_moe.config.checks import check
 from simvq_moe.engine.world import World
 from simvq_moe.sweeps.plan import plan
 from tests.launching import ROOT, run_forked
+from tests.test_dependencies import declared
 from tests.test_readme import TEXT, shortened
 
 PAGES = ("export.md", "transformers.md")
+
+
+def test_the_table_of_extras_is_that_of_the_package() -> None:
+    page = (ROOT / "docs/start.md").read_text()
+    table = page.partition("| extra |")[2].partition("\n\n")[0]
+    rows = [row for row in table.splitlines()[2:] if not row.startswith("| none |")]
+    told = [name for row in rows for name in re.findall(r"`([\w-]+)`", row.split("|")[1])]
+    assert sorted(told) == sorted(extra for extra in declared() if extra)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_extras_that_a_page_names_are_declared(page: Path) -> None:
+    named = re.findall(r"(?:simvq-moe|\.)\[([\w,]+)\]", page.read_text())
+    assert {extra for names in named for extra in names.split(",")} <= declared().keys()
 
 
 def test_the_sweep_that_a_page_shows_would_start(tmp_path: Path) -> None:
