@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from simvq_moe.cli import main
+from simvq_moe.commands.models import GenerateArgs
+from simvq_moe.config.docs import field_docs
 from simvq_moe.config.loading import to_yaml
 from simvq_moe.config.schema import Config
+from simvq_moe.tasks import codes, text
 
 SWEEP = """
 name: s
@@ -142,3 +145,8 @@ def test_doctor_finds_everything_on_a_machine_that_runs_the_tests(
 ) -> None:
     assert main(["doctor"]) == 0
     assert "everything needed is here" in capsys.readouterr().err
+
+
+def test_the_help_of_generate_says_the_temperatures_of_the_tasks() -> None:
+    said = f"None: {text.TEMPERATURE:g} for text, {codes.TEMPERATURE:g} for codes"
+    assert said in field_docs(GenerateArgs)["temperature"]

@@ -234,14 +234,12 @@ def generate(args: Sequence[str]) -> int:
     )
     from simvq_moe.inference import generate as generation
 
-    of_drawing: dict[str, Any] = {"top_k": options.top_k, "seed": options.seed}
-    given = options.temperature
+    names = ("temperature", "top_k", "seed")
+    of_drawing: dict[str, Any] = {name: getattr(options, name) for name in names}
     if options.out is not None:
-        of_drawing["temperature"] = 1.0 if given is None else given
         generation.generate_samples(options.run, options.out, options.samples, **of_drawing)
         print(f"{options.out}: {options.samples:,} samples", file=sys.stderr)
         return 0
-    of_drawing["temperature"] = 0.8 if given is None else given
     text = generation.generate_text(
         options.run, options.prompt, tokens=options.tokens, **of_drawing
     )

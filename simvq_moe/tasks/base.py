@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from simvq_moe.config.schema import Config
 from simvq_moe.data.text.streaming import TextStream
 from simvq_moe.errors import ConfigError
+from simvq_moe.tasks.drawing import Drawing, DrawnFrom
 from simvq_moe.tasks.probe_tokens import ProbeTokens
 from simvq_moe.tasks.samples import Samples
 
@@ -201,6 +202,33 @@ class Task(ABC, Generic[Model]):
         """
         del config, run_dir
         return {}
+
+    @classmethod
+    def continued(cls, run: DrawnFrom, prompt: str, tokens: int, drawing: Drawing) -> str:
+        """A text and what the run's model makes of it, so many tokens.
+
+        Raises:
+            ConfigError: this task makes no text, or the run lacks its tokenizer.
+        """
+        del prompt, tokens, drawing
+        raise ConfigError(
+            f"{run.folder} is a run of task {run.config.task!r} without a tokenizer.json: give the "
+            "folder of a language model's run, and --out for one on codes"
+        )
+
+    @classmethod
+    def write_new_samples(cls, run: DrawnFrom, out: Path, samples: int, drawing: Drawing) -> None:
+        """Write what the run's model makes of nothing, a file each, into a folder, which appears
+        whole or not.
+
+        Raises:
+            ConfigError: this task makes no such samples.
+        """
+        del samples, drawing
+        raise ConfigError(
+            f"--out {out}: {run.folder} is no language model on codes, or those in data.source "
+            f"{run.config.data.source!r} are gone: drop --out for text"
+        )
 
     # asked by `fold`
 

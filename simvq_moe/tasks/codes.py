@@ -16,12 +16,19 @@ from simvq_moe.data.codes import Manifest, entropy_bits, is_codes, open_codes, r
 from simvq_moe.engine.devices import this_device
 from simvq_moe.engine.sharding import ready
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.unfinished import filling
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.decoder import Decoder, tokenizer_run
+from simvq_moe.tasks.drawing import Drawing, DrawnFrom
+from simvq_moe.tasks.loading import model_of
 from simvq_moe.tasks.registry import register
 from simvq_moe.tasks.samples import SHOWN, Samples, evenly_spread
 from simvq_moe.tasks.sequences import SequenceTask
 
+TEMPERATURE = 1.0
+"""The temperature at which new samples are drawn, unless `generate` is told another."""
+SAMPLES_AT_A_TIME = 64
+"""New samples that are drawn together."""
 NOT_FOR_CODES = ("document_mask", "streaming", "tokenizer")
 """Options of text that mean nothing to sequences that are a sample each."""
 
@@ -105,6 +112,24 @@ class CodesTask(SequenceTask):
                 f"{ours.weights_sha256[:12]}: encode the data with that one"
             )
 
+    @classmethod
+    def write_new_samples(cls, run: DrawnFrom, out: Path, samples: int, drawing: Drawing) -> None:
+        decoder = Decoder(codes_of(run.config), this_device())
+        manifest, model = decoder.manifest, model_of(run.config, run.weights)
+        assert isinstance(model, LanguageModel)
+        check_same_vocabulary(run.config, manifest)
+        model.to(decoder.device)
+        options = drawing.options(TEMPERATURE)
+        made_of = {"weights": run.weights.digest(), "codes": manifest.digest, "samples": samples}
+        made_of |= {"temperature": options["temperature"]}
+        made_of |= {"top_k": drawing.top_k, "seed": drawing.seed}
+        with filling(out, "generate", made_of):
+            # all from the first on, because a batch's random numbers follow those of the one before
+            for start in range(0, samples, SAMPLES_AT_A_TIME):
+                number = min(SAMPLES_AT_A_TIME, samples - start)
+                sequences = draw_sequences(model, manifest, number, **options)
+                decoder.write(sequences, out, start)
+
     def summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         loss = sums["nats"] / sums["tokens"]
         return {
@@ -137,7 +162,7 @@ def draw_sequences(
     samples: int,
     *,
     generator: torch.Generator,
-    temperature: float = 1.0,
+    temperature: float = TEMPERATURE,
     top_k: int = 0,
 ) -> Int64[Tensor, "samples window"]:
     """New samples, code by code, each code from the range of its level."""

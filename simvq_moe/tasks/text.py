@@ -17,12 +17,20 @@ from simvq_moe.data.codes import is_codes
 from simvq_moe.data.text import corpora, streaming
 from simvq_moe.data.text.sources import check_stream
 from simvq_moe.data.text.streaming import TextStream
-from simvq_moe.data.text.tokenizer import TOKENIZER_FILE, load_tokenizer
+from simvq_moe.data.text.tokenizer import (
+    TOKENIZER_FILE,
+    encode_text,
+    end_of_text,
+    load_tokenizer,
+)
 from simvq_moe.data.text.tokens import Corpus
 from simvq_moe.engine.sharding import ready
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import read_bytes
+from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.tasks.base import DataSet
+from simvq_moe.tasks.drawing import Drawing, DrawnFrom
+from simvq_moe.tasks.loading import model_of
 from simvq_moe.tasks.registry import register
 from simvq_moe.tasks.samples import Samples, evenly_spread
 from simvq_moe.tasks.sequences import SequenceTask
@@ -35,7 +43,7 @@ CONTINUED = 4
 BEGINNING, CONTINUATION = 32, 64
 """Tokens of a beginning, unless the context is shorter, and of its continuation."""
 TEMPERATURE = 0.8
-"""The temperature at which continuations are drawn."""
+"""The temperature at which continuations are drawn, unless `generate` is told another."""
 
 
 @register
@@ -105,6 +113,17 @@ class LanguageModelTask(SequenceTask):
         if cls.text_tokenizer(config, run_dir) is None:
             return {}
         return {TOKENIZER_FILE: read_bytes(run_dir / TOKENIZER_FILE)}
+
+    @classmethod
+    def continued(cls, run: DrawnFrom, prompt: str, tokens: int, drawing: Drawing) -> str:
+        tokenizer = cls.text_tokenizer(run.config, run.folder)
+        if tokenizer is None:
+            return super().continued(run, prompt, tokens, drawing)
+        beginning = torch.tensor([[end_of_text(tokenizer), *encode_text(tokenizer, prompt)]])
+        model = model_of(run.config, run.weights)
+        assert isinstance(model, LanguageModel)
+        whole = model.generate(beginning, tokens, **drawing.options(TEMPERATURE))
+        return tokenizer.decode(whole[0].tolist())
 
     def files_to_keep(self) -> dict[str, bytes]:
         return {TOKENIZER_FILE: self.corpus.tokenizer.read_bytes()}
