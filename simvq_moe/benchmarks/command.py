@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from simvq_moe.config.flags import check_range, parse_flags
+from simvq_moe.config.flags import parse_flags
 from simvq_moe.config.loading import merge_files
-from simvq_moe.config.ranges import COUNT
+from simvq_moe.config.ranges import Count
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
 
@@ -58,7 +58,7 @@ class BenchMoEArgs(BenchArgs):
     """Precision of tokens, weights and products."""
     skew: tuple[Literal["even", "skewed"], ...] = ()
     """Even assignments, or half of the tokens on one expert."""
-    rounds: int = 5
+    rounds: Count = 5
     """Rounds of which the best counts."""
 
 
@@ -70,11 +70,11 @@ class BenchTrainArgs(BenchArgs):
     config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A language model's config in place of the two shapes of 3 minutes, its experts SwiGLU; give
     it again to merge another on top."""
-    steps: int = 10
+    steps: Count = 10
     """Optimizer steps of a round."""
-    rounds: int = 3
+    rounds: Count = 3
     """Rounds of which the best counts."""
-    ranks: int = 2
+    ranks: Count = 2
     """Processes of the last comparison; 1: none."""
 
 
@@ -86,9 +86,9 @@ class BenchClusterArgs:
     config: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A language model's config in place of the two shapes of bench train; give it again to merge
     another on top."""
-    ranks: int = 2
+    ranks: Count = 2
     """Processes, one a GPU where there are any."""
-    rounds: int = 10
+    rounds: Count = 10
     """Rounds whose median counts."""
     out: Path | None = None
     """Write the numbers of the last row to this file, for --cluster."""
@@ -162,7 +162,6 @@ def _bench_quantizer(options: BenchQuantizerArgs) -> tuple[list[Any], str]:
 def _bench_moe(options: BenchMoEArgs) -> tuple[list[Any], str]:
     from simvq_moe.benchmarks import moe as benches
 
-    check_range(rounds=(options.rounds, 1, COUNT))
     names = ("width", "hidden", "experts", "top_k", "tokens", "dtype")
     sizes = {name: getattr(options, name) for name in names}
     preset = benches.FULL if options.full else benches.QUICK
@@ -176,7 +175,6 @@ def _bench_train(options: BenchTrainArgs) -> tuple[list[Any], str]:
     from simvq_moe.engine.world import start_distributed
 
     numbers = {name: getattr(options, name) for name in ("steps", "rounds", "ranks")}
-    check_range(**{name: (value, 1, COUNT) for name, value in numbers.items()})
     shapes = benches.SHAPES
     if options.config:
         shapes = [benches.with_swiglu(merge_files(Config, options.config, plugins=True))]
@@ -188,7 +186,6 @@ def _bench_cluster(options: BenchClusterArgs) -> tuple[list[Any], str]:
     from simvq_moe.benchmarks import cluster as benches
     from simvq_moe.benchmarks.train import SHAPES
 
-    check_range(ranks=(options.ranks, 1, COUNT), rounds=(options.rounds, 1, COUNT))
     if options.out is not None:
         _check_cluster_file(options.out, options)
     shapes = [merge_files(Config, options.config)] if options.config else SHAPES

@@ -11,7 +11,8 @@ from typing import Annotated
 import tyro
 
 from simvq_moe.config.checks_values import check_text
-from simvq_moe.config.flags import check_range, parse_flags
+from simvq_moe.config.flags import parse_flags
+from simvq_moe.config.ranges import Range
 from simvq_moe.errors import ConfigError
 
 
@@ -47,14 +48,13 @@ class DashboardArgs:
 
     runs_dir: tyro.conf.Positional[Path] = Path("runs")
     """Folder of runs."""
-    port: int = 6006
+    port: Annotated[int, Range(0, 65_535)] = 6006
     """Port; 0 takes a free one."""
 
 
 def dashboard(args: Sequence[str]) -> int:
     """Watch usage live in TensorBoard on 127.0.0.1."""
     options = parse_flags(DashboardArgs, args, "simvq-moe dashboard")
-    check_range(port=(options.port, 0, 65_535))
     from simvq_moe.reports import dashboard as tensorboard
 
     return tensorboard.serve(options.runs_dir, options.port)

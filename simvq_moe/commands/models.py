@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from simvq_moe.config.flags import check_range, parse_flags
+from simvq_moe.config.flags import parse_flags
 from simvq_moe.config.plugins import load_plugins
-from simvq_moe.config.ranges import COUNT, FACTOR, SEED
+from simvq_moe.config.ranges import Count, CountOr0, Seed, Weight
 from simvq_moe.errors import ConfigError
 from simvq_moe.terminal import is_first_rank, unheard
 
@@ -51,7 +51,7 @@ class EvalArgs(OfRun):
     tasks: str | None = None
     """Language models on text: tasks of lm-eval in place of the held-out set, names or .yaml files
     with commas between them; their measures join the summary of a finished run."""
-    limit: int | None = None
+    limit: Count | None = None
     """Examples of each of --tasks at most, which then join no summary; None: all."""
     cache_dir: Path | None = None
     """Text: folder of what is derived from the source, such as the run's own data.cache_dir; None:
@@ -79,7 +79,6 @@ def _evaluate_tasks(options: EvalArgs) -> int:
     for name in ("data", "rfid", "lpips", "cache_dir"):
         if getattr(options, name):
             raise ConfigError(f"--{name} with --tasks, which have data of their own: drop one")
-    check_range(limit=(options.limit, 1, COUNT))
     from simvq_moe.inference import harness
 
     names = [name.strip() for name in str(options.tasks).split(",") if name.strip()]
@@ -152,14 +151,13 @@ class EncodeArgs(OfRun):
     crops: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Encode as many random crops as the run's config draws, in place of whole images and
     recordings, which windows of the size of a crop cover once."""
-    shard_samples: int = 16_384
+    shard_samples: Count = 16_384
     """Samples of a shard: windows or crops."""
 
 
 def encode(args: Sequence[str]) -> int:
     """Encode a run's images or audio, or another source's, into token shards."""
     options = _parsed(EncodeArgs, args, "simvq-moe encode")
-    check_range(shard_samples=(options.shard_samples, 1, COUNT))
     from simvq_moe.inference import encode as encoding
 
     with unheard():
@@ -185,14 +183,13 @@ class DecodeArgs(OfRun):
     """Folder that `encode` wrote."""
     out: Path
     """Folder of train/000000.png ... and held_out/000000.png ..., or .wav."""
-    limit: int | None = None
+    limit: Count | None = None
     """Images, recordings or crops of each part; None: all."""
 
 
 def decode(args: Sequence[str]) -> int:
     """Decode token shards to png or wav files."""
     options = _parsed(DecodeArgs, args, "simvq-moe decode")
-    check_range(limit=(options.limit, 1, COUNT))
     from simvq_moe.inference import decode as decoding
 
     written = decoding.decode_folder(options.folder, options.out, options.limit)
@@ -208,30 +205,23 @@ class GenerateArgs(OfRun):
     """Folder of the run, or of its folded model."""
     prompt: str = ""
     """Text: how the document begins."""
-    tokens: int = 128
+    tokens: Count = 128
     """Text: tokens of the continuation."""
-    samples: int = 8
+    samples: Count = 8
     """Codes: new images or clips."""
     out: Path | None = None
     """Codes: their folder."""
-    temperature: float | None = None
+    temperature: Weight | None = None
     """Temperature of the softmax; 0: always the best token; None: 0.8 for text, 1 for codes."""
-    top_k: int = 0
+    top_k: CountOr0 = 0
     """Draw from so many best tokens; 0: from all."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the drawing."""
 
 
 def generate(args: Sequence[str]) -> int:
     """Let a language model's run continue a text, or make images or sound (--out)."""
     options = _parsed(GenerateArgs, args, "simvq-moe generate")
-    check_range(
-        tokens=(options.tokens, 1, COUNT),
-        samples=(options.samples, 1, COUNT),
-        temperature=(options.temperature, 0, FACTOR),
-        top_k=(options.top_k, 0, COUNT),
-        seed=(options.seed, 0, SEED),
-    )
     from simvq_moe.inference import generate as generation
 
     names = ("temperature", "top_k", "seed")

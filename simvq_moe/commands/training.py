@@ -11,9 +11,9 @@ from typing import Annotated
 
 import tyro
 
-from simvq_moe.config.flags import check_range, parse_flags, with_flags
+from simvq_moe.config.flags import parse_flags, parse_known_flags, with_flags
 from simvq_moe.config.loading import merge_files
-from simvq_moe.config.ranges import COUNT
+from simvq_moe.config.ranges import Count
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
 from simvq_moe.terminal import FAILED, unheard
@@ -37,9 +37,7 @@ class TrainArgs:
 def train(args: Sequence[str]) -> int:
     """Train one run, or resume it: --config F [--config F2] [--section.key value ...]."""
     # a field of the config is a flag as well, so unknown flags and --help are the config's
-    options, flags = parse_flags(
-        TrainArgs, args, "simvq-moe train", return_unknown_args=True, add_help=False
-    )
+    options, flags = parse_known_flags(TrainArgs, args, "simvq-moe train", add_help=False)
     prog = "simvq-moe train [--config FILE ...] [--profile] [--dry-run [--cluster FILE]]"
     config = with_flags(merge_files(Config, options.config, plugins=True), flags, prog)
     if options.profile:
@@ -82,7 +80,7 @@ class SweepArgs:
     """Only these arms and their baselines, as in "vq,simvq" or "codes_512/vq"; empty: all."""
     index: int = 0
     """This task of a job array, from 0: it does every count-th run, or arm with a lr_grid."""
-    count: int = 1
+    count: Count = 1
     """Tasks of the job array; the last to end reports."""
 
 
@@ -97,7 +95,6 @@ def sweep(args: Sequence[str]) -> int:
 
     if not options.config:
         raise ConfigError("sweep needs --config FILE, such as configs/sweeps/quickstart.yaml")
-    check_range(count=(options.count, 1, COUNT))
     if not 0 <= options.index < options.count:
         raise ConfigError(f"--index {options.index} must be 0 to --count {options.count} less 1")
     here = machine.this_machine(options.ranks, options.parallel)

@@ -34,6 +34,7 @@ from simvq_moe.config.loading import (
 )
 from simvq_moe.config.old_keys import new_key
 from simvq_moe.config.plugins import load_plugins
+from simvq_moe.config.ranges import ranges_of
 from simvq_moe.config.registry import Options, family_of, kinds, of_kind
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.regular import printable
@@ -43,23 +44,6 @@ T = TypeVar("T")
 TRUTHS = {"True": True, "true": True, "False": False, "false": False}
 
 
-def check_least(**flags: tuple[int | float, int]) -> None:
-    """Raise `ConfigError` for a flag whose value is below the least that it may have."""
-    for name, (value, least) in flags.items():
-        if not value >= least:
-            raise ConfigError(f"--{name} {value} < {least}: use at least {least}")
-
-
-def check_range(**flags: tuple[int | float | None, int, int | float]) -> None:
-    """Raise `ConfigError` for a flag whose value is below its least or above its largest; None
-    stands for a flag that is not given."""
-    for name, (value, least, most) in flags.items():
-        if value is not None:
-            check_least(**{name: (value, least)})
-            if value > most:
-                raise ConfigError(f"--{name} {value} > {most:,}: use at most that")
-
-
 def with_flags(config: T, flags: Sequence[str], prog: str) -> T:
     """config with `--section.key value` flags on top; `--help` prints every field."""
     # launchers append the local rank, which every rank also finds in its environment
@@ -67,7 +51,7 @@ def with_flags(config: T, flags: Sequence[str], prog: str) -> T:
     load_plugins(_values_of("plugins", own))
     config, own = _with_kinds(config, own)
     whole = {"default": config, "config": (tyro.conf.FlagConversionOff,)}
-    found, unknown = parse_flags(type(config), own, prog, return_unknown_args=True, **whole)
+    found, unknown = parse_known_flags(type(config), own, prog, **whole)
     if unknown:
         raise _unknown_key(unknown, config)
     return found
@@ -148,7 +132,26 @@ def _key(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_")
 
 
-def parse_flags(schema: Any, flags: Sequence[str], prog: str, **options: Any) -> Any:
+def parse_flags(schema: Any, flags: Sequence[str], prog: str) -> Any:
+    """The flags of a command, whose numbers are in the ranges of their fields; see `_parsed`."""
+    found = _parsed(schema, flags, prog)
+    for name, bounds in ranges_of(found).items():
+        value = getattr(found, name)
+        if value is not None and not value >= bounds.least:
+            raise ConfigError(f"--{name} {value} < {bounds.least}: use at least {bounds.least}")
+        if value is not None and value > bounds.most:
+            raise ConfigError(f"--{name} {value} > {bounds.most:,}: use at most that")
+    return found
+
+
+def parse_known_flags(
+    schema: Any, flags: Sequence[str], prog: str, **options: Any
+) -> tuple[Any, list[str]]:
+    """The flags that a schema has, whose ranges are not looked at, and the others."""
+    return _parsed(schema, flags, prog, return_unknown_args=True, **options)
+
+
+def _parsed(schema: Any, flags: Sequence[str], prog: str, **options: Any) -> Any:
     """What tyro makes of flags; its boxed errors become a `ConfigError` of one line.
 
     Args:

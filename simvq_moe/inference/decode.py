@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from simvq_moe.config.flags import check_least
 from simvq_moe.data.code_items import Item, read_items, window_of
 from simvq_moe.data.codes import CodeSequences, open_codes
 from simvq_moe.engine.devices import this_device
@@ -26,10 +25,8 @@ def decode_folder(folder: Path, out: Path, limit: int | None) -> int:
         limit: of each part; None: all.
 
     Raises:
-        ConfigError: the folder can't be decoded, `out` is not empty, or the limit is below 1.
+        ConfigError: the folder can't be decoded or `out` is not empty.
     """
-    if limit is not None:
-        check_least(limit=(limit, 1))
     check_free(out)
     parts = open_codes(folder)
     decoder = Decoder(folder, this_device())

@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import nn
 
 from simvq_moe.config.checks_values import check_text
-from simvq_moe.config.flags import check_least
 from simvq_moe.config.loading import first_difference
 from simvq_moe.data.code_items import Item, write_items
 from simvq_moe.data.codes import (
@@ -68,7 +67,6 @@ def encode_run(
     """
     adopt_slurm(os.environ)
     check_launched(os.environ)
-    check_least(shard_samples=(shard_samples, 1))
     config, weights = load_run(run_dir)
     task = tokenizer_task(config, run_dir)
     config = task.without_networks(config)

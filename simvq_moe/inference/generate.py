@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from simvq_moe.config.flags import check_least
 from simvq_moe.core.search.nearest import NotFiniteError
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.unfinished import check_free
@@ -24,10 +23,9 @@ def generate_text(
     nothing is put before or behind it.
 
     Raises:
-        ConfigError: it is no run of a language model, a number is out of its range, or the prompt
-            is no text.
+        ConfigError: it is no run of a language model, the temperature is too low, or the prompt is
+            no text.
     """
-    check_least(tokens=(tokens, 1))
     drawing = Drawing(temperature, top_k, seed)
     try:
         prompt.encode()
@@ -44,9 +42,8 @@ def generate_samples(
     """Write new images or clips of a language model's run as out/000000.png ... or .wav.
 
     Raises:
-        ConfigError: it is no run on codes, `out` is not empty, or a number is out of its range.
+        ConfigError: it is no run on codes, `out` is not empty, or the temperature is too low.
     """
-    check_least(samples=(samples, 1))
     drawing = Drawing(temperature, top_k, seed)
     check_free(out)
     run = DrawnFrom(run_dir, *load_run(run_dir))
