@@ -15,9 +15,8 @@ from simvq_moe.engine.world import World
 from simvq_moe.sweeps.plan import plan
 from tests.launching import ROOT, run_forked
 from tests.test_dependencies import declared
-from tests.test_readme import TEXT, shortened
-
-PAGES = ("export.md", "transformers.md")
+from tests.test_readme import PAGES as IN_ORDER
+from tests.test_readme import commands_of, shortened, starts_and_stops
 
 
 def test_the_table_of_extras_is_that_of_the_package() -> None:
@@ -48,25 +47,38 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES)
+ALONE = [
+    page.name
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    if f"docs/{page.name}" not in IN_ORDER and blocks(page.name)
+]
+"""Every page with commands or programs that needs nothing of another page."""
+
+
+@pytest.mark.parametrize("page", ALONE)
 def test_the_commands_and_programs_of_a_page_run_in_order(
     page: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del world
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    found = blocks(page)
-    assert found
-    for language, block in found:
+    for language, block in blocks(page):
         if language == "python":
             exec(compile(block, page, "exec"), names)
             continue
-        for command in filter(None, (line.split("  #")[0].strip() for line in block.splitlines())):
-            program, *words = shortened(command)
-            assert program == "simvq-moe"
-            if words[0] == "train":  # in a process of its own, which ends its group of ranks
-                done = run_forked(*words, *TEXT, cwd=tmp_path)
-                assert done.returncode == 0, done.stderr[-2000:]
-            else:
-                assert main(words) == 0, command
+        for command in commands_of(block):
+            run_command(command, tmp_path)
+
+
+def run_command(command: str, folder: Path) -> None:
+    program, *words = shortened(command)
+    assert program == "simvq-moe"
+    if words[0] == "dashboard":
+        starts_and_stops([program, *words, "--port", "0"], folder)
+    elif words[0] == "train" and "--dry-run" not in words:
+        done = run_forked(*words, cwd=folder)  # it ends its group of ranks
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    else:
+        assert main(words) == 0, command

@@ -22,6 +22,7 @@ SHORT = (
     *("--train.steps", "2", "--train.log_every", "1", "--data.crops", "64"),
     *("--data.held_out_crops", "18", "--train.eval_batch_size", "256"),
 )
+LANGUAGE = {"configs/language_quickstart.yaml", "language_quickstart"}
 TEXT = ("--data.source", str(ROOT / "tests" / "moe"))
 """A hundredth of the text that the pages train on."""
 QUICKSTARTS = ("launch/quickstart.sh", "launch/test.sh", "simvq-moe sweep")
@@ -47,9 +48,12 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = [
-        line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()
-    ]
+    return [command for block in blocks("bash") for command in commands_of(block)]
+
+
+def commands_of(block: str) -> list[str]:
+    """One a line, without what stands behind it."""
+    lines = (line.split("  #")[0].strip() for line in block.splitlines())
     return [line for line in lines if line]
 
 
@@ -57,7 +61,7 @@ def shortened(command: str) -> list[str]:
     words = shlex.split(command)
     if "train" in words and "--dry-run" not in words and "--help" not in words:
         words += SHORT
-        if "configs/language_quickstart.yaml" in words and "--data.source" not in words:
+        if LANGUAGE.intersection(words) and "--data.source" not in words:
             words += TEXT
     return words
 
@@ -74,7 +78,7 @@ def test_the_commands_of_the_readme_run_in_order(
     assert len(run) >= 8
     for command in run:
         if command.startswith("simvq-moe dashboard"):
-            _starts_and_stops([*shortened(command), "--port", "0"], tmp_path)
+            starts_and_stops([*shortened(command), "--port", "0"], tmp_path)
             continue
         if command.startswith(IN_THIS_PROCESS) or "--dry-run" in command:
             assert main(shlex.split(command)[1:]) == 0, command
@@ -98,7 +102,7 @@ def test_the_commands_of_the_readme_run_in_order(
     assert (tmp_path / "runs" / "report" / "report.html").stat().st_size > 10_000
 
 
-def _starts_and_stops(command: list[str], folder: Path) -> None:
+def starts_and_stops(command: list[str], folder: Path) -> None:
     process = subprocess.Popen(
         command,
         cwd=folder,
