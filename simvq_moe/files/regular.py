@@ -184,7 +184,8 @@ def write_json(path: Path, content: Mapping[str, Any], *, apart: str = "") -> No
 @contextmanager
 def written_whole(path: Path, *, apart: str = "") -> Iterator[Path]:
     """A path beside `path`, with the same suffix, to write to; what stands there at the end becomes
-    `path`, on disk before it has its name. After an error nothing of it is left.
+    `path`, on disk before it has its name. After an error nothing of it is left,
+    and an error of the system names it.
 
     Args:
         apart: tells several processes apart that may write the same file at once.
@@ -200,10 +201,19 @@ def written_whole(path: Path, *, apart: str = "") -> Iterator[Path]:
                 os.chmod(aside, mode)
         _sync(aside)
         aside.replace(path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise _naming(error, path) from error
         raise
     sync_folder(path.parent)
+
+
+def _naming(error: OSError, path: Path) -> OSError:
+    """The error of a disk that is full, or broken, with the file that it kept from being written.
+    numpy's own of an array of which a part was written has neither number nor reason."""
+    number = errno.EIO if error.errno is None else error.errno
+    return OSError(number, error.strerror or f"is not written whole: {error}", str(path))
 
 
 def sync_folder(folder: Path) -> None:

@@ -204,6 +204,23 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError("8 requested and 5 written"), "is not written whole: 8 requested and 5 written"),
+    ],
+)
+def test_what_kept_a_file_from_being_written_names_it(
+    raised: OSError, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match=words) as found, written_whole(tmp_path / "rows.npy"):
+        raise raised
+    assert found.value.filename == str(tmp_path / "rows.npy")
+    assert found.value.errno in (errno.ENOSPC, errno.EIO)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("call", ["chmod", "fsync"])
 def test_a_mount_without_permissions_or_fsync_takes_files(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

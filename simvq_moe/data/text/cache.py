@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -21,6 +23,9 @@ BUILDING = "building-"
 """Beginning of the name of a folder that is being built in the cache; its builder holds it."""
 SECONDS_TO_BUILD = 7 * 86_400.0
 """After which a folder without a lock is taken for left over."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Failures of writing that name no file."""
 
 
 def build_once(folder: Path, fill: Callable[[Path, Path], None], doing: str) -> None:
@@ -56,6 +61,10 @@ def build_once(folder: Path, fill: Callable[[Path, Path], None], doing: str) -> 
         if fresh:
             with suppress(OSError):
                 folder.parent.rmdir()
+        raise
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:
+            raise OSError(error.errno, os.strerror(error.errno), str(folder.parent)) from error
         raise
 
 

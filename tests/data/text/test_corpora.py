@@ -383,6 +383,16 @@ def test_two_processes_that_start_at_once_build_one_cache(
     assert len(list(tmp_path.iterdir())) == 50
 
 
+def test_a_full_disk_names_the_cache(tmp_path) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28]")  # pyarrow's
+
+    with pytest.raises(OSError, match="No space left on device") as found:
+        build_once(tmp_path / "cache" / "text-1", fill, "")
+    assert found.value.filename == str(tmp_path / "cache")
+    assert not any((tmp_path / "cache").iterdir())
+
+
 def test_a_file_system_without_locks_holds_a_cache(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
