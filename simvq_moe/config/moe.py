@@ -73,7 +73,7 @@ class MapOptions(PartOptions):
 class WhiteningOptions(PartOptions):
     """Whether a router sees (x - m) C^(-p/2), with the running mean and covariance of its input.
 
-    That is one map shared by all rows, which data set and no gradient.
+    All rows share this map, which is set by the data and not by a gradient.
     """
 
     @abstractmethod

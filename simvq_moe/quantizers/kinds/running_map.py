@@ -1,4 +1,4 @@
-"""Frozen rows under a map that the data set and no gradient: SimVQ's control without learning."""
+"""Frozen rows under a map that the data set, not a gradient: SimVQ's control without learning."""
 
 from __future__ import annotations
 
