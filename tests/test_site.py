@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+FILLERS = {"and", "any", "are", "the", "with", "without", "that", "not", "each", "other", "what"}
+"""Words of a feature that say nothing of it."""
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,11 +46,25 @@ def test_links_to_files_of_the_repository_are_their_paths(site: Path):
     assert "../tests" not in page
 
 
-def test_what_peers_have_is_shown_by_tests_that_exist():
+def features() -> list[str]:
     page = (ROOT / "docs" / "features.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
-    assert rows
-    for row in rows:
+    return [line for line in page.splitlines() if line.startswith("| ")][2:]
+
+
+@pytest.mark.parametrize("row", features(), ids=lambda row: row.split("|")[1].strip()[:40])
+def test_a_page_that_explains_a_feature_has_a_word_of_it(row: str):
+    feature, _, here, _ = row.strip("| ").split(" | ")
+    pages = re.findall(r"\]\((\w+\.md)", here)
+    text = "".join((ROOT / "docs" / page).read_text() for page in pages).lower()
+    for part in re.split(r", | and | in ", feature.lower()):
+        words = [w for w in re.findall(r"[\w-]{3,}", part) if w not in FILLERS]
+        # of one stem: restarts and restart
+        assert any(word.rstrip("s") in text for word in words), part
+
+
+def test_what_peers_have_is_shown_by_tests_that_exist():
+    assert features()
+    for row in features():
         named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", row)
         assert named, row
         for file, test in named:
