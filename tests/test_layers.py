@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "usage_tab": {"core", "data", "files", "records", "runs", "analysis"},
     "reports": {"files", "text_table", "records", "runs", "analysis", "usage_tab"},
     "benchmarks": {
-        *("text_table", "data", "records", "tasks", "costs", "training", "sweeps"),
+        *("text_table", "files", "data", "records", "tasks", "costs", "training", "sweeps"),
         *(*RUNS, *MODELS),
     },
 }

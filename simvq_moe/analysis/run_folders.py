@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from simvq_moe.analysis.arms import Arm, Group, RunRecord
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import CONFIG, FOLDERS, META, METRICS, SUMMARY, SWEEP
 from simvq_moe.files.regular import BrokenFileError, is_inside
 from simvq_moe.records.catalogue import names
 from simvq_moe.runs.counts import read_held_out_counts
@@ -31,10 +32,8 @@ from simvq_moe.runs.sweep_file import SavedArm, SavedRun, read_sweep
 ENDED = ("finished", "failed", "interrupted")
 BROKEN = "broken"
 """Status of a run with a file that can't be read."""
-FILES = {"config.yaml", "meta.json", "metrics.jsonl"}
+FILES = {CONFIG, META, METRICS}
 """A folder that has two of them is a run."""
-PARTS = {"checkpoints", "samples", "tensorboard", "wandb", "profile"}
-"""Folders of a run, in which there are no other runs."""
 
 T = TypeVar("T")
 
@@ -109,9 +108,9 @@ def run_folders(path: Path) -> Iterator[tuple[Path, bool]]:
     for name, folders, files in os.walk(path):
         entries = {*folders, *files}
         is_run = len(FILES & entries) > 1
-        if "sweep.json" in entries or is_run:
-            yield Path(name), "sweep.json" in entries
-        folders[:] = sorted(f for f in folders if not (is_run and f in PARTS))
+        if SWEEP in entries or is_run:
+            yield Path(name), SWEEP in entries
+        folders[:] = sorted(f for f in folders if not (is_run and f in FOLDERS))
 
 
 def read_record(
@@ -171,7 +170,7 @@ def _error(path: Path, status: str, meta: dict[str, Any]) -> str | None:
 
 def _status(path: Path, meta: dict[str, Any], planned: dict[str, Any]) -> str:
     """What became of it. A killed run still says "running"; its sweep may know better."""
-    if (path / "summary.json").is_file():
+    if (path / SUMMARY).is_file():
         return "finished"
     if not path.is_dir():
         return "missing" if planned.get("status") in (None, "finished") else planned["status"]

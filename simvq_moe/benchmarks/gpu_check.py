@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import torch
 
+from simvq_moe.files.of_runs import METRICS
 from simvq_moe.text_table import markdown
 
 PARTS = ("quantizer", "moe", "train")
@@ -84,7 +85,7 @@ def _memory_of(name: str, flags: tuple[str, ...]) -> dict[str, Any]:
             return {"variant": name, "predicted_mib": predicted, "peak_mib": None}
         run = [*train, "--name", "memory"]
         subprocess.run(run, cwd=folder, capture_output=True, check=True)
-        log = Path(folder, "runs", "memory", "metrics.jsonl").read_text().splitlines()
+        log = Path(folder, "runs", "memory", METRICS).read_text().splitlines()
         peaks = [json.loads(line).get("memory/peak_mib", 0.0) for line in log]
         return {"variant": name, "predicted_mib": predicted, "peak_mib": max(peaks)}
 

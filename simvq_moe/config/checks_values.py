@@ -12,11 +12,12 @@ from simvq_moe.config.loading import flatten
 from simvq_moe.config.ranges import Range, ranges_of
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import FOLDERS
 
 LIST = 64
 """Values of a list at most."""
 
-RESERVED = ("report", "checkpoints", "tensorboard", "wandb", "samples", "profile")
+RESERVED = ("report", *FOLDERS)
 """Folders that stand beside runs, or within one."""
 PART_BYTES, NAME_BYTES = 200, 1000
 """Bytes that a part of a name has at most, and a name: file systems end at 255 and 4,096."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from simvq_moe.config.loading import to_yaml
 from simvq_moe.data.text.tokenizer import end_of_text
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import CONFIG
 from simvq_moe.files.regular import write_atomically, write_json
 from simvq_moe.files.unfinished import check_free, filling
 from simvq_moe.inference.architectures import (
@@ -62,7 +63,7 @@ def export_run(run_dir: Path, out: Path, form: Form) -> str:
     if form == "hf":
         return _export_checkpoint(run_dir, out)
     folded = folded_run(run_dir, plain=True)
-    notes = {"format": "pt", "config.yaml": to_yaml(folded.config)}
+    notes = {"format": "pt", CONFIG: to_yaml(folded.config)}
     notes |= {name: content.decode() for name, content in folded.files.items()}
     with filling(out, "export", {"weights": folded.made_of, "form": form}):
         write_weights(out / FOLDED, folded.weights, notes)

@@ -16,6 +16,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.core.bank import Bank
 from simvq_moe.core.whitening import Whitening
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import CONFIG
 from simvq_moe.files.regular import write_atomically, written_whole
 from simvq_moe.files.tensors import StoredWeights, forms_of, write_safetensors
 from simvq_moe.files.unfinished import check_free, filling
@@ -121,7 +122,7 @@ def write_model(
     write_weights(out / FOLDED, weights)
     for name, content in files.items():
         write_atomically(out / name, content)
-    write_atomically(out / "config.yaml", to_yaml(config))
+    write_atomically(out / CONFIG, to_yaml(config))
 
 
 def write_weights(

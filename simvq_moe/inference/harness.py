@@ -13,13 +13,14 @@ from typing import Any
 
 from simvq_moe.engine.devices import this_device
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import SUMMARY
 from simvq_moe.files.regular import read_json, write_json
 from simvq_moe.files.temporary import temporary_folder
 from simvq_moe.files.yaml import read_yaml
 from simvq_moe.inference.export import export_run
 from simvq_moe.records.catalogue import OF_TASKS
 from simvq_moe.records.trackers.tensorboard import write_evaluations
-from simvq_moe.runs.folder import SUMMARY, has_summary
+from simvq_moe.runs.folder import has_summary
 
 BATCH = 16
 """Requests that lm-eval makes together."""

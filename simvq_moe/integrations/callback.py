@@ -19,6 +19,7 @@ from torch import nn
 
 from simvq_moe.config.loading import mapping_to_yaml
 from simvq_moe.core.collectives import total
+from simvq_moe.files.of_runs import CONFIG, META, SUMMARY
 from simvq_moe.files.regular import write_atomically, write_json
 from simvq_moe.integrations.meters import counters_by_layer, meter
 from simvq_moe.records.run_log import RunLog
@@ -73,7 +74,7 @@ class UsageCallback(TrainerCallback):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         about = {"name": self.folder.name, "train": {"steps": state.max_steps}}
-        write_atomically(self.folder / "config.yaml", mapping_to_yaml(about))
+        write_atomically(self.folder / CONFIG, mapping_to_yaml(about))
         self._say("running")
         step, steps = state.global_step, state.max_steps
         self.records = RunLog(self.folder, self.layers, step, steps=steps)
@@ -126,7 +127,7 @@ class UsageCallback(TrainerCallback):
         finished = state.global_step >= state.max_steps
         if finished:
             summary = {"status": "finished", "step": state.global_step, **self.last}
-            write_json(self.folder / "summary.json", summary)
+            write_json(self.folder / SUMMARY, summary)
         self._say("finished" if finished else "interrupted")
 
     def _trackers(self) -> list[Any]:
@@ -148,7 +149,7 @@ class UsageCallback(TrainerCallback):
         assert self.folder is not None
         layers = [dict(vars(layer)) for layer in self.layers]
         meta = {"status": status, "command": " ".join(sys.argv), "layers": layers}
-        write_json(self.folder / "meta.json", meta)
+        write_json(self.folder / META, meta)
 
 
 def take_counts(model: nn.Module) -> Sequence[np.ndarray]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from simvq_moe.config.schema import Config, TrainConfig
+from simvq_moe.files.of_runs import META, METRICS, SPECTRA, USAGE
 from simvq_moe.files.regular import (
     BrokenFileError,
     open_regular,
@@ -34,11 +35,9 @@ from simvq_moe.records.dead_slots import DeadSlots
 from simvq_moe.records.trackers.base import LoggedLine, TrackedRun
 from simvq_moe.records.trackers.guarded import Trackers
 from simvq_moe.records.usage_metrics import Layer
-from simvq_moe.runs.counts import USAGE
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_COUNTS, SHARE_OF_COUNTS = 15.0, 0.01
 """usage.npz is written anew after so many seconds, for those who look on, unless that would take a
 larger share of the time; and with every checkpoint."""
@@ -181,7 +180,7 @@ class RunLog:
         """spectra.npz: the maps' singular values at the last evaluation, by number of the bank."""
         if spectra:
             arrays: dict[str, Any] = dict(spectra)
-            with written_whole(self.run_dir / "spectra.npz") as aside:
+            with written_whole(self.run_dir / SPECTRA) as aside:
                 np.savez(aside, **arrays)
 
     def close(self) -> None:
@@ -218,7 +217,7 @@ class RunLog:
 def _command(run_dir: Path) -> str:
     """The command that started the run, from its meta.json."""
     try:
-        return read_json(run_dir / "meta.json", _Meta).command
+        return read_json(run_dir / META, _Meta).command
     except BrokenFileError:
         return ""
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from tensorboard import default, program
 from tensorboard.plugins.hparams.hparams_plugin import HParamsPlugin
 
-from simvq_moe.analysis.run_folders import PARTS
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import FOLDERS
 from simvq_moe.files.regular import is_inside
 from simvq_moe.files.temporary import temporary_folder
 from simvq_moe.reports.hparams_tab import HParamsTab
@@ -57,7 +57,7 @@ def link_runs(runs_dir: Path, links: Path) -> None:
     for name, folders, _ in os.walk(runs_dir):
         if "tensorboard" not in folders:
             continue
-        folders[:] = [folder for folder in folders if folder not in PARTS]
+        folders[:] = [folder for folder in folders if folder not in FOLDERS]
         inside = os.path.relpath(name, runs_dir)
         own = links / (Path(name).resolve().name if inside == "." else inside)
         for file in (Path(name) / "tensorboard").glob("*tfevents*"):

@@ -20,8 +20,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from simvq_moe.analysis.run_folders import BROKEN, PARTS
+from simvq_moe.analysis.run_folders import BROKEN
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import CONFIG, FOLDERS, META, METRICS, SWEEP
 from simvq_moe.files.regular import BrokenFileError, MissingFileError, open_regular, printable
 from simvq_moe.records.catalogue import briefly
 from simvq_moe.records.progress import duration
@@ -106,11 +107,11 @@ class Watched:
         for name, folders, files in os.walk(self.folder):
             folders.sort()
             entries = {*folders, *files}
-            if "sweep.json" in entries:
+            if SWEEP in entries:
                 planned += self._planned(Path(name))
-            if "meta.json" in entries:
+            if META in entries:
                 found.add(path := Path(name))
-                folders[:] = [folder for folder in folders if folder not in PARTS]
+                folders[:] = [folder for folder in folders if folder not in FOLDERS]
                 if path not in self.runs:
                     self.runs[path] = WatchedRun(path, self._name(path))
                 self.runs[path].read()
@@ -203,17 +204,17 @@ class WatchedRun:
     @property
     def changed(self) -> float:
         """When it last wrote a line, or its status."""
-        return max(self.meta_at, _written(self.path / "metrics.jsonl"))
+        return max(self.meta_at, _written(self.path / METRICS))
 
     def read(self) -> None:
         """Take up what is new; what can't be read makes the run a broken one."""
-        at = _written(self.path / "meta.json")
+        at = _written(self.path / META)
         if at != self.meta_at:
-            self._try("meta.json", self._read_meta)
+            self._try(META, self._read_meta)
             self.meta_at = at
         if not self.steps:
-            self._try("config.yaml", self._read_steps)
-        self._try("metrics.jsonl", self._read_metrics)
+            self._try(CONFIG, self._read_steps)
+        self._try(METRICS, self._read_metrics)
 
     def _try(self, file: str, read: Callable[[], None]) -> None:
         try:
@@ -233,7 +234,7 @@ class WatchedRun:
 
         Nothing is read past a broken line, so that it stays what is wrong with the run.
         """
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         try:
             file = open_regular(path, inside=self.path)
         except MissingFileError:

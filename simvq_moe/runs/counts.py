@@ -12,9 +12,9 @@ import numpy as np
 
 from simvq_moe.core.ids import NOBODY
 from simvq_moe.files.arrays import Layout, read_arrays
+from simvq_moe.files.of_runs import PROBE, USAGE
 from simvq_moe.files.regular import BrokenFileError, MissingFileError
 
-USAGE = "usage.npz"
 MOST_DRAWS = 2**62
 """Draws of all slots of a layer together, at most, so that their sum is an int64."""
 
@@ -81,7 +81,7 @@ def read_probe(run: Path) -> dict[str, np.ndarray] | None:
     """How the probe was routed, from probe.npz, as `simvq_moe.training.probe` keeps it: ids
     [evaluation, layer, token, choice], -1 is nobody, and tokens of each expert and domain; older
     ones lack the steps of evaluations and the tokens' ids; None: there is none."""
-    file = run / "probe.npz"
+    file = run / PROBE
     layouts = {"ids": Layout("iu", 4), "domain_counts": Layout("iu", 4)}
     layouts |= {"domain_names": Layout("U", 1), "domains": Layout("iu", 1)}
     layouts |= dict.fromkeys(("steps", "token_ids"), Layout("iu", 1, optional=True))

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel
 
 from simvq_moe.core.usage import Kind
 from simvq_moe.files.arrays import Layout, read_arrays
+from simvq_moe.files.of_runs import CONFIG, META, METRICS, SPECTRA, SUMMARY
 from simvq_moe.files.regular import (
     BrokenFileError,
     MissingFileError,
@@ -108,7 +109,7 @@ class SavedConfig(Content):
 def read_meta(run: Path) -> dict[str, Any]:
     """meta.json, without what it does not say; a missing file says nothing."""
     try:
-        found = read_json(run / "meta.json", Meta, limit=SMALL, inside=run)
+        found = read_json(run / META, Meta, limit=SMALL, inside=run)
     except MissingFileError:
         return {}
     return found.model_dump(exclude_none=True)
@@ -116,7 +117,7 @@ def read_meta(run: Path) -> dict[str, Any]:
 
 def read_config(run: Path) -> tuple[dict[str, Any], SavedConfig]:
     """config.yaml by dotted keys, and what it says of the run; a missing file says nothing."""
-    file = run / "config.yaml"
+    file = run / CONFIG
     try:
         content = read_yaml(file, inside=run)
     except MissingFileError:
@@ -127,7 +128,7 @@ def read_config(run: Path) -> tuple[dict[str, Any], SavedConfig]:
 
 def read_summary(run: Path) -> dict[str, float]:
     """summary.json, by metric; a missing file says nothing."""
-    file = run / "summary.json"
+    file = run / SUMMARY
     try:
         content = read_json(file, _Summary, limit=SMALL, inside=run).root
     except MissingFileError:
@@ -141,7 +142,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
     A resumed run repeats steps: its later lines hold. A torn last line is left out.
     """
-    file = run / "metrics.jsonl"
+    file = run / METRICS
     steps: dict[float, dict[str, float]] = {}
     try:
         with open_regular(file, inside=run) as stream:
@@ -206,7 +207,7 @@ def _plain(value: Any) -> Any:
 def read_spectra(run: Path) -> dict[int, np.ndarray]:
     """spectra.npz: singular values from the largest on, by number of the bank; a missing file has
     none."""
-    file = run / "spectra.npz"
+    file = run / SPECTRA
     try:
         found = read_arrays(file, {}, others=Layout("f", 1), inside=run)
     except MissingFileError:

@@ -24,12 +24,10 @@ from simvq_moe.config.loading import first_difference, merge_files, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.locks import take
+from simvq_moe.files.of_runs import CHECKPOINTS, CONFIG, LOGS, META, NOISE, SUMMARY
 from simvq_moe.files.regular import BrokenFileError, read_bytes, read_json, read_text, sync_folder
 from simvq_moe.runs import checkpoint
 
-CONFIG, META, SUMMARY, NOISE = "config.yaml", "meta.json", "summary.json", "log.txt"
-LOGS = "logs"
-"""Folder of what the libraries of all ranks but the first say; that one's is NOISE."""
 LOCK = ".lock"
 """Locked by the process that has the folder, whose mark it holds."""
 ATTEMPTS = 100
@@ -242,7 +240,7 @@ def check_same_run(config: Config) -> Config | None:
             "give this run another --name, or remove that folder"
         )
     if not has_summary(config.run_dir):
-        checkpoint.check_form(config.run_dir / "checkpoints")
+        checkpoint.check_form(config.run_dir / CHECKPOINTS)
     return saved
 
 
@@ -253,7 +251,7 @@ def _saved_config(config: Config) -> Config | None:
     if not path.is_file():
         return None
     content = read_bytes(path)
-    of_checkpoint = checkpoint.config_file(config.run_dir / "checkpoints")
+    of_checkpoint = checkpoint.config_file(config.run_dir / CHECKPOINTS)
     if _is_whole(content) or (of_checkpoint is None and content.endswith(b"\n")):
         return merge_files(Config, [path])
     if of_checkpoint is None:

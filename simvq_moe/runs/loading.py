@@ -11,6 +11,7 @@ from pathlib import Path
 from simvq_moe.config.loading import merge_files
 from simvq_moe.config.schema import Config, on_one_rank
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import CHECKPOINTS, CONFIG
 from simvq_moe.files.tensors import StoredWeights, read_safetensors
 from simvq_moe.files.yaml import read_yaml
 from simvq_moe.runs import checkpoint
@@ -25,13 +26,13 @@ def read_run(run_dir: Path) -> tuple[Config, StoredWeights]:
     Raises:
         ConfigError: it is neither, the run has no whole checkpoint, or its files are broken.
     """
-    if not (run_dir / "config.yaml").is_file():
+    if not (run_dir / CONFIG).is_file():
         raise ConfigError(f"{run_dir} holds no config.yaml: give the folder of a run")
-    config = on_one_rank(merge_files(Config, [run_dir / "config.yaml"]))
+    config = on_one_rank(merge_files(Config, [run_dir / CONFIG]))
     if (run_dir / FOLDED).is_file():
         weights = read_safetensors(run_dir / FOLDED)
     else:
-        weights = checkpoint.newest_weights(run_dir / "checkpoints")
+        weights = checkpoint.newest_weights(run_dir / CHECKPOINTS)
         if weights is None:
             raise ConfigError(f"{run_dir} has no checkpoint: {_way_out(run_dir)}")
     return config, weights
@@ -39,7 +40,7 @@ def read_run(run_dir: Path) -> tuple[Config, StoredWeights]:
 
 def _way_out(run_dir: Path) -> str:
     """What to do where there are no weights; records of `UsageCallback` say no task."""
-    if "task" in read_yaml(run_dir / "config.yaml"):
+    if "task" in read_yaml(run_dir / CONFIG):
         return "train it first"
     return (
         "it holds records of a trainer that keeps its model elsewhere: `simvq-moe watch` and "

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
+from simvq_moe.files.of_runs import SWEEP
 from simvq_moe.files.regular import read_json
 from simvq_moe.runs.files import SMALL, Content, Line, Seed
 
@@ -109,10 +110,10 @@ def _unique(what: str, values: list[Any]) -> None:
 
 def read_plan(folder: Path) -> list[Path]:
     """Folders of the runs that a sweep.json plans."""
-    plan = read_json(folder / "sweep.json", ListedRuns, limit=SMALL, inside=folder)
+    plan = read_json(folder / SWEEP, ListedRuns, limit=SMALL, inside=folder)
     return [folder / run.dir for group in plan.groups for arm in group.arms for run in arm.runs]
 
 
 def read_sweep(folder: Path) -> SavedSweep:
     """sweep.json."""
-    return read_json(folder / "sweep.json", SavedSweep, limit=SMALL, inside=folder)
+    return read_json(folder / SWEEP, SavedSweep, limit=SMALL, inside=folder)

@@ -12,8 +12,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from simvq_moe.files.of_runs import META
 from simvq_moe.files.regular import write_json
-from simvq_moe.runs.folder import META, is_trained, own_meta
+from simvq_moe.runs.folder import is_trained, own_meta
 from simvq_moe.sweeps.machine import Machine, Starter
 from simvq_moe.sweeps.plan import PROCESS, PlannedRun
 

@@ -19,6 +19,7 @@ from simvq_moe.config.loading import merge_files, suggestion, with_overrides
 from simvq_moe.config.recipes import recipe_file
 from simvq_moe.config.schema import Config
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import SWEEP
 from simvq_moe.files.regular import write_json
 from simvq_moe.runs.folder import status_of
 from simvq_moe.runs.sweep_file import Stamp
@@ -249,7 +250,7 @@ def write_plan(
         "groups": [_group(plan, name, rates or {}) for name in plan.spec.groups],
     }
     plan.folder.mkdir(parents=True, exist_ok=True)
-    write_json(plan.folder / "sweep.json", content, apart=PROCESS)
+    write_json(plan.folder / SWEEP, content, apart=PROCESS)
 
 
 def _group(plan: SweepPlan, name: str, rates: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

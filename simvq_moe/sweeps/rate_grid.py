@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import SUMMARY
 from simvq_moe.files.regular import read_json, write_json
 from simvq_moe.records.catalogue import metric
 from simvq_moe.sweeps.plan import PROCESS, PlannedRun, RateGrid, SweepPlan, run_of
@@ -118,7 +119,7 @@ def _check_same(plan: SweepPlan, arm: str, rate: dict[str, Any], grid: RateGrid)
 def _value(run: PlannedRun, outcome: str) -> float | None:
     if run.status != "finished":
         return None
-    summary = read_json(run.folder / "summary.json", dict)
+    summary = read_json(run.folder / SUMMARY, dict)
     if outcome not in summary:
         raise ConfigError(
             f"lr_grid.outcome {outcome!r} is not in {run.folder / 'summary.json'}: use one of "

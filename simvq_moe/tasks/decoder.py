@@ -15,6 +15,7 @@ from simvq_moe.config.schema import Config
 from simvq_moe.data.code_items import Item, window_of
 from simvq_moe.data.codes import MANIFEST, CodeSequences, Manifest, read_manifest
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import CONFIG
 from simvq_moe.tasks.loading import NOT_BUILT, load_run, take_weights
 from simvq_moe.tasks.samples import Samples
 from simvq_moe.tasks.tokenizers import tokenizer_task
@@ -126,7 +127,7 @@ def tokenizer_run(folder: Path) -> Path:
         ConfigError: it is not where the manifest says.
     """
     run = (folder.resolve() / read_manifest(folder).tokenizer.run).resolve()
-    if not (run / "config.yaml").is_file():
+    if not (run / CONFIG).is_file():
         raise ConfigError(
             f"{folder} was encoded by the run {run}, which is gone: put it back there, or encode "
             "again into a new folder"

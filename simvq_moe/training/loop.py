@@ -30,6 +30,7 @@ from simvq_moe.engine.sharding import in_turn
 from simvq_moe.engine.step_phases import Phase, profiled
 from simvq_moe.engine.world import World
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import CHECKPOINTS
 from simvq_moe.records.progress import Progress
 from simvq_moe.runs import checkpoint
 from simvq_moe.runs.saving import Saves
@@ -64,7 +65,7 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.stop_asked = config, world, stop_asked
         self.began = time.monotonic()
-        self.checkpoints = config.run_dir / "checkpoints"
+        self.checkpoints = config.run_dir / CHECKPOINTS
         self.task = _build(config, world)
         model, self.step = self.task.model, 0
         self.reader = BatchReader(config, self.task, world)

@@ -14,9 +14,9 @@ from simvq_moe.config.schema import Config
 from simvq_moe.config.tasks import without_other_tasks
 from simvq_moe.engine.agreement import TrainingFailed, WriteFailed, writing
 from simvq_moe.engine.world import World
+from simvq_moe.files.of_runs import CONFIG, META, SUMMARY
 from simvq_moe.files.regular import BrokenFileError, read_json, write_atomically, write_json
 from simvq_moe.records.catalogue import results
-from simvq_moe.runs.folder import CONFIG, META, SUMMARY
 from simvq_moe.runs.provenance import provenance
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.preflight import Preflight

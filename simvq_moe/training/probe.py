@@ -24,6 +24,7 @@ from simvq_moe.config.schema import TrainConfig
 from simvq_moe.core.ids import NOBODY
 from simvq_moe.engine.sharding import gathered, is_sharded
 from simvq_moe.engine.world import World
+from simvq_moe.files.of_runs import PROBE
 from simvq_moe.files.regular import BrokenFileError, written_whole
 from simvq_moe.moe import MoE
 from simvq_moe.moe import routing_measures as of
@@ -68,7 +69,7 @@ class Probe:
         self, task: AnyTask, train: TrainConfig, world: World, run_dir: Path, step: int
     ) -> None:
         self.model, self.batch, self.world = task.model, train.eval_batch_size, world
-        self.path = run_dir / "probe.npz"
+        self.path = run_dir / PROBE
         self.layers: list[Mixture] = []
         self.evaluations: list[Evaluation] = []
         if train.probe_tokens:

@@ -24,6 +24,7 @@ from simvq_moe.engine.settings import check_device
 from simvq_moe.engine.slurm import adopt_slurm
 from simvq_moe.engine.world import World, start_distributed
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import CHECKPOINTS
 from simvq_moe.runs import checkpoint
 from simvq_moe.runs.folder import check_shared, log_file
 from simvq_moe.training.loop import Trainer
@@ -124,5 +125,5 @@ def _out_of_memory(config: Config, world: World) -> str:
 
 def _newest(config: Config) -> str:
     """Every rank may say so, and none reads a checkpoint for it."""
-    steps = checkpoint.committed_steps(config.run_dir / "checkpoints")
+    steps = checkpoint.committed_steps(config.run_dir / CHECKPOINTS)
     return f"newest checkpoint: step {steps[-1]}" if steps else "no checkpoint yet"

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, get_args
 from simvq_moe.engine.agreement import writing
 from simvq_moe.engine.step_phases import Phase
 from simvq_moe.engine.world import World
+from simvq_moe.files.of_runs import META
 from simvq_moe.files.regular import BrokenFileError, read_json, write_json
 
 Patient = Literal["evaluation", "records", "checkpoint"]
@@ -128,9 +129,9 @@ class Watchdog:
             error = f"{hang.message}: others wait for {waited:.0f} s (train.timeout_s)"
             print(f"{self.run_dir}: {error}", file=sys.stderr, flush=True)
             with suppress(OSError, BrokenFileError):
-                meta = read_json(self.run_dir / "meta.json", dict)
+                meta = read_json(self.run_dir / META, dict)
                 failed = {"status": "failed", "error": error}
-                write_json(self.run_dir / "meta.json", meta | failed)
+                write_json(self.run_dir / META, meta | failed)
         else:
             # a launcher ends all with the first that ends, which is to be the one that speaks
             time.sleep(3 * self.beat)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from simvq_moe.data.text.tokenizer import TOKENIZER_FILE, open_tokenizer
+from simvq_moe.files.of_runs import USAGE
 from simvq_moe.files.regular import BrokenFileError, is_inside
 from simvq_moe.records.usage_metrics import Layer
-from simvq_moe.runs.counts import USAGE, Windows
+from simvq_moe.runs.counts import Windows
 from simvq_moe.runs.files import shown
 from simvq_moe.usage_tab.folders import Folder, Run
 from simvq_moe.usage_tab.measures import SHOWN, chance, over_windows, plain, spells, thinned

@@ -15,10 +15,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
-from simvq_moe.analysis.run_folders import PARTS
+from simvq_moe.files.of_runs import FOLDERS, META, PROBE, USAGE
 from simvq_moe.files.regular import BrokenFileError
 from simvq_moe.records.usage_metrics import Layer, layer_names
-from simvq_moe.runs.counts import USAGE, Windows, read_probe, read_windows
+from simvq_moe.runs.counts import Windows, read_probe, read_windows
 from simvq_moe.runs.files import read_meta, shown
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class Folder:
         found = []
         for name, folders, files in os.walk(self.path):
             is_run = USAGE in files
-            folders[:] = sorted(f for f in folders if not (is_run and f in PARTS))
+            folders[:] = sorted(f for f in folders if not (is_run and f in FOLDERS))
             if is_run:
                 found.append(Path(name))
         names: dict[str, Path] = {}
@@ -100,7 +100,7 @@ class Folder:
 
     def probe(self, run: Run) -> dict[str, Any] | None:
         """How the run routed its probe, if it has one."""
-        return self.kept(run.path / "probe.npz", ("probe",), lambda: read_probe(run.path))
+        return self.kept(run.path / PROBE, ("probe",), lambda: read_probe(run.path))
 
     def kept(self, file: Path, what: tuple[Any, ...], read: Callable[[], T]) -> T:
         """What a reader makes of a file, or what it made of it while that has not changed."""
@@ -125,10 +125,10 @@ class Folder:
             except BrokenFileError as error:
                 return {}, shown(str(error))
 
-        meta, error = self.kept(path / "meta.json", ("meta",), read)
+        meta, error = self.kept(path / META, ("meta",), read)
         in_arm = SEED_FOLDER.fullmatch(path.name) and path != self.path
         arm = path.parent if in_arm else path
-        stamps = [stamp(path / file) for file in (USAGE, "meta.json", "probe.npz")]
+        stamps = [stamp(path / file) for file in (USAGE, META, PROBE)]
         return Run(
             name=name,
             path=path,

@@ -20,6 +20,8 @@ from urllib.parse import parse_qs
 
 from tensorboard.plugins import base_plugin
 
+from simvq_moe.files.of_runs import USAGE
+
 if TYPE_CHECKING:
     from simvq_moe.usage_tab.folders import Folder
 
@@ -71,7 +73,7 @@ class UsageTab(base_plugin.TBPlugin):
         if self.path is None:
             return False
         folders = islice(os.walk(self.path), MOST_FOLDERS)
-        return any("usage.npz" in files for _, _, files in folders)
+        return any(USAGE in files for _, _, files in folders)
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="Usage")

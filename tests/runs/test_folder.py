@@ -25,9 +25,10 @@ from simvq_moe.config.loading import merge_files, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.of_runs import NOISE
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.runs import folder as folders
-from simvq_moe.runs.folder import LOCK, NOISE, check_same_run, check_shared, claimed, log_file
+from simvq_moe.runs.folder import LOCK, check_same_run, check_shared, claimed, log_file
 from simvq_moe.runs.history import commit
 from simvq_moe.training.loop import Trainer
 from simvq_moe.training.preflight import is_finished
