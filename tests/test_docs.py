@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
 from simvq_moe.cli import main
 from simvq_moe.config.checks import check
@@ -15,8 +18,8 @@ from simvq_moe.engine.world import World
 from simvq_moe.sweeps.plan import plan
 from tests.launching import ROOT, run_forked
 from tests.test_dependencies import declared
+from tests.test_readme import BENCH, commands_of, shortened, starts_and_stops
 from tests.test_readme import PAGES as IN_ORDER
-from tests.test_readme import commands_of, shortened, starts_and_stops
 
 
 def test_the_table_of_extras_is_that_of_the_package() -> None:
@@ -50,9 +53,15 @@ def blocks(page: str) -> list[tuple[str, str]]:
 ALONE = [
     page.name
     for page in sorted((ROOT / "docs").glob("*.md"))
-    if f"docs/{page.name}" not in IN_ORDER and blocks(page.name)
+    if f"docs/{page.name}" not in (*IN_ORDER, "docs/plugins.md") and blocks(page.name)
 ]
-"""Every page with commands or programs that needs nothing of another page."""
+"""Every page with commands or programs that needs nothing of another page. That of plug-ins shows a
+file, which the tests of plug-ins run."""
+
+
+def test_the_router_that_a_page_shows_is_the_one_that_is_tested() -> None:
+    ((language, block),) = blocks("plugins.md")
+    assert (language, block) == ("python", (ROOT / "tests/moe/my_router.py").read_text())
 
 
 @pytest.mark.parametrize("page", ALONE)
@@ -62,6 +71,7 @@ def test_the_commands_and_programs_of_a_page_run_in_order(
     del world
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "runs").mkdir()
+    write_own_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for language, block in blocks(page):
@@ -72,7 +82,23 @@ def test_the_commands_and_programs_of_a_page_run_in_order(
             run_command(command, tmp_path)
 
 
+def write_own_data(folder: Path) -> None:
+    """The folders that pages call photos_folder, texts_folder and speech_folder."""
+    rng = np.random.default_rng(0)
+    photos, texts, speech = (folder / f"{name}_folder" for name in ("photos", "texts", "speech"))
+    for one in (photos, texts, speech):
+        one.mkdir()
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 256, (48, 48, 3), np.uint8)).save(photos / f"{i}.png")
+        soundfile.write(speech / f"{i}.wav", rng.normal(0, 0.1, 8000), 8000)
+    source = (ROOT / "simvq_moe/core/usage.py").read_text()
+    for i in range(200):  # a stream has files of its own for each of the 16 samples of a batch
+        (texts / f"{i}.txt").write_text(f"{i}\n{source[:4000]}")
+
+
 def run_command(command: str, folder: Path) -> None:
+    if command.startswith((BENCH, "launch/")):
+        return  # minutes, and installations: `test_readme` and `test_launch` have them
     program, *words = shortened(command)
     assert program == "simvq-moe"
     if words[0] == "dashboard":
