@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import simvq_moe
-from simvq_moe.errors import ConfigError
+from simvq_moe.errors import USAGE_ERROR, ConfigError
 from simvq_moe.extras import is_missing
-from simvq_moe.terminal import USAGE_ERROR, ending, is_first_rank, open_streams
+from simvq_moe.terminal import ending, is_first_rank, open_streams
 
 
 class Command(NamedTuple):

@@ -1,4 +1,7 @@
-"""The one error that a user causes, and can mend."""
+"""The one error that a user causes, and can mend; and how processes of ours say that they ended."""
+
+FINISHED, FAILED, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes; that of a `ConfigError` is USAGE_ERROR."""
 
 
 class ConfigError(ValueError):

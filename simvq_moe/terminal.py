@@ -16,10 +16,9 @@ from contextlib import redirect_stderr, suppress
 from typing import Any
 
 from simvq_moe.engine.launched import launched_rank
-from simvq_moe.errors import ConfigError
+from simvq_moe.errors import FAILED, INTERRUPTED, USAGE_ERROR, ConfigError
 from simvq_moe.files.regular import printable
 
-FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 PLACES = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR),
     *(errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),

@@ -15,8 +15,8 @@ from simvq_moe.config.flags import parse_flags, parse_known_flags, with_flags
 from simvq_moe.config.loading import merge_files
 from simvq_moe.config.ranges import Count
 from simvq_moe.config.schema import Config
-from simvq_moe.errors import ConfigError
-from simvq_moe.terminal import FAILED, unheard
+from simvq_moe.errors import FAILED, ConfigError
+from simvq_moe.terminal import unheard
 
 
 @dataclass(frozen=True)

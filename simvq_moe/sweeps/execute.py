@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from simvq_moe.config.loading import to_yaml
+from simvq_moe.errors import USAGE_ERROR
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.files.temporary import interrupted_by
 from simvq_moe.records.progress import duration
 from simvq_moe.runs.folder import is_trained
 from simvq_moe.sweeps import rate_grid
-from simvq_moe.sweeps.followed import USAGE_ERROR, Clock, Followed, Process
+from simvq_moe.sweeps.followed import Clock, Followed, Process
 from simvq_moe.sweeps.machine import Machine, Starter, launched, stop
 from simvq_moe.sweeps.plan import PlannedRun, SweepPlan, share, write_plan
 from simvq_moe.sweeps.registration import stamps

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from simvq_moe.errors import USAGE_ERROR
 from simvq_moe.files.of_runs import META
 from simvq_moe.files.regular import write_json
 from simvq_moe.runs.folder import is_trained, own_meta
@@ -21,8 +22,6 @@ from simvq_moe.sweeps.plan import PROCESS, PlannedRun
 SECONDS_BETWEEN_LINES = 5.0
 STEP = re.compile("step ([0-9]{1,15})/([1-9][0-9]{0,14})(?![0-9])")
 """How a line of progress begins; libraries and plug-ins write to the same log."""
-USAGE_ERROR = 2
-"""Exit code of a run that was refused before it began."""
 
 
 class Followed:

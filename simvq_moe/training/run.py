@@ -23,7 +23,7 @@ from simvq_moe.engine.launched import check_launched, launched_rank, launched_ra
 from simvq_moe.engine.settings import check_device
 from simvq_moe.engine.slurm import adopt_slurm
 from simvq_moe.engine.world import World, start_distributed
-from simvq_moe.errors import ConfigError
+from simvq_moe.errors import FAILED, FINISHED, INTERRUPTED, ConfigError
 from simvq_moe.files.of_runs import CHECKPOINTS
 from simvq_moe.runs import checkpoint
 from simvq_moe.runs.folder import check_shared, log_file
@@ -31,9 +31,6 @@ from simvq_moe.training.loop import Trainer
 from simvq_moe.training.meta import RunMeta, describe_result, write_summary
 from simvq_moe.training.preflight import Preflight, check_settings, prepare, resolved
 from simvq_moe.training.process import noise_to_file, stop_signals
-
-FINISHED, FAILED, INTERRUPTED = 0, 1, 130
-"""Exit codes; 2 is a `ConfigError`."""
 
 
 def train(config: Config) -> int:
