@@ -82,11 +82,6 @@ def to_yaml(config: Any) -> str:
     return plain_yaml(asdict(config))
 
 
-def mapping_to_yaml(content: Mapping[str, Any]) -> str:
-    """YAML of nested mappings, as `to_yaml` writes them."""
-    return plain_yaml(content)
-
-
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Every leaf of a dataclass by its dotted key."""
     flat: dict[str, Any] = {}

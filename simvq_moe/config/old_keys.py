@@ -30,17 +30,9 @@ OLD_KEYS: dict[str, str] = {
     "moe.map_rank": "moe.router.map.rank, moe.expert_in_map.rank or moe.expert_out_map.rank",
     "moe.train_router_base": "moe.router.map.train_base (self_selecting: moe.router.train_base)",
 }
-"""The new key of an old one, such as "moe.router_map": "moe.router.map.kind". A key that ends with
-a dot stands for all below it, of a section that has another name now."""
+"""The new key of an old one, such as "moe.router_map": "moe.router.map.kind"."""
 
 
 def new_key(key: str) -> str | None:
     """What a key is called now; None: it is no old key."""
-    if key in OLD_KEYS:
-        return OLD_KEYS[key]
-    whole = key
-    while "." in key:
-        key = key.rpartition(".")[0]
-        if f"{key}." in OLD_KEYS:
-            return OLD_KEYS[f"{key}."] + whole[len(key) + 1 :]
-    return None
+    return OLD_KEYS.get(key)

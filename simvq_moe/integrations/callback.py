@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from simvq_moe.config.loading import mapping_to_yaml
 from simvq_moe.core.collectives import total
 from simvq_moe.files.of_runs import CONFIG, META, SUMMARY
 from simvq_moe.files.regular import write_atomically, write_json
+from simvq_moe.files.yaml import plain_yaml
 from simvq_moe.integrations.meters import counters_by_layer, meter
 from simvq_moe.records.run_log import RunLog
 from simvq_moe.records.tensorboard import heat_map, loads
@@ -74,7 +74,7 @@ class UsageCallback(TrainerCallback):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         about = {"name": self.folder.name, "train": {"steps": state.max_steps}}
-        write_atomically(self.folder / CONFIG, mapping_to_yaml(about))
+        write_atomically(self.folder / CONFIG, plain_yaml(about))
         self._say("running")
         step, steps = state.global_step, state.max_steps
         self.records = RunLog(self.folder, self.layers, step, steps=steps)

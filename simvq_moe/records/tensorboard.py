@@ -17,9 +17,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
-from simvq_moe.config.loading import defaults_of_every_kind, flatten, mapping_to_yaml
+from simvq_moe.config.loading import defaults_of_every_kind, flatten
 from simvq_moe.config.schema import Config
 from simvq_moe.config.tasks import without_other_tasks
+from simvq_moe.files.yaml import plain_yaml
 from simvq_moe.records.catalogue import usage_leaves
 from simvq_moe.records.dead_slots import DeadSlots
 from simvq_moe.records.tensorboard_layout import AT_A_GLANCE, layout
@@ -60,9 +61,7 @@ class TensorBoard:
         self.finished: Any = None
         if config is None:
             return
-        self.text(
-            "at_a_glance/config", _verbatim(mapping_to_yaml(without_other_tasks(config))), step
-        )
+        self.text("at_a_glance/config", _verbatim(plain_yaml(without_other_tasks(config))), step)
         row, self.finished = row_of_table(config)
         self._file().add_summary(row)
 

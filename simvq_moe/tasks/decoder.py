@@ -16,7 +16,8 @@ from simvq_moe.data.code_items import Item, window_of
 from simvq_moe.data.codes import MANIFEST, CodeSequences, Manifest, read_manifest
 from simvq_moe.errors import ConfigError
 from simvq_moe.files.of_runs import CONFIG
-from simvq_moe.tasks.loading import NOT_BUILT, load_run, take_weights
+from simvq_moe.models.tokenizer import Tokenizer
+from simvq_moe.tasks.loading import NOT_BUILT, load_run, model_of
 from simvq_moe.tasks.samples import Samples
 from simvq_moe.tasks.tokenizers import tokenizer_task
 
@@ -45,9 +46,9 @@ class Decoder:
             )
         self.batch_size = config.train.eval_batch_size
         self.task = tokenizer_task(config, run)
-        self.model = self.task.build_model(self.task.without_networks(config))
-        take_weights(self.model, weights)
-        self.model.eval().to(device)
+        model = model_of(config, weights).eval().to(device)
+        assert isinstance(model, Tokenizer)
+        self.model = model
         if not self._makes_its_samples(config):
             raise ConfigError(
                 f"{folder / MANIFEST} says {self._samples()}, which {run} does not make: encode "

@@ -6,13 +6,13 @@ import json
 import sys
 from pathlib import Path
 
-from simvq_moe.config.loading import mapping_to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.config.tasks import without_other_tasks
 from simvq_moe.costs.cluster import fitting_gpus, read_cluster
 from simvq_moe.costs.estimate import estimate
 from simvq_moe.engine.launched import launched_ranks
 from simvq_moe.errors import ConfigError
+from simvq_moe.files.yaml import plain_yaml
 from simvq_moe.training.preflight import check_settings, check_start, resolved
 
 
@@ -32,5 +32,5 @@ def dry_run(config: Config, cluster_file: Path | None = None) -> None:
         check_start(config)
     except ConfigError as error:
         text += f"\n! would not start here: {error}"
-    print(mapping_to_yaml(without_other_tasks(config)), text, sep="\n", file=sys.stderr)
+    print(plain_yaml(without_other_tasks(config)), text, sep="\n", file=sys.stderr)
     print(json.dumps(costs))

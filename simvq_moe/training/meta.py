@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from simvq_moe.config.checks_moe import with_default_gates
-from simvq_moe.config.loading import changed, mapping_to_yaml, to_yaml
+from simvq_moe.config.loading import changed, to_yaml
 from simvq_moe.config.schema import Config
 from simvq_moe.config.tasks import without_other_tasks
 from simvq_moe.engine.agreement import TrainingFailed, WriteFailed, writing
 from simvq_moe.engine.world import World
 from simvq_moe.files.of_runs import CONFIG, META, SUMMARY
 from simvq_moe.files.regular import BrokenFileError, read_json, write_atomically, write_json
+from simvq_moe.files.yaml import plain_yaml
 from simvq_moe.records.catalogue import results
 from simvq_moe.runs.provenance import provenance
 from simvq_moe.training.loop import Trainer
@@ -93,7 +94,7 @@ def differing(config: Config) -> str:
     """What of a config is not as it is by default, a key a line; config.yaml has all of it."""
     mine, given = without_other_tasks(config), changed(with_default_gates(config))
     found = {key: value for key, value in given.items() if key.split(".")[0] in mine}
-    return f"{config.run_dir / CONFIG}, where not as by default:\n{mapping_to_yaml(found)}"
+    return f"{config.run_dir / CONFIG}, where not as by default:\n{plain_yaml(found)}"
 
 
 def doubts(config: Config) -> list[str]:

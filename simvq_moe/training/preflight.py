@@ -88,10 +88,5 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Preflight:
 def _look(config: Config) -> Preflight:
     saved = check_same_run(config)
     steps = None if saved is None else saved.train.steps
-    finished = is_finished(config) and steps in (None, config.train.steps)
+    finished = has_summary(config.run_dir) and steps in (None, config.train.steps)
     return Preflight(config, steps_before=steps, finished=finished)
-
-
-def is_finished(config: Config) -> bool:
-    """Whether the run's folder holds its final numbers."""
-    return has_summary(config.run_dir)

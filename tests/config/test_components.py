@@ -165,12 +165,11 @@ def test_ranges_stand_in_the_types_of_fields() -> None:
 
 
 def test_an_old_key_is_answered_with_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = {"shape.colour": "shape.paint.kind", "frame.old.": "frame.", "shape.paint": "paint.kind"}
+    old = {"shape.colour": "shape.paint.kind", "shape.paint": "paint.kind"}
     monkeypatch.setattr(old_keys, "OLD_KEYS", old)
     assert refused(colour="x") == "here: shape.colour is now shape.paint.kind: rename it"
     assert "--shape.colour is now --shape.paint.kind" in refused_flags("--shape.colour", "x")
     assert refused(paint="striped") == "here: shape.paint is now paint.kind: rename it"
-    assert "--frame.old.size is now --frame.size" in refused_flags("--frame.old.size=3")
 
 
 def test_what_no_file_sets_is_named_and_a_later_file_may_set_it(tmp_path: Path) -> None:

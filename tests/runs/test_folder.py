@@ -28,10 +28,9 @@ from simvq_moe.errors import ConfigError
 from simvq_moe.files.of_runs import NOISE
 from simvq_moe.files.regular import write_atomically
 from simvq_moe.runs import folder as folders
-from simvq_moe.runs.folder import LOCK, check_same_run, check_shared, claimed, log_file
+from simvq_moe.runs.folder import LOCK, check_same_run, check_shared, claimed, has_summary, log_file
 from simvq_moe.runs.history import commit
 from simvq_moe.training.loop import Trainer
-from simvq_moe.training.preflight import is_finished
 from tests.launching import ROOT, environment, metrics, run, start_tasks
 from tests.short_training import train_flags
 
@@ -226,7 +225,7 @@ def test_a_run_goes_on_from_its_checkpoint_whatever_a_power_cut_left_of_a_record
         path = config.run_dir / record
         path.write_bytes(torn(path.read_bytes()))
         check_same_run(config)
-        assert is_finished(config) == (record != "summary.json")
+        assert has_summary(config.run_dir) == (record != "summary.json")
         trainer = Trainer(config, world, lambda: False)
         trainer.run()
         trainer.close()

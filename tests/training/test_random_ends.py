@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from simvq_moe.config.schema import Config
+from simvq_moe.runs.folder import has_summary
 from simvq_moe.sweeps.machine import free_port
-from simvq_moe.training.preflight import is_finished
 from tests.forked_commands import start
 from tests.training.test_faults import IMAGE, TEXT, assert_same, write_corpus
 
@@ -99,7 +98,7 @@ def test_a_run_that_is_killed_at_random_moments_is_the_undisturbed_one_to_the_bi
         name = f"{whole}_{runs}"
         run_dir = folder / "runs" / name
         codes: list[int | None] = []
-        while not is_finished(Config(name=name, runs_dir=str(folder / "runs"))):
+        while not has_summary(run_dir):
             processes = train(folder, name, ranks, flags)
             if kills < KILLS:
                 victim = moments.choice(processes)
