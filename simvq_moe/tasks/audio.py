@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -22,10 +23,16 @@ from simvq_moe.models.audio.spectra import MelDistance
 from simvq_moe.models.audio.tokenizer import AudioTokenizer
 from simvq_moe.tasks.audio_measures import AudioMeasures
 from simvq_moe.tasks.base import CountedSample
-from simvq_moe.tasks.checks import audio_problems
+from simvq_moe.tasks.checks import meaningless
 from simvq_moe.tasks.registry import register
 from simvq_moe.tasks.samples import Samples
 from simvq_moe.tasks.tokenizers import Parts, TokenizerTask, check_not_empty
+
+OF_DISCRIMINATORS = (
+    *("feature_weight", "adversarial_start", "discriminator_hidden"),
+    *("discriminator_periods", "discriminator_windows", "discriminator_bands"),
+)
+"""Options of the audio tokenizer that mean nothing without discriminators."""
 
 
 @register
@@ -42,7 +49,7 @@ class AudioTokenizerTask(TokenizerTask[AudioTokenizer]):
 
     @classmethod
     def problems(cls, config: Config) -> Iterator[str]:
-        return audio_problems(config)
+        return _problems(config)
 
     @classmethod
     def check_files(cls, config: Config) -> None:
@@ -164,3 +171,43 @@ def _items(windows: RecordingWindows) -> list[Item]:
     return [
         Item(name, (total,)) for name, total in zip(windows.names, totals.tolist(), strict=True)
     ]
+
+
+def _problems(config: Config) -> Iterator[str]:
+    """Options of the audio tokenizer and its data that mean nothing, or do not go together."""
+    audio, data = config.audio_tokenizer, config.data
+    for name, least in (
+        *(("strides", 2), ("dilations", 1), ("loss_windows", 32)),
+        *(("discriminator_periods", 2), ("discriminator_windows", 32)),
+    ):
+        values = getattr(audio, name)
+        if not values or min(values) < least:
+            yield f"audio_tokenizer.{name} {values}: give one or more, each at least {least}"
+        elif name.endswith("windows") and any(value % 32 for value in values):
+            yield f"audio_tokenizer.{name} {values}: use multiples of 32"
+    if audio.mel_bands and len(audio.mel_bands) != len(audio.loss_windows):
+        yield (
+            f"audio_tokenizer.mel_bands {audio.mel_bands} with audio_tokenizer.loss_windows "
+            f"{audio.loss_windows}: give {len(audio.loss_windows)}, one for each, or none"
+        )
+    bins = min(audio.discriminator_windows, default=0) // 2 + 1
+    edges = [0, *(int(border * bins) for border in audio.discriminator_bands), bins]
+    if any(a >= b for a, b in pairwise(edges)):
+        yield (
+            f"audio_tokenizer.discriminator_bands {audio.discriminator_bands} leave a band without "
+            f"one of the {bins} frequencies of the smallest of audio_tokenizer."
+            "discriminator_windows: give fewer, in rising order"
+        )
+    if not audio.adversarial_weight:
+        without = "with audio_tokenizer.adversarial_weight 0: drop it, or use a weight such as 1"
+        yield from meaningless("audio_tokenizer", audio, OF_DISCRIMINATORS, without)
+    elif audio.adversarial_start >= config.train.steps:
+        yield (
+            f"audio_tokenizer.adversarial_start {audio.adversarial_start} >= train.steps "
+            f"{config.train.steps}: the discriminators would never play: lower it"
+        )
+    if not data.audio_seconds * data.sample_rate >= 1:
+        yield (
+            f"data.audio_seconds {data.audio_seconds} at data.sample_rate {data.sample_rate} is "
+            "less than a sample: raise it"
+        )

@@ -23,7 +23,7 @@ from simvq_moe.models.image.discriminator import PatchDiscriminator
 from simvq_moe.models.image.losses import LPIPS, vgg_file
 from simvq_moe.models.image.tokenizer import ImageTokenizer
 from simvq_moe.tasks.base import CountedSample
-from simvq_moe.tasks.checks import image_problems
+from simvq_moe.tasks.checks import meaningless
 from simvq_moe.tasks.image_measures import (
     ImageMeasures,
     as_bytes,
@@ -33,6 +33,13 @@ from simvq_moe.tasks.image_measures import (
 from simvq_moe.tasks.registry import register
 from simvq_moe.tasks.samples import Samples
 from simvq_moe.tasks.tokenizers import Parts, TokenizerTask, check_not_empty
+
+OF_VQGAN = ("channel_multipliers", "attention")
+OF_JUDGED_IMAGES = (
+    *("adversarial_weighting", "adversarial_start", "generator_loss"),
+    *("discriminator_hidden", "discriminator_layers", "lecam_weight"),
+)
+"""Options of the image tokenizer that mean nothing without a discriminator."""
 
 
 @register
@@ -52,7 +59,7 @@ class ImageTokenizerTask(TokenizerTask[ImageTokenizer]):
 
     @classmethod
     def problems(cls, config: Config) -> Iterator[str]:
-        return image_problems(config)
+        return _problems(config)
 
     @classmethod
     def check_files(cls, config: Config) -> None:
@@ -194,3 +201,61 @@ def sheet(
 ) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
     """Images side by side, one row under the other."""
     return np.concatenate([np.concatenate(list(pixels(row)), axis=1) for row in rows])
+
+
+def _problems(config: Config) -> Iterator[str]:
+    """Options of the image tokenizer and its data that mean nothing, or do not go together."""
+    image, data = config.image_tokenizer, config.data
+    if data.image_size % 2**image.downsamplings:
+        yield (
+            f"data.image_size {data.image_size} does not divide by "
+            f"2^{image.downsamplings}: lower image_tokenizer.downsamplings"
+        )
+    if data.shorter_side and data.shorter_side < data.image_size:
+        yield (
+            f"data.shorter_side {data.shorter_side} < data.image_size {data.image_size}: images "
+            "would be smaller than their crops: raise it, or use 0"
+        )
+    if image.architecture != "vqgan":
+        other = f"to image_tokenizer.architecture {image.architecture!r}: drop it, or use 'vqgan'"
+        yield from meaningless("image_tokenizer", image, OF_VQGAN, other)
+    if image.architecture == "vqgan" and not image.residual_blocks:
+        yield (
+            "image_tokenizer.residual_blocks 0 with image_tokenizer.architecture 'vqgan': use at "
+            "least 1"
+        )
+    multipliers = image.channel_multipliers
+    if multipliers and (len(multipliers) != image.downsamplings + 1 or min(multipliers) < 1):
+        yield (
+            f"image_tokenizer.channel_multipliers {multipliers} with image_tokenizer.downsamplings "
+            f"{image.downsamplings}: give {image.downsamplings + 1}, each at least 1"
+        )
+    if image.lpips_file is not None and not image.lpips_weight:
+        yield (
+            f"image_tokenizer.lpips_file {image.lpips_file!r} means nothing with "
+            "image_tokenizer.lpips_weight 0: drop it, or use a weight such as 1"
+        )
+    if image.lpips_weight and data.image_size < 16:
+        yield (
+            f"image_tokenizer.lpips_weight {image.lpips_weight} with data.image_size "
+            f"{data.image_size}: LPIPS needs 16 pixels: raise it, or use weight 0"
+        )
+    yield from _judge_problems(config)
+
+
+def _judge_problems(config: Config) -> Iterator[str]:
+    image = config.image_tokenizer
+    if not image.adversarial_weight:
+        without = "with image_tokenizer.adversarial_weight 0: drop it, or use a weight such as 1"
+        yield from meaningless("image_tokenizer", image, OF_JUDGED_IMAGES, without)
+        return
+    if image.adversarial_start >= config.train.steps:
+        yield (
+            f"image_tokenizer.adversarial_start {image.adversarial_start} >= train.steps "
+            f"{config.train.steps}: the discriminator would never play: lower it"
+        )
+    if config.data.image_size >> image.discriminator_layers < 3:
+        yield (
+            f"image_tokenizer.discriminator_layers {image.discriminator_layers} with "
+            f"data.image_size {config.data.image_size}: nothing is left to judge: use fewer"
+        )

@@ -10,14 +10,21 @@ from jaxtyping import Int, Int64
 from torch import Tensor
 
 from simvq_moe.config.schema import Config
-from simvq_moe.data.codes import CodeSequences
+from simvq_moe.data.codes import CodeSequences, is_codes
 from simvq_moe.data.text.tokens import TokenWindows
 from simvq_moe.errors import ConfigError
 from simvq_moe.models.language_model import LanguageModel
 from simvq_moe.moe.routers.base import start_from_data
 from simvq_moe.tasks.base import Task
-from simvq_moe.tasks.checks import language_problems
+from simvq_moe.tasks.checks import meaningless
 from simvq_moe.tasks.probe_tokens import ProbeTokens, choose_tokens
+
+OF_STREAMS = (
+    *("sources", "source_weights", "held_out_share", "held_out_documents", "shuffle_buffer"),
+)
+"""Options of the data that mean nothing without data.streaming."""
+LEAST_OF_TEXT = 257
+"""Least vocabulary of text: the bytes and the end of text; of codes it may be smaller."""
 
 
 class SequenceTask(Task[LanguageModel]):
@@ -36,7 +43,7 @@ class SequenceTask(Task[LanguageModel]):
 
     @classmethod
     def problems(cls, config: Config) -> Iterator[str]:
-        return language_problems(config)
+        return _problems(config)
 
     @classmethod
     def stage_problems(cls, config: Config) -> Iterator[str]:
@@ -112,3 +119,46 @@ def token_sums(model: LanguageModel, sequences: Int64[Tensor, "batch window"]) -
     """Nats of all tokens but the first of each sequence, and their number."""
     nats = model.token_nats(sequences)
     return {"nats": nats.double().sum(), "tokens": torch.tensor(float(nats.numel()))}
+
+
+def _problems(config: Config) -> Iterator[str]:
+    """Options of the language model and its data that mean nothing, or do not go together."""
+    lm, data = config.language_model, config.data
+    if lm.width % lm.heads or (lm.width // lm.heads) % 2:
+        yield (
+            f"language_model.width {lm.width} / language_model.heads {lm.heads} must be a whole "
+            "even number for rotary positions: change one of them"
+        )
+    if lm.moe_every > lm.layers:
+        yield (
+            f"language_model.moe_every {lm.moe_every} > language_model.layers {lm.layers}: no "
+            "block would have a mixture: lower it, or use 0 for dense blocks"
+        )
+    if data.vocabulary < LEAST_OF_TEXT and not (data.source is not None and is_codes(data.source)):
+        yield f"data.vocabulary {data.vocabulary} < {LEAST_OF_TEXT}: use at least {LEAST_OF_TEXT}"
+    if not data.streaming:
+        without = "with data.streaming False: drop it, or set data.streaming to True"
+        yield from meaningless("data", data, OF_STREAMS, without)
+    if data.sources and data.source is not None:
+        yield (
+            f"data.source {data.source!r} with data.sources {data.sources}: add it to "
+            "data.sources, or drop one of them (--data.source None)"
+        )
+    if data.held_out_source is not None and data.streaming:
+        yield (
+            f"data.held_out_source {data.held_out_source!r} with data.streaming True: held-out "
+            "documents of streams are a part of them, data.held_out_share: drop one of them"
+        )
+    if data.source is not None and is_codes(data.source) and data.held_out_source is not None:
+        yield (
+            f"data.held_out_source {data.held_out_source!r} with data.source {data.source!r}: "
+            "codes have a held-out part of their own: drop it"
+        )
+    weights = data.source_weights
+    if weights and (len(weights) != len(data.sources) or not min(weights) > 0):
+        yield (
+            f"data.source_weights {weights} with data.sources {data.sources}: give as many, each "
+            "above 0"
+        )
+    if not 0 < data.held_out_share < 1:
+        yield f"data.held_out_share {data.held_out_share}: use more than 0 and less than 1"
