@@ -4,8 +4,9 @@ for minutes."""
 from __future__ import annotations
 
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from simvq_moe.cli import main
 from simvq_moe.config.checks import check
+from simvq_moe.config.schema import Config
 from simvq_moe.engine.world import World
 from simvq_moe.sweeps.plan import plan
 from tests.launching import ROOT, run_forked
@@ -34,6 +36,19 @@ def test_the_table_of_extras_is_that_of_the_package() -> None:
 def test_extras_that_a_page_names_are_declared(page: Path) -> None:
     named = re.findall(r"(?:simvq-moe|\.)\[([\w,]+)\]", page.read_text())
     assert {extra for names in named for extra in names.split(",")} <= declared().keys()
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_flags_in_the_sentences_of_a_page_are_keys_of_a_config(page: Path) -> None:
+    components = (ROOT / "docs" / "components.md").read_text()
+    options = {"kind", *re.findall(r"^\| `(\w+)`", components, re.MULTILINE)}
+    sections = get_type_hints(Config)
+    for flag in re.findall(r"--([a-z_]+(?:\.[a-z_]+)+)", page.read_text()):
+        section, *_, key = flag.split(".")
+        named = sections[section]
+        known = {one.name for one in fields(named)} if is_dataclass(named) else set()
+        mine = page.name == "plugins.md" and key == "sharpness"  # of the router that it shows
+        assert key in known | options or mine, flag
 
 
 def test_the_sweep_that_a_page_shows_would_start(tmp_path: Path) -> None:
