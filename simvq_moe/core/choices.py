@@ -1,7 +1,8 @@
-"""Options that are one of a few words."""
+"""What a constructor refuses: words that are no choice, and what options name as a problem."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, get_args
 
 
@@ -11,3 +12,9 @@ def check_choice(name: str, value: object, choices: Any) -> None:
         raise ValueError(
             f"{name} {value!r}: choose one of {', '.join(map(repr, get_args(choices)))}"
         )
+
+
+def check_none(problems: Iterable[str]) -> None:
+    """Raise ValueError with the first of the lines that say what can't run, if there is one."""
+    for problem in problems:
+        raise ValueError(problem)

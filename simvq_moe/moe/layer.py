@@ -25,7 +25,7 @@ from simvq_moe.config.moe import (
     RouterOptions,
 )
 from simvq_moe.config.registry import as_options
-from simvq_moe.core.choices import check_choice
+from simvq_moe.core.choices import check_choice, check_none
 from simvq_moe.core.precision import full_precision
 from simvq_moe.core.streams import own_stream
 from simvq_moe.core.usage import UsageCounter
@@ -227,8 +227,7 @@ class MoE(Pretrained, Mixture):
 
 
 def _check(options: MoEConfig, width: int) -> None:
-    for problem in options.misfits(width):
-        raise ValueError(problem)
+    check_none(options.misfits(width))
     if options.gate_teaches_nothing:
         warnings.warn(
             f"top_k 1 with gates {options.convention!r}: the one gate is always 1, so that router "

@@ -11,6 +11,7 @@ from simvq_moe.config.ranges import Share, Weight
 from simvq_moe.core.gradient import Gradient
 from simvq_moe.quantizers.base import AnyQuantizer
 from simvq_moe.quantizers.composed import ResidualGradient, ResidualQuantizer
+from simvq_moe.quantizers.parts.restart import restart_problems
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,7 @@ class RestartingOptions(LearnedOptions):
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
         yield from super().problems(at, config)
-        if not self.restart < 1:
-            yield (
-                f"{at}.restart {self.restart} is not below 1, the draws a step that a restarted "
-                "code is given: use less, such as 0.1"
-            )
+        yield from restart_problems(self.restart, f"{at}.")
 
 
 @dataclass(frozen=True)

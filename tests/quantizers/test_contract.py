@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -532,3 +533,21 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices() -> None:
 def test_one_code_is_no_codebook() -> None:
     with pytest.raises(ValueError, match="codes 1 < 2"):
         VQ(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        ("vq", {"restart": 1.0}),
+        ("ema", {"restart": 1.0}),
+        ("group_vq", {"groups": 7}),
+        ("simvq", {"init": "data", "transform": "none"}),
+    ],
+)
+def test_a_constructor_refuses_what_options_refuse_with_the_same_line(
+    kind: str, wrong: dict[str, Any]
+) -> None:
+    options = of_config(kind, **wrong)
+    (line,) = options.problems("quantizer", Config(quantizer=options))
+    with pytest.raises(ValueError, match=f"^{re.escape(line.replace('quantizer.', ''))}$"):
+        options.build()

@@ -162,7 +162,7 @@ def test_group_codes_have_the_map_of_their_group() -> None:
     torch.optim.SGD(quantizer.parameters(), lr=0.1).step()
     moved = (quantizer.codebook() - before).norm(dim=1) > 0
     assert moved.tolist() == [False] * 3 + [True] * 3
-    with pytest.raises(ValueError, match="codes 7 is no multiple of groups 2"):
+    with pytest.raises(ValueError, match="groups 2 must divide codes 7"):
         GroupVQ(7, 3, groups=2)
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from simvq_moe.config.ranges import Share
 from simvq_moe.config.registry import register
-from simvq_moe.core.choices import check_choice
+from simvq_moe.core.choices import check_choice, check_none
 from simvq_moe.quantizers.codebook import random_codebook
 from simvq_moe.quantizers.kinds.vq import Init
 from simvq_moe.quantizers.options import RestartingOptions
 from simvq_moe.quantizers.parts.averaged import AveragedCodebook
 from simvq_moe.quantizers.parts.kmeans import assigned, kmeans
-from simvq_moe.quantizers.parts.restart import CALLS, check_restart, restart_codes
+from simvq_moe.quantizers.parts.restart import CALLS, restart_codes, restart_problems
 
 
 class EMAVQ(AveragedCodebook):
@@ -57,7 +57,7 @@ class EMAVQ(AveragedCodebook):
     ) -> None:
         super().__init__(codes, width, **options)
         check_choice("init", init, Init)
-        check_restart(restart)
+        check_none(restart_problems(restart))
         self.decay = decay
         self.epsilon = epsilon
         self.restart = restart

@@ -13,7 +13,7 @@ from torch import Tensor
 from simvq_moe.config.ranges import Range
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank, wide
-from simvq_moe.core.choices import check_choice
+from simvq_moe.core.choices import check_choice, check_none
 from simvq_moe.core.collectives import copy_from_rank_0
 from simvq_moe.core.moments import moments
 from simvq_moe.core.search.nearest import nearest
@@ -47,8 +47,7 @@ class GroupVQ(Quantizer):
     ) -> None:
         super().__init__(codes, width, **options)
         check_choice("init", init, MapInit)
-        if groups < 1 or codes % groups:
-            raise ValueError(f"codes {codes} is no multiple of groups {groups}: change either")
+        check_none(group_problems(codes, groups))
         base = random_codebook(codes, width).unflatten(0, (groups, -1))
         self.bank = Bank(base, transform="separate", train_base=False, bias=True)
         if init == "data":
@@ -111,6 +110,12 @@ def map_by_group(
     return mapped.flatten(0, 1)[place]
 
 
+def group_problems(codes: int, groups: int | None, at: str = "") -> Iterator[str]:
+    """Codes that do not come in so many groups of one size."""
+    if groups is None or groups < 1 or codes % groups:
+        yield f"{at}groups {groups} must divide {at}codes {codes}: change either"
+
+
 @register
 @dataclass(frozen=True)
 class GroupVQOptions(CodebookOptions):
@@ -129,8 +134,4 @@ class GroupVQOptions(CodebookOptions):
 
     def problems(self, at: str, config: Any) -> Iterator[str]:
         yield from super().problems(at, config)
-        if self.groups is None or self.codes % self.groups:
-            yield (
-                f"{at}.groups {self.groups} must divide {at}.codes {self.codes} with {at}.kind "
-                f"{self.kind!r}: set it"
-            )
+        yield from group_problems(self.codes, self.groups, f"{at}.")

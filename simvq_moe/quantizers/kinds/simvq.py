@@ -14,7 +14,7 @@ from simvq_moe.config.quantizer import QuantizerOptions
 from simvq_moe.config.ranges import Channels
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank, Transform
-from simvq_moe.core.choices import check_choice
+from simvq_moe.core.choices import check_choice, check_none
 from simvq_moe.core.collectives import copy_from_rank_0
 from simvq_moe.core.moments import moments
 from simvq_moe.core.search.nearest import nearest
@@ -58,8 +58,7 @@ class SimVQ(Quantizer):
         check_choice("init", init, MapInit)
         if transform in ("low_rank", "separate"):
             raise ValueError(f"transform {transform!r} is for experts: use 'linear' or 'diagonal'")
-        if init == "data" and transform == "none":
-            raise ValueError("init 'data' sets W, but transform 'none' has none: use 'linear'")
+        check_none(init_problems(init, transform))
         self.bank = Bank(
             random_codebook(codes, base_width or width),
             width=width,
@@ -95,6 +94,12 @@ class SimVQ(Quantizer):
         return plain_vq(self, self.bank.fold())
 
 
+def init_problems(init: str, transform: Transform, at: str = "") -> Iterator[str]:
+    """A start from data of a map that there is not."""
+    if init == "data" and transform == "none":
+        yield f"{at}init 'data' sets W, but {at}transform 'none' has none: use 'linear'"
+
+
 @register
 @dataclass(frozen=True)
 class SimVQOptions(CodebookOptions):
@@ -123,5 +128,4 @@ class SimVQOptions(CodebookOptions):
                 f"{at}.base_width {self.base_width} != {at}.width {self.width} with {at}.transform "
                 f"{self.transform!r}: only 'linear' changes the width"
             )
-        if self.init == "data" and self.transform == "none":
-            yield f"{at}.init 'data' sets W, but {at}.transform 'none' has none: use 'linear'"
+        yield from init_problems(self.init, self.transform, f"{at}.")

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from simvq_moe.config.registry import register
 from simvq_moe.core.bank import Bank, wide
-from simvq_moe.core.choices import check_choice
+from simvq_moe.core.choices import check_choice, check_none
 from simvq_moe.core.collectives import total
 from simvq_moe.quantizers.base import Quantized
 from simvq_moe.quantizers.codebook import Quantizer, random_codebook
 from simvq_moe.quantizers.options import CodebookOptions, RestartingOptions
 from simvq_moe.quantizers.parts.kmeans import kmeans
-from simvq_moe.quantizers.parts.restart import CALLS, check_restart, restart_codes
+from simvq_moe.quantizers.parts.restart import CALLS, restart_codes, restart_problems
 
 Init = Literal["random", "kmeans"]
 
@@ -52,7 +52,7 @@ class VQ(Quantizer):
     ) -> None:
         super().__init__(codes, width, **options)
         check_choice("init", init, Init)
-        check_restart(restart)
+        check_none(restart_problems(restart))
         self.restart = restart
         self.bank = Bank(random_codebook(codes, width), transform="none")
         # restarts move a buffer that is added to the learned rows, because an optimizer with

@@ -6,7 +6,7 @@ and the codes of a grid follow from their ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,10 +18,10 @@ CALLS = 2
 """Collective calls of a restart: the sizes of the parts, and the latents."""
 
 
-def check_restart(restart: float) -> None:
-    """Raise ValueError unless the threshold lies below the draws that a restarted code is given."""
+def restart_problems(restart: float, at: str = "") -> Iterator[str]:
+    """A threshold that is not below the draws which a restarted code is given."""
     if not 0 <= restart < 1:
-        raise ValueError(f"restart {restart}: choose 0 (never) or less than 1, the first count")
+        yield f"{at}restart {restart}: choose 0 (never) or less than 1, the first count"
 
 
 def restart_codes(
