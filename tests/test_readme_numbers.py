@@ -20,6 +20,7 @@ EXPONENT = ("exponent", "experts")
 MUON = ("muon", "experts")
 EQUAL = ("equal_terms", "experts")
 SELVES = ("self_selecting", "self_selecting")
+FEW, MANY = ("codes_tuned", "codes_512"), ("codes_tuned", "codes_8192")
 IN_THE_TABLE = {
     "expert_out": "shared map after the experts",
     "expert_out_separate": "one map for each expert (control)",
@@ -87,6 +88,22 @@ EQUALS = {
     "expert_out": "**shared map after the experts**",
     "expert_out_separate": "one map for each expert (control)",
     "expert_out_fast": "shared map at five times the learning rate",
+}
+TUNED = {
+    "ema_restart": "EMA-VQ with restarts",
+    "vq": "VQ",
+    "vq_restart": "VQ with restarts",
+    "ema": "EMA-VQ",
+    "ema_kmeans": "EMA-VQ with restarts and a k-means start",
+    "vq_width_4": "VQ at width 4 (control)",
+    "fsq": "FSQ",
+    "group_vq": "Group-VQ, 8 maps",
+    "simvq": "SimVQ",
+    "simvq_bias": "SimVQ, W and a bias",
+    "simvq_data": "**SimVQ started from data**",
+    "running_map": "W at running moments, nothing learned (control)",
+    "ns_vq": "NS-VQ, idle codes pulled along",
+    "noise": "NSVQ, noise for the error, with restarts",
 }
 TABLES = (
     (EQUAL, "base", EQUALS),
@@ -207,6 +224,42 @@ SENTENCES: tuple[tuple[tuple[str, str], str, str, str, str], ...] = (
         ENTROPY,
         "{mean:.3f} below one map for each (-{high:.3f} to -{low:.3f}, {agree} of {n} pairs)",
     ),
+    *(
+        (
+            codes,
+            "simvq_data",
+            "ema_restart",
+            MSE,
+            "codes MSE {mean:+.4f} ({low:+.4f} to {high:+.4f}, "
+            "higher in {agree} of {n} pairs, p {p:.2f})",
+        )
+        for codes in (FEW, MANY)
+    ),
+    (FEW, "simvq_data", "ema_restart", MSE, "(MSE {mean:+.4f}, {low:+.4f} to {high:+.4f} with 512"),
+    (FEW, "ema_restart", "simvq_data", PERPLEXITY, "lower by {mean:.0f} ({low:.0f} to {high:.0f})"),
+    (
+        MANY,
+        "ema_restart",
+        "simvq_data",
+        PERPLEXITY,
+        "by {mean:.0f} ({low:.0f} to {high:.0f}), in all",
+    ),
+    (
+        FEW,
+        "simvq",
+        "vq",
+        USED,
+        "{mean:.1f} points more of the 512 codes than VQ "
+        "({low:.1f} to {high:.1f}, {agree} of {n} pairs)",
+    ),
+    *(
+        (FEW, worse, better, MSE, words + " ({low:.4f} to {high:.4f}, {agree} of {n} pairs)")
+        for worse, better, words in (
+            ("simvq", "vq_restart", "than SimVQ's by {mean:.4f}"),
+            ("running_map", "simvq_data", "by {mean:.4f} from data"),
+            ("ema_restart", "noise", "{mean:.4f} below EMA with restarts"),
+        )
+    ),
     (SELVES, "map_learned", "learned", ENTROPY, "entropy {mean:+.3f} with the map " + RANGE),
     (SELVES, "map_learned", "learned", BYTES, "bits per byte " + SPREAD),
     (SELVES, "map_frozen", "frozen", ENTROPY, "{mean:+.3f} " + RANGE),
@@ -288,6 +341,24 @@ def test_the_table_of_codes_is_that_of_the_report(readme: str, arm: str) -> None
             mean, sd = stats.mean_sd(values(("codes", group), arm, metric).tolist())
             cells.append(f"{mean:.{digits}f} ± {sd:.{digits}f}{unit}")
     assert f"| {CODES[arm]} | {' | '.join(cells)} |" in readme
+
+
+@pytest.mark.parametrize("arm", TUNED)
+def test_the_table_of_tuned_codes_is_that_of_the_report(readme: str, arm: str) -> None:
+    cells = []
+    for metric, digits, unit in ((MSE, 4, ""), (USED, 0, " %"), (PERPLEXITY, 0, "")):
+        mean, sd = stats.mean_sd(values(FEW, arm, metric).tolist())
+        cells.append(f"{mean:.{digits}f} ± {sd:.{digits}f}{unit}")
+    other = compared(FEW, arm, "ema_restart", MSE) if arm != "ema_restart" else None
+    cells.append("{mean:+.4f} ({low:+.4f}, {high:+.4f})".format(**other) if other else "0")
+    assert f"| {TUNED[arm]} | {' | '.join(cells)} |" in readme
+
+
+def test_the_shares_in_use_at_tuned_rates_are_those_of_the_report(readme: str) -> None:
+    arms = ("simvq", "vq", "vq_restart", "ema_restart")
+    simvq, vq, restarted, moved = (float(values(FEW, arm, USED).mean()) for arm in arms)
+    assert f"SimVQ uses {simvq:.0f} % of 512 codes and VQ {vq:.0f} %; VQ with" in readme
+    assert f"codes uses {restarted:.0f} %, and EMA with restarts {moved:.0f} %" in readme
 
 
 @pytest.mark.parametrize(
