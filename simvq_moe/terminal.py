@@ -57,7 +57,7 @@ class _Unheard(io.TextIOBase):
         self.stream = stream
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.stream.encoding
 
     def write(self, text: str, /) -> int:

@@ -133,7 +133,7 @@ class _Loader(Composer, SafeConstructor, Resolver):
             raise yaml.YAMLError(f"more than {VALUES:,} values, with what aliases stand for")
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = set()  # looked at here, because a merge puts the keys of others into the node
         for key, _ in node.value:

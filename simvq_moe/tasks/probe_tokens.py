@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Int
+from torch import Tensor
 
 from simvq_moe.data.codes import CodeSequences
 from simvq_moe.data.text.tokens import TokenWindows
