@@ -92,7 +92,7 @@ class UsageCallback(TrainerCallback):
             return
         model = named["model"]
         counts = take_counts(model)
-        if not state.is_world_process_zero or not all(n.sum() for n in counts):
+        if not state.is_world_process_zero or not any(n.any() for n in counts):
             return
         step = state.global_step
         metrics = usage_metrics(self.layers, counts)

@@ -18,7 +18,8 @@ except ImportError as error:
 
 
 class UsageCallback(Callback):
-    """Logs the measures of every codebook and MoE layer, every `log_every_n_steps` of the trainer.
+    """Logs the measures of every codebook and MoE layer, every `log_every_n_steps` of the trainer,
+    which are batches that step.
 
         Trainer(callbacks=[UsageCallback()])
 
@@ -47,9 +48,8 @@ class UsageCallback(Callback):
         self.step = trainer.global_step
         after_step(pl_module)
         found = counters(pl_module)
-        every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-        if not found or self.step % every:
+        # what is logged in another batch is not sent; with two optimizers a batch takes two steps
+        if not found or not trainer._logger_connector.should_update_logs:
             return
         counts = [total(counter.take()).cpu().numpy() for counter in found]
-        if all(n.sum() for n in counts):
-            pl_module.log_dict(usage_metrics(layers_of(found), counts))
+        pl_module.log_dict(usage_metrics(layers_of(found), counts))

@@ -174,8 +174,8 @@ class TensorBoard:
 
 
 def loads(counts: np.ndarray) -> np.ndarray:
-    """N f of each slot: 1 is its fair share."""
-    return len(counts) * counts / counts.sum()
+    """N f of each slot: 1 is its fair share; 0 where nothing was drawn."""
+    return len(counts) * counts / max(counts.sum(), 1)
 
 
 def heat_map(load: np.ndarray, cell: int = CELL) -> np.ndarray:

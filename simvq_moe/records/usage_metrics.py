@@ -43,14 +43,15 @@ def layer_names(layers: Sequence[Layer]) -> list[str]:
 def usage_metrics(
     layers: Sequence[Layer], counts: Sequence[np.ndarray], prefix: str = ""
 ) -> dict[str, float]:
-    """Measures of each layer's counts, the mean over layers of a kind, the window in tokens."""
+    """Measures of each layer's counts, the mean over layers of a kind, the window in tokens. A
+    layer that nothing went through has none."""
     metrics: dict[str, float] = {}
     names = layer_names(layers)
-    measured = [usage(n).as_dict() for n in counts]
-    for name, one in zip(names, measured, strict=True):
-        metrics |= {f"{prefix}{name}/{m}": value for m, value in one.items()}
+    measured = {i: usage(n).as_dict() for i, n in enumerate(counts) if n.any()}
+    for i, one in measured.items():
+        metrics |= {f"{prefix}{names[i]}/{m}": value for m, value in one.items()}
     for kind, root in ROOT.items():
-        of_kind = [i for i, layer in enumerate(layers) if layer.kind == kind]
+        of_kind = [i for i in measured if layers[i].kind == kind]
         if not of_kind:
             continue
         first = of_kind[0]
@@ -71,10 +72,11 @@ def _dropped(
         [float(n.sum()) for layer, n in zip(layers, counts, strict=True) if layer.kind == kind]
         for kind in ("experts", "kept")
     )
-    if not kept:
+    if not any(chosen) or not kept:
         return {}
     shares = {
         f"{prefix}moe/{i:02d}/dropped": 1 - after / before
         for i, (before, after) in enumerate(zip(chosen, kept, strict=True))
+        if before
     }
     return shares | {f"{prefix}moe/mean/dropped": 1 - sum(kept) / sum(chosen)}

@@ -26,7 +26,7 @@ class Model(lightning.LightningModule):
         self.quantizer = quantizer(16, 8)
         self.seen: list[Tensor] = []
 
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], _: int) -> Any:
         self.seen.append(batch[0])
         out = self.quantizer(self.layer(batch[0]))
         return out.loss + out.z_q.square().mean()
@@ -44,7 +44,9 @@ class Logged(lightning.loggers.logger.DummyLogger):
         self.lines.append({**metrics, "step": step or 0})
 
 
-def trained(model: Model, folder: Path, micro_batches: int = 1) -> list[dict[str, float]]:
+def trained(
+    model: Model, folder: Path, micro_batches: int = 1, *, steps: int = 4, every: int = 2
+) -> list[dict[str, float]]:
     from simvq_moe.integrations.lightning import UsageCallback
 
     logged = Logged()
@@ -52,8 +54,8 @@ def trained(model: Model, folder: Path, micro_batches: int = 1) -> list[dict[str
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
-        max_steps=4,
-        log_every_n_steps=2,
+        max_steps=steps,
+        log_every_n_steps=every,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -85,6 +87,37 @@ def test_measures_are_those_of_what_was_drawn_since_the_last_log(tmp_path: Path)
     for name, one in found.items():
         for measure, value in one.as_dict().items():
             assert last[f"{name}/{measure}"] == pytest.approx(value), (name, measure)
+
+
+def test_a_layer_that_nothing_goes_through_has_no_measures_and_takes_none_from_others(
+    tmp_path: Path,
+) -> None:
+    model = Model(SimVQ)
+    model.idle = MoE(width=8, hidden=4, experts=8, top_k=2)
+    last = [line for line in trained(model, tmp_path) if "codes/used" in line][-1]
+    assert last["codes/window_tokens"] == last["moe/window_tokens"] == 16
+    assert last["moe/mean/entropy"] == last["moe/00/entropy"]
+    assert "moe/01/entropy" not in last
+
+
+class TwoOptimizers(Model):
+    """Takes two steps a batch."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.layer, self.quantizer)]
+
+    def training_step(self, batch: list[Tensor], _: int) -> Any:
+        self.manual_backward(super().training_step(batch, _))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def test_no_window_is_lost_where_steps_come_in_twos(tmp_path: Path) -> None:
+    lines = trained(TwoOptimizers(SimVQ), tmp_path, steps=8, every=3)
+    windows = [line["codes/window_tokens"] for line in lines if "codes/used" in line]
+    assert windows == [24]  # three batches, six steps; the fourth batch waits for two more
 
 
 def test_averages_follow_steps_and_not_micro_batches(tmp_path: Path) -> None:
