@@ -333,6 +333,12 @@ def test_the_shares_in_use_on_equal_terms_are_those_of_the_report(readme: str) -
     assert f"{with_map:.0f} % of the experts are in use with the map and {without:.0f} %" in readme
 
 
+def test_the_expected_use_of_the_image_recipe_is_that_of_the_quickstart() -> None:
+    low, high = values(("quickstart", "codes"), "simvq", USED)
+    header = (ROOT / "configs" / "image_quickstart.yaml").read_text()
+    assert f"{low:.0f} to {high:.0f} % of the codes used (seeds 0 and 1, two ranks)" in header
+
+
 @pytest.mark.parametrize("arm", CODES)
 def test_the_table_of_codes_is_that_of_the_report(readme: str, arm: str) -> None:
     cells = []

@@ -23,6 +23,8 @@ OF_A_CLONE = ("test.sh", "gpu_check.sh")
 """Scripts that check a clone, which a wheel has not."""
 FIELDS = ("Question", "Command", "Hardware", "Expect")
 """What a recipe's header says, in this order; each may go on over several lines of comment."""
+TWIN = "Twin"
+"""What some say besides: a recipe of the same question for another machine."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _header(text: str) -> dict[str, str]:
     said: dict[str, str] = {}
     for line in itertools.takewhile(lambda line: line[:1] == "#", text.splitlines()):
         start, _, rest = line[1:].strip().partition(":")
-        if start in FIELDS:
+        if start in (*FIELDS, TWIN):
             said[start] = rest.strip()
         elif said:
             said[next(reversed(said))] += f" {line[1:].strip()}"

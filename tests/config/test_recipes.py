@@ -107,3 +107,8 @@ def test_a_copy_is_refused_where_it_would_lie_on_a_file_and_for_no_recipe(
         assert words in error
         assert error.count("\n") == 1
     assert not (tmp_path / "x.yaml").exists()
+
+
+def test_the_twin_of_a_recipe_is_no_part_of_what_it_needs() -> None:
+    (twin,) = (one for one in recipes() if one.name == "sweeps/image_128_gpu")
+    assert "Twin" not in " ".join((twin.hardware, twin.expect, twin.command))
