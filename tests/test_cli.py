@@ -150,3 +150,25 @@ def test_doctor_finds_everything_on_a_machine_that_runs_the_tests(
 def test_the_help_of_generate_says_the_temperatures_of_the_tasks() -> None:
     said = f"None: {text.TEMPERATURE:g} for text, {codes.TEMPERATURE:g} for codes"
     assert said in field_docs(GenerateArgs)["temperature"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sections"),
+    [
+        ((), {"quantizer", "image_tokenizer"}),
+        (("--task", "language_model"), {"language_model", "moe"}),
+        (("--config", "configs/language_quickstart.yaml"), {"language_model", "moe"}),
+        (("all",), {"quantizer", "image_tokenizer", "audio_tokenizer", "language_model", "moe"}),
+    ],
+)
+def test_the_help_of_train_shows_the_fields_of_the_task_or_all(
+    words: tuple[str, ...], sections: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help", *words])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    ones = {"quantizer", "image_tokenizer", "audio_tokenizer", "language_model", "moe"}
+    assert {one for one in ones if f"--{one}." in printed} == sections
+    assert "--optimizer.lr " in printed
+    assert ("--help all prints" in printed.splitlines()[-1]) == (words != ("all",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +39,8 @@ def train(args: Sequence[str]) -> int:
     # a field of the config is a flag as well, so unknown flags and --help are the config's
     options, flags = parse_known_flags(TrainArgs, args, "simvq-moe train", add_help=False)
     prog = "simvq-moe train [--config FILE ...] [--profile] [--dry-run [--cluster FILE]]"
-    config = with_flags(merge_files(Config, options.config, plugins=True), flags, prog)
+    config = merge_files(Config, options.config, plugins=True)
+    config = with_flags(config, flags, prog, _of_its_task)
     if options.profile:
         config = replace(config, train=replace(config.train, profile=True))
     if options.cluster is not None and not options.dry_run:
@@ -60,6 +61,13 @@ def train(args: Sequence[str]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _of_its_task(config: Config, task: str | None) -> Collection[str]:
+    """The fields of a config that mean something to its task, or to the one that a flag names."""
+    from simvq_moe.config.tasks import without_other_tasks
+
+    return without_other_tasks(replace(config, task=task or config.task))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -41,17 +41,38 @@ from simvq_moe.files.regular import printable
 
 T = TypeVar("T")
 
+HELP = ("-h", "--help")
 TRUTHS = {"True": True, "true": True, "False": False, "false": False}
 
 
-def with_flags(config: T, flags: Sequence[str], prog: str) -> T:
-    """config with `--section.key value` flags on top; `--help` prints every field."""
+def with_flags(
+    config: T,
+    flags: Sequence[str],
+    prog: str,
+    meaningful: Callable[[T, str | None], Collection[str]] | None = None,
+) -> T:
+    """config with `--section.key value` flags on top; `--help` prints the fields that mean
+    something to the config, `--help all` every field.
+
+    Args:
+        meaningful: names of these fields, of the config and the value of a flag `--task`; None:
+            all.
+    """
     # launchers append the local rank, which every rank also finds in its environment
     own = [flag for flag in flags if not flag.startswith("--local_rank")]
     load_plugins(_values_of("plugins", own))
     config, own = _with_kinds(config, own)
-    whole = {"default": config, "config": (tyro.conf.FlagConversionOff,)}
-    found, unknown = parse_known_flags(type(config), own, prog, **whole)
+    asked = next((i for i, flag in enumerate(own) if flag in HELP), None)
+    printed = None
+    if asked is not None and meaningful is not None and own[asked + 1 : asked + 2] != ["all"]:
+        printed = meaningful(config, next(iter(_values_of("task", own)), None))
+    whole = {"default": config, "config": (tyro.conf.FlagConversionOff,), "printed": printed}
+    try:
+        found, unknown = parse_known_flags(type(config), own, prog, **whole)
+    except SystemExit:
+        if printed is not None:
+            print("--help all prints the fields of other tasks as well.")
+        raise
     if unknown:
         raise _unknown_key(unknown, config)
     return found
@@ -151,17 +172,33 @@ def parse_known_flags(
     return _parsed(schema, flags, prog, return_unknown_args=True, **options)
 
 
-def _parsed(schema: Any, flags: Sequence[str], prog: str, **options: Any) -> Any:
+def _parsed(
+    schema: Any,
+    flags: Sequence[str],
+    prog: str,
+    printed: Collection[str] | None = None,
+    **options: Any,
+) -> Any:
     """What tyro makes of flags; its boxed errors become a `ConfigError` of one line.
 
     Args:
+        printed: the fields of the schema that `--help` prints; None: all.
         options: of `tyro.cli`.
     """
-    console = io.StringIO()
+    console, rules = io.StringIO(), _rules()
+    if printed is not None:
+
+        @rules.struct_rule
+        def _(info: StructTypeInfo) -> StructConstructorSpec | None:
+            if info.type is not schema:
+                return None
+            types = get_type_hints(schema, include_extras=True)
+            return _struct(info.default, types, field_docs(schema), printed)
+
     try:
         with contextlib.redirect_stderr(console):
             return tyro.cli(
-                schema, args=flags, prog=prog, use_underscores=True, registry=_rules(), **options
+                schema, args=flags, prog=prog, use_underscores=True, registry=rules, **options
             )
     except SystemExit as stop:
         if not stop.code:
@@ -226,11 +263,19 @@ def _component(options: Options) -> StructConstructorSpec:
     types["kind"] = Literal[tuple(kinds(family))]  # pyright: ignore[reportInvalidTypeForm]
     own = "The options below are those of" if len(types) > 1 else "There are no options of"
     docs["kind"] = f"{docs['kind']} {own} {options.kind!r}.".strip()
+    return _struct(options, types, docs, types)
+
+
+def _struct(
+    options: Any, types: Mapping[str, Any], docs: Mapping[str, str], names: Collection[str]
+) -> StructConstructorSpec:
+    """The fields of these names."""
     return StructConstructorSpec(
         instantiate=type(options),
         fields=tuple(
             StructFieldSpec(f.name, types[f.name], getattr(options, f.name), docs[f.name])
             for f in fields(options)
+            if f.name in names
         ),
     )
 
