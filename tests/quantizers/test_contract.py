@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,18 @@ def test_a_kind_of_a_config_builds_what_it_says_and_every_option_has_a_doc_line(
         assert doc, f"{kind}.{name} has no doc line"
     folded = options.folded()
     assert folded is None or type(quantizer.fold()) is type(folded.build())
+
+
+@pytest.mark.parametrize("kind", kinds(QuantizerOptions))
+def test_a_class_has_the_defaults_of_its_options(kind: str) -> None:
+    options: Any = kinds(QuantizerOptions)[kind]
+    found: dict[str, Any] = {}
+    for parent in reversed(options.quantizer.__mro__):
+        parameters = inspect.signature(vars(parent).get("__init__", object)).parameters.values()
+        found |= {p.name: p.default for p in parameters if p.default is not p.empty}
+    mine = {f.name: f.default for f in fields(options) if f.name in found}
+    for name, default in mine.items():
+        assert default in ("default", found[name]), f"{kind}.{name}"
 
 
 @pytest.mark.parametrize("kind", kinds(QuantizerOptions))
