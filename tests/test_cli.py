@@ -172,3 +172,21 @@ def test_the_help_of_train_shows_the_fields_of_the_task_or_all(
     assert {one for one in ones if f"--{one}." in printed} == sections
     assert "--optimizer.lr " in printed
     assert ("--help all prints" in printed.splitlines()[-1]) == (words != ("all",))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            "export runs/x",
+            "Missing from simvq-moe export: --to {hf,safetensors} --out PATH. --help",
+        ),
+        ("fold", "Missing from simvq-moe fold: PATH --out PATH. --help lists every flag"),
+        ("init", "init needs a recipe or 'launch': simvq-moe recipes lists them"),
+    ],
+)
+def test_what_is_missing_is_named_without_its_help(
+    command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    assert said in capsys.readouterr().err

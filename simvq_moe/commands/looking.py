@@ -98,7 +98,7 @@ def recipes(args: Sequence[str]) -> int:
 class InitArgs:
     """Copy a recipe to a file of your own, or the launch scripts to a folder of your own."""
 
-    recipe: tyro.conf.Positional[str]
+    recipe: tyro.conf.Positional[str] = ""
     """Its name, which `simvq-moe recipes` lists; `launch`: the scripts for launchers and SLURM."""
     out: Path | None = None
     """The file; None: that of the recipe, here, or the folder launch/."""
@@ -109,6 +109,8 @@ def init(args: Sequence[str]) -> int:
     options = parse_flags(InitArgs, args, "simvq-moe init")
     from simvq_moe.config.recipes import SCRIPTS, copy_out, copy_scripts
 
+    if not options.recipe:
+        raise ConfigError(f"init needs a recipe or {SCRIPTS!r}: simvq-moe recipes lists them")
     if options.recipe == SCRIPTS:
         folder = options.out or Path(SCRIPTS)
         copy_scripts(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ from simvq_moe.files.regular import printable
 T = TypeVar("T")
 
 HELP = ("-h", "--help")
+HELP_OF_ONE = re.compile("[│ ] {9}")
+"""How the lines begin that say what a missing flag is, below its name."""
 TRUTHS = {"True": True, "true": True, "False": False, "false": False}
 
 
@@ -212,7 +215,7 @@ def _flag_error(console: str) -> ConfigError:
     for line in console.splitlines():
         if line.startswith("╭") or not line.strip(" │╰╯─-"):
             parts.append([])
-        else:
+        elif not (" ".join(parts[-1]).startswith("Missing from") and HELP_OF_ONE.match(line)):
             parts[-1].append(line.strip(" │"))
     message = next((" ".join(part) for part in parts[1:] if part), " ".join(console.split()))
     return ConfigError(f"{printable(message).rstrip('.')}. --help lists every flag")
