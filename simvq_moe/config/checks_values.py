@@ -34,11 +34,12 @@ def value_problems(config: Config) -> Iterator[str]:
             if isinstance(one, str):
                 yield from _text_problems(key, one)
             elif key in ranges and one is not None:
-                yield from _number_problems(key, value, one, ranges[key])
+                yield from number_problems(key, value, one, ranges[key])
     yield from name_problems("name", config.name)
 
 
-def _number_problems(key: str, value: Any, one: int | float, bounds: Range) -> Iterator[str]:
+def number_problems(key: str, value: Any, one: int | float, bounds: Range) -> Iterator[str]:
+    """A number out of its range, which is the value of a key or one of its values."""
     if not one >= bounds.least:
         yield f"{key} {shown(value)} < {bounds.least:g}: use at least {bounds.least:g}"
     if one > bounds.most or not isfinite(one):  # in this order: isfinite takes no huge integer

@@ -24,6 +24,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from simvq_moe.config.checks_values import number_problems
 from simvq_moe.config.conversion import SHOWN, WrongValueError, integer, shown
 from simvq_moe.config.docs import field_docs
 from simvq_moe.config.loading import (
@@ -161,10 +162,9 @@ def parse_flags(schema: Any, flags: Sequence[str], prog: str) -> Any:
     found = _parsed(schema, flags, prog)
     for name, bounds in ranges_of(found).items():
         value = getattr(found, name)
-        if value is not None and not value >= bounds.least:
-            raise ConfigError(f"--{name} {value} < {bounds.least}: use at least {bounds.least}")
-        if value is not None and value > bounds.most:
-            raise ConfigError(f"--{name} {value} > {bounds.most:,}: use at most that")
+        if value is not None:
+            for message in number_problems(f"--{name}", value, value, bounds):
+                raise ConfigError(message)
     return found
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simvq_moe.config.moe import BalanceOptions
 from simvq_moe.core.step_state import StepState
+from simvq_moe.core.usage import once
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class SelectionBias(StepState):
     def __init__(self, experts: int, sums: int) -> None:
         super().__init__(sums)
         self.register_average("bias", torch.zeros(experts), torch.float32)
+
+    def count(self, places: Int[Tensor, " draws"]) -> None:
+        """Add 1 to the numbers of these places that are added up in a step."""
+        self.pending.scatter_add_(
+            0, places, once(torch.ones_like(places, dtype=self.pending.dtype))
+        )
 
     @abstractmethod
     def choose(

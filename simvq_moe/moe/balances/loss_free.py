@@ -11,7 +11,6 @@ from torch import Tensor
 
 from simvq_moe.config.ranges import Weight
 from simvq_moe.config.registry import register
-from simvq_moe.core.usage import once
 from simvq_moe.moe.balances.base import Balance, SelectionBias
 
 
@@ -55,9 +54,7 @@ class LossFreeBias(SelectionBias):
     ) -> Int[Tensor, "tokens choices"]:
         ids = (scores + self.bias.to(scores.dtype)).topk(top_k, dim=-1).indices
         if self.collects:
-            flat = ids.reshape(-1)
-            ones = torch.ones_like(flat, dtype=self.pending.dtype)
-            self.pending.scatter_add_(0, flat, once(ones))
+            self.count(ids.reshape(-1))
         return ids
 
     def apply_sums(self, sums: Float[Tensor, " size"]) -> None:

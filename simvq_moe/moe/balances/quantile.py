@@ -12,7 +12,6 @@ from torch import Tensor
 
 from simvq_moe.config.moe import MoEConfig, beside
 from simvq_moe.config.registry import register
-from simvq_moe.core.usage import once
 from simvq_moe.moe.balances.base import Balance, SelectionBias
 
 SMALLEST, LARGEST, BINS = 1e-7, 4.0, 1000
@@ -79,9 +78,7 @@ class QuantileBias(SelectionBias):
             bins = torch.bucketize(margins, self.edges, right=True) - 1
             bins = bins.clamp(0, BINS - 1)
             bins = bins + BINS * torch.arange(self.experts, device=bins.device)
-            flat = bins.reshape(-1)
-            ones = torch.ones_like(flat, dtype=self.pending.dtype)
-            self.pending.scatter_add_(0, flat, once(ones))
+            self.count(bins.reshape(-1))
         return best.indices[:, :top_k]
 
     def apply_sums(self, sums: Float[Tensor, " size"]) -> None:
